@@ -1,0 +1,101 @@
+//! The definition: a folder with `server.yaml` and the files it names.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::check::Check;
+use crate::name::ServerName;
+use crate::run::RunSpec;
+use crate::time::Millis;
+
+/// A `server.yaml` that was read and checked, with its defaults filled in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Definition {
+    pub name: ServerName,
+    pub image: ImageSpec,
+    pub run: RunSpec,
+    pub update: UpdatePolicy,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageSpec {
+    pub from: Source,
+    pub steps: Vec<Step>,
+    pub env: BTreeMap<String, String>,
+    pub user: String,
+    pub command: Vec<String>,
+    pub tests: Vec<Check>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    Scratch,
+    /// `archives` are lines in the manner of sources.list(5); where there are none, those of the host or of the
+    /// configuration for this suite.
+    Debian { suite: String, variant: DebianVariant, archives: Vec<ArchiveSpec> },
+    /// The newest image of another server.
+    Server { name: ServerName },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DebianVariant {
+    /// Essential packages and apt.
+    Minbase,
+    /// Essential packages alone.
+    Essential,
+}
+
+/// One archive to resolve packages from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ArchiveSpec {
+    pub url: String,
+    pub suite: String,
+    pub components: Vec<String>,
+    /// Path of the key ring inside the definition's folder.
+    pub signed_by: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Step {
+    Packages(Vec<String>),
+    Files(Vec<FileSpec>),
+    Run(String),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileSpec {
+    /// Relative to the definition's folder; a directory is copied with what is in it.
+    pub src: String,
+    /// Absolute path in the image.
+    pub dest: String,
+    /// Permission bits; without one 0755 for what the owner can execute and for directories, else 0644.
+    pub mode: Option<u32>,
+    /// `user:group`.
+    pub owner: String,
+    /// Rendered with `name`, and `env` of the image.
+    pub template: bool,
+}
+
+/// Which causes act by themselves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpdatePolicy {
+    pub definition: Mode,
+    pub packages: Mode,
+    pub unhealthy: Mode,
+    /// Time in which further signals join the first one.
+    pub debounce: Millis,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    #[default]
+    Auto,
+    /// Waits for a person.
+    Approve,
+    Never,
+}

@@ -1,0 +1,97 @@
+//! Every input of an image resolved. Its hash is the build's key.
+
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::digest::Digest;
+use crate::revision::PackageVersions;
+
+/// Grows when the builder makes other bytes from the same inputs.
+pub const BUILDER_FORMAT: u32 = 1;
+
+/// No server name, no commit, no archive address: what does not change the image is not in here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lock {
+    pub format: u32,
+    /// Debian's name: `amd64`.
+    pub architecture: String,
+    pub base: LockedBase,
+    pub steps: Vec<LockedStep>,
+    pub env: BTreeMap<String, String>,
+    pub user: String,
+    pub command: Vec<String>,
+    /// The one time that is stamped on files: when this context was first applied.
+    pub timestamp: Timestamp,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LockedBase {
+    Scratch,
+    Debian { suite: String, variant: String, packages: Vec<LockedPackage> },
+    /// Another server's image.
+    Server { image_digest: Digest },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LockedStep {
+    /// What the step adds to what is there, in the order of installation that apt gave.
+    Packages { requested: Vec<String>, packages: Vec<LockedPackage> },
+    Files { files: Vec<LockedFile> },
+    Run { script: String },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct LockedPackage {
+    pub name: String,
+    pub version: String,
+    /// `amd64` or `all`.
+    pub architecture: String,
+    pub sha256: Digest,
+    pub size: u64,
+}
+
+/// One file, directory or symbolic link that a `files` step puts into the image, templates rendered.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LockedFile {
+    pub dest: String,
+    pub kind: LockedFileKind,
+    /// Permission bits.
+    pub mode: u32,
+    /// `user:group`, by name or number as the definition has it; resolved in the image.
+    pub owner: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LockedFileKind {
+    Regular { digest: Digest, size: u64 },
+    Directory,
+    Symlink { target: String },
+}
+
+impl Lock {
+    /// The build's key.
+    ///
+    /// # Errors
+    /// None in practice: every field has a JSON form.
+    pub fn key(&self) -> Result<Digest, serde_json::Error> {
+        Digest::of_json(self)
+    }
+
+    /// The exact versions that this lock adds; those of a parent server's image are in its own lock.
+    pub fn packages(&self) -> PackageVersions {
+        let base = match &self.base {
+            LockedBase::Debian { packages, .. } => packages.as_slice(),
+            LockedBase::Scratch | LockedBase::Server { .. } => &[],
+        };
+        let steps = self.steps.iter().flat_map(|step| match step {
+            LockedStep::Packages { packages, .. } => packages.as_slice(),
+            LockedStep::Files { .. } | LockedStep::Run { .. } => &[],
+        });
+        base.iter().chain(steps).map(|package| (package.name.clone(), package.version.clone())).collect()
+    }
+}

@@ -1,0 +1,94 @@
+//! A service's state: versioned documents by kind and id, watermarks, outbox, audit and the answers to requests, all
+//! in one transaction.
+//!
+//! A change is data, a [`Batch`], that is applied as a whole or not at all: what was read is named with the version it
+//! had, and a batch whose versions are stale is refused with nothing written. So decisions can be made by any replica
+//! on a snapshot, outside of any transaction, and a burst of batches can share one commit.
+
+mod batch;
+mod conformance;
+mod document;
+mod sqlite;
+
+pub use batch::{AuditRecord, Batch, Change, Expect, StoredAnswer, Watermark};
+pub use conformance::conformance;
+pub use document::{Cursor, Document, Entry, Page, decode, encode};
+pub use sqlite::SqliteStore;
+
+use async_trait::async_trait;
+use kiln_model::event::Event;
+use kiln_model::name::RequestId;
+
+/// Where a batch ended up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Committed {
+    /// The sequence of the store after the batch.
+    pub sequence: u64,
+    /// The events of the batch, with their identities.
+    pub events: Vec<Event>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A document, or a watermark, was not at the version that the batch expects. Load again and decide anew.
+    #[error("{kind}/{id} is at version {actual}, not {expected}")]
+    Conflict { kind: String, id: String, expected: u64, actual: u64 },
+    /// The watermark already stands at this version, or past it: the fact was handled before.
+    #[error("{source_kind}/{source_id} version {version} was handled before")]
+    Stale { source_kind: String, source_id: String, version: u64 },
+    /// The request was answered before; its answer is in [`Store::answer`].
+    #[error("request {0} was answered before")]
+    Answered(RequestId),
+    #[error("document {kind}/{id} has schema {found}, this program knows up to {known}: upgrade this service")]
+    Schema { kind: String, id: String, found: u32, known: u32 },
+    #[error("document {kind}/{id} can't be read: {reason}")]
+    Unreadable { kind: String, id: String, reason: String },
+    #[error("page token `{0}` is not one that this store gave")]
+    BadPageToken(String),
+    /// Disk full, busy past its bound, input/output.
+    #[error("{what} failed in the store at {place}: {reason}")]
+    Unavailable { what: &'static str, place: String, reason: String },
+}
+
+/// One service's store. Cheap to clone; every clone is the same store.
+#[async_trait]
+pub trait Store: Clone + Send + Sync + 'static {
+    /// New at creation and at each restore.
+    fn epoch(&self) -> &str;
+
+    /// The newest committed sequence, as a watch: changes wake reconcile loops, relays and streams.
+    fn sequence(&self) -> tokio::sync::watch::Receiver<u64>;
+
+    async fn get(&self, kind: &str, id: &str) -> Result<Option<Document>, Error>;
+
+    /// Live documents of a kind whose id begins with `prefix`, by id, at most `limit` (1 to 500), after `after`.
+    async fn list(&self, kind: &str, prefix: &str, after: Option<&str>, limit: u32) -> Result<Vec<Document>, Error>;
+
+    /// What changed of a kind since a cursor, in the order of sequence, deletes as tombstones; with an unknown epoch,
+    /// or none, every live document. `page_token` continues a listing.
+    async fn changes(&self, kind: &str, since: Option<&Cursor>, page_token: &str, limit: u32) -> Result<Page, Error>;
+
+    /// The version of a source aggregate up to which its facts were handled; 0 where none was.
+    async fn watermark(&self, source_kind: &str, source_id: &str) -> Result<u64, Error>;
+
+    /// The answer that was kept for a request.
+    async fn answer(&self, request: &RequestId) -> Result<Option<StoredAnswer>, Error>;
+
+    /// Applies a batch as a whole, durably: when this returns, SIGKILL and power loss forget nothing of it.
+    async fn commit(&self, batch: Batch) -> Result<Committed, Error>;
+
+    /// Events not yet marked sent, in the order of sequence.
+    async fn unsent(&self, limit: u32) -> Result<Vec<Event>, Error>;
+
+    /// Every event of the last seven days after a sequence, sent or not.
+    async fn log(&self, after: u64, limit: u32) -> Result<Vec<Event>, Error>;
+
+    /// Marks events as stored by the bus.
+    async fn mark_sent(&self, sequences: &[u64]) -> Result<(), Error>;
+
+    /// Audit records, newest first, before a sequence (0 for the newest).
+    async fn audit(&self, before: u64, limit: u32) -> Result<Vec<(u64, AuditRecord)>, Error>;
+
+    /// Drops events and request answers older than seven days, and tombstones older than thirty. Returns how many.
+    async fn prune(&self, now: jiff::Timestamp) -> Result<u64, Error>;
+}
