@@ -6,12 +6,14 @@
 //! on a snapshot, outside of any transaction, and a burst of batches can share one commit.
 
 mod batch;
-mod conformance;
+
 mod document;
+mod sql;
 mod sqlite;
+mod token;
 
 pub use batch::{AuditRecord, Batch, Change, Expect, StoredAnswer, Watermark};
-pub use conformance::conformance;
+
 pub use document::{Cursor, Document, Entry, Page, decode, encode};
 pub use sqlite::SqliteStore;
 
@@ -39,7 +41,9 @@ pub enum Error {
     /// The request was answered before; its answer is in [`Store::answer`].
     #[error("request {0} was answered before")]
     Answered(RequestId),
-    #[error("document {kind}/{id} has schema {found}, this program knows up to {known}: upgrade this service")]
+    #[error(
+        "document {kind}/{id} has schema {found}, this program knows up to {known}: upgrade this service"
+    )]
     Schema { kind: String, id: String, found: u32, known: u32 },
     #[error("document {kind}/{id} can't be read: {reason}")]
     Unreadable { kind: String, id: String, reason: String },
@@ -62,11 +66,23 @@ pub trait Store: Clone + Send + Sync + 'static {
     async fn get(&self, kind: &str, id: &str) -> Result<Option<Document>, Error>;
 
     /// Live documents of a kind whose id begins with `prefix`, by id, at most `limit` (1 to 500), after `after`.
-    async fn list(&self, kind: &str, prefix: &str, after: Option<&str>, limit: u32) -> Result<Vec<Document>, Error>;
+    async fn list(
+        &self,
+        kind: &str,
+        prefix: &str,
+        after: Option<&str>,
+        limit: u32,
+    ) -> Result<Vec<Document>, Error>;
 
     /// What changed of a kind since a cursor, in the order of sequence, deletes as tombstones; with an unknown epoch,
     /// or none, every live document. `page_token` continues a listing.
-    async fn changes(&self, kind: &str, since: Option<&Cursor>, page_token: &str, limit: u32) -> Result<Page, Error>;
+    async fn changes(
+        &self,
+        kind: &str,
+        since: Option<&Cursor>,
+        page_token: &str,
+        limit: u32,
+    ) -> Result<Page, Error>;
 
     /// The version of a source aggregate up to which its facts were handled; 0 where none was.
     async fn watermark(&self, source_kind: &str, source_id: &str) -> Result<u64, Error>;
