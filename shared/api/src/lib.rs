@@ -1,5 +1,7 @@
 //! The gRPC protocol: code generated from `proto/`, and conversions to and from the model.
 
+pub mod convert;
+
 /// Messages, clients and servers, one module for each package.
 #[allow(clippy::all, unreachable_pub, missing_docs)]
 pub mod kiln {

@@ -23,8 +23,10 @@ fn generated_code_is_what_the_protocol_gives() {
         .expect("code is generated");
 
     let committed = root.join("src/generated");
-    let mut names: Vec<_> =
-        std::fs::read_dir(fresh.path()).expect("list").map(|entry| entry.expect("entry").file_name()).collect();
+    let mut names: Vec<_> = std::fs::read_dir(fresh.path())
+        .expect("list")
+        .map(|entry| entry.expect("entry").file_name())
+        .collect();
     names.sort();
     for name in names {
         let wanted = std::fs::read(fresh.path().join(&name)).expect("read");

@@ -1,5 +1,8 @@
 //! Why something was done: the links of the chain that `kiln why` walks.
 
+use std::fmt;
+use std::str::FromStr;
+
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -31,6 +34,17 @@ pub enum CauseKind {
 }
 
 impl CauseKind {
+    pub const ALL: [Self; 8] = [
+        Self::DefinitionApplied,
+        Self::DefinitionChanged,
+        Self::PackageUpdates,
+        Self::Unhealthy,
+        Self::Gone,
+        Self::Reported,
+        Self::Manual,
+        Self::Rollback,
+    ];
+
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::DefinitionApplied => "definition_applied",
@@ -42,5 +56,25 @@ impl CauseKind {
             Self::Manual => "manual",
             Self::Rollback => "rollback",
         }
+    }
+}
+
+impl fmt::Display for CauseKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A text that names no kind of cause.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is no kind of cause")]
+pub struct NotACauseKind(String);
+
+impl FromStr for CauseKind {
+    type Err = NotACauseKind;
+
+    fn from_str(text: &str) -> Result<Self, NotACauseKind> {
+        let found = Self::ALL.into_iter().find(|kind| kind.as_str() == text);
+        found.ok_or_else(|| NotACauseKind(text.chars().take(80).collect()))
     }
 }

@@ -34,9 +34,15 @@ pub enum Source {
     Scratch,
     /// `archives` are lines in the manner of sources.list(5); where there are none, those of the host or of the
     /// configuration for this suite.
-    Debian { suite: String, variant: DebianVariant, archives: Vec<ArchiveSpec> },
+    Debian {
+        suite: String,
+        variant: DebianVariant,
+        archives: Vec<ArchiveSpec>,
+    },
     /// The newest image of another server.
-    Server { name: ServerName },
+    Server {
+        name: ServerName,
+    },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -93,6 +93,8 @@ impl Event {
     /// The id of the event at `index` among those that one change of an aggregate gave.
     pub fn id_of(epoch: &str, event: &NewEvent, index: usize) -> Digest {
         let NewEvent { aggregate_kind, aggregate_id, aggregate_version, .. } = event;
-        Digest::of(format!("{epoch}\n{aggregate_kind}\n{aggregate_id}\n{aggregate_version}\n{index}").as_bytes())
+        Digest::of(
+            format!("{epoch}\n{aggregate_kind}\n{aggregate_id}\n{aggregate_version}\n{index}").as_bytes(),
+        )
     }
 }

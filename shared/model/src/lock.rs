@@ -30,18 +30,31 @@ pub struct Lock {
 #[serde(rename_all = "snake_case")]
 pub enum LockedBase {
     Scratch,
-    Debian { suite: String, variant: String, packages: Vec<LockedPackage> },
+    Debian {
+        suite: String,
+        variant: String,
+        packages: Vec<LockedPackage>,
+    },
     /// Another server's image.
-    Server { image_digest: Digest },
+    Server {
+        image_digest: Digest,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LockedStep {
     /// What the step adds to what is there, in the order of installation that apt gave.
-    Packages { requested: Vec<String>, packages: Vec<LockedPackage> },
-    Files { files: Vec<LockedFile> },
-    Run { script: String },
+    Packages {
+        requested: Vec<String>,
+        packages: Vec<LockedPackage>,
+    },
+    Files {
+        files: Vec<LockedFile>,
+    },
+    Run {
+        script: String,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

@@ -196,7 +196,8 @@ mod tests {
         for good in ["web", "a", "0", "web-2", &"a".repeat(40)] {
             assert!(good.parse::<ServerName>().is_ok(), "{good}");
         }
-        for bad in ["", "-web", "web-", "Web", "web.example", "we b", "../web", "web*", ">", &"a".repeat(41)] {
+        for bad in ["", "-web", "web-", "Web", "web.example", "we b", "../web", "web*", ">", &"a".repeat(41)]
+        {
             assert!(bad.parse::<ServerName>().is_err(), "{bad}");
         }
     }

@@ -28,7 +28,9 @@ pub struct Revision {
 pub enum RevisionContent {
     Image(Box<ImageRevision>),
     /// The server was removed: its fleet is to be retired.
-    Removed { cause: Cause },
+    Removed {
+        cause: Cause,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,10 +1,13 @@
 //! The monitor's "needs update", and what it is made from.
 
+use std::fmt;
+use std::str::FromStr;
+
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::cause::CauseKind;
-use crate::digest::Digest;
+use crate::digest::{Digest, NotADigest};
 use crate::name::{InstanceId, ServerName};
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +38,20 @@ impl SignalId {
     pub fn new(server: &ServerName, cause: CauseKind, fingerprint: &str) -> Self {
         // A line end can't be part of a name or a cause, so the three can't run into each other.
         Self(Digest::of(format!("{server}\n{}\n{fingerprint}", cause.as_str()).as_bytes()))
+    }
+}
+
+impl fmt::Display for SignalId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl FromStr for SignalId {
+    type Err = NotADigest;
+
+    fn from_str(text: &str) -> Result<Self, NotADigest> {
+        text.parse().map(Self)
     }
 }
 
