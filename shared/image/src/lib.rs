@@ -1,0 +1,23 @@
+//! The image store that builder and node share: an OCI image layout with uncompressed layers, signatures as referrers,
+//! and each layer's tree extracted once, ready to be a lower of an overlay.
+//!
+//! Everything that is read from it is checked like hostile input: another process, or a copy from elsewhere, wrote it.
+
+mod error;
+mod export;
+mod extract;
+mod index;
+mod lock;
+mod manifest;
+mod pack;
+mod signature;
+mod store;
+pub mod tar;
+mod trees;
+
+pub use error::Error;
+pub use extract::Limits;
+pub use manifest::{Image, Layer, NewImage};
+pub use pack::{Packed, Packer, Whiteouts};
+pub use signature::{KeyId, Thoroughness, read_signing_key, read_trusted_key};
+pub use store::{BlobWriter, ImageStore};

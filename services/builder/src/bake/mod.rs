@@ -1,0 +1,227 @@
+//! From a definition to a lock, from a lock to an image.
+//!
+//! `resolve` is the only part that asks archives what is in them; `bake` needs the network for nothing but packages that
+//! the lock names and the package store lacks.
+
+mod error;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use kiln_model::definition::{ArchiveSpec, Definition};
+use kiln_model::digest::Digest;
+use kiln_model::lock::Lock;
+use kiln_model::name::{BuildId, SiteId};
+use tokio_util::sync::CancellationToken;
+
+pub use error::BakeError;
+
+/// Where a baker keeps its things, and what it may use.
+#[derive(Debug, Clone)]
+pub struct BakeConfig {
+    /// Marks every mount, cgroup and container, so that leftovers can be told apart.
+    pub site: SiteId,
+    /// The builder's own folder: private apt state, contents of files steps, work trees.
+    pub home: PathBuf,
+    /// `.deb` files by digest; may be shared with other sites.
+    pub packages: PathBuf,
+    /// Which step on which layers gave which layer; may be shared with other sites.
+    pub layer_cache: PathBuf,
+    /// The image store that builder and node share.
+    pub images: PathBuf,
+    /// Ed25519, PKCS#8 PEM.
+    pub signing_key: PathBuf,
+    /// The OCI runtime's command: `runc`.
+    pub runtime: PathBuf,
+    /// Archives from the configuration, used before the host's own where the suite is theirs.
+    pub archives: Vec<ConfiguredArchive>,
+    pub limits: BakeLimits,
+}
+
+/// An archive that the site's configuration names.
+#[derive(Debug, Clone)]
+pub struct ConfiguredArchive {
+    pub archive: ArchiveSpec,
+    /// What `archive.signed_by` is relative to.
+    pub folder: PathBuf,
+}
+
+/// What one bake may use of the machine.
+#[derive(Debug, Clone)]
+pub struct BakeLimits {
+    /// Bytes of memory of what runs in the sandbox.
+    pub memory: u64,
+    pub pids: u32,
+    pub cpus: f64,
+    /// Bytes that a bake's trees may take; they lie in memory.
+    pub tree: u64,
+    /// Wall-clock time of one step.
+    pub step: Duration,
+}
+
+impl Default for BakeLimits {
+    fn default() -> Self {
+        Self { memory: 4 << 30, pids: 4096, cpus: 64.0, tree: 8 << 30, step: Duration::from_secs(30 * 60) }
+    }
+}
+
+/// Takes one line of a build's log, without its line end.
+pub type LogSink = Arc<dyn Fn(&str) + Send + Sync>;
+
+/// The Debian source at the root of a chain of parents: where packages on top of a parent's image come from.
+#[derive(Debug, Clone)]
+pub struct DebianRoot {
+    pub suite: String,
+    pub archives: Vec<ArchiveSpec>,
+    /// Folder of the definition that names them; key rings are in it.
+    pub context: PathBuf,
+}
+
+/// The image of the server that a definition is `from`.
+#[derive(Debug, Clone)]
+pub struct ParentImage {
+    pub digest: Digest,
+    /// `None` where the chain of parents begins with `scratch`: no packages can be added then.
+    pub debian: Option<DebianRoot>,
+}
+
+pub struct ResolveRequest<'a> {
+    pub definition: &'a Definition,
+    /// Folder of the definition.
+    pub context: &'a Path,
+    /// Where the definition is `from` a server, that server's newest image.
+    pub parent: Option<ParentImage>,
+    /// The one time that is stamped on files.
+    pub timestamp: Timestamp,
+    /// Keep this lock's packages while base and package lists are what they were: then no archive is asked, and apt is not
+    /// called.
+    pub pinned: Option<&'a Lock>,
+    pub log: LogSink,
+}
+
+/// An archive's release file as it was when the packages were resolved.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReleaseFile {
+    /// Of `InRelease`; a `Release` where the archive has no other.
+    pub url: String,
+    /// Of the bytes that this address gives.
+    pub digest: Digest,
+}
+
+/// Every input of an image.
+#[derive(Debug, Clone)]
+pub struct Resolution {
+    pub lock: Lock,
+    /// `None` where the lock was pinned: nothing was asked, what was known before stays true.
+    pub release_files: Option<Vec<ReleaseFile>>,
+}
+
+/// How far a bake is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Progress {
+    /// Known before the first step begins.
+    Steps {
+        total: u32,
+    },
+    Began {
+        step: u32,
+        name: String,
+    },
+    Ended {
+        step: u32,
+        report: StepReport,
+    },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StepReport {
+    /// `debian bookworm`, `packages nginx-light curl`, `files /etc/nginx/nginx.conf`, `run nginx -t`.
+    pub name: String,
+    /// Taken from the layer cache.
+    pub cached: bool,
+    pub millis: u64,
+}
+
+/// How one bake is run.
+#[derive(Clone)]
+pub struct BakeRun {
+    /// Names the sandbox, its mounts and its cgroups; also tells two bakes of one lock apart.
+    pub build: BuildId,
+    pub log: LogSink,
+    pub progress: Arc<dyn Fn(Progress) + Send + Sync>,
+    pub cancel: CancellationToken,
+    /// `false` bakes every step anew, and leaves the cache as it is.
+    pub use_layer_cache: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BakedLayer {
+    pub digest: Digest,
+    pub size: u64,
+    /// The step that made it.
+    pub created_by: String,
+}
+
+/// An image in the store, not signed yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BakedImage {
+    pub digest: Digest,
+    pub layers: Vec<BakedLayer>,
+    pub steps: Vec<StepReport>,
+}
+
+/// Resolves definitions and bakes locks. Cheap to clone; several bakes can run at once.
+#[derive(Clone)]
+pub struct Baker {
+    config: Arc<BakeConfig>,
+}
+
+impl Baker {
+    /// Makes the folders that are not there yet.
+    ///
+    /// # Errors
+    /// Where a folder can't be made, or the signing key can't be read.
+    pub fn new(config: BakeConfig) -> Result<Self, BakeError> {
+        Ok(Self { config: Arc::new(config) })
+    }
+}
+
+impl Baker {
+    /// Every input of the definition's image, exactly.
+    ///
+    /// # Errors
+    /// What the definition asks for can't be had; an archive is not reachable or not to be trusted.
+    pub async fn resolve(&self, request: ResolveRequest<'_>) -> Result<Resolution, BakeError> {
+        let _ = (&self.config, request);
+        Err(BakeError::Cancelled)
+    }
+
+    /// Turns a lock into an image in the store. The same lock gives the same digest.
+    ///
+    /// # Errors
+    /// A step fails, a package can't be fetched, or the run is cancelled; nothing is left over then.
+    pub async fn bake(&self, lock: &Lock, run: BakeRun) -> Result<BakedImage, BakeError> {
+        let _ = (lock, run);
+        Err(BakeError::Cancelled)
+    }
+
+    /// Signs an image with the site's key, and gives the key's id.
+    ///
+    /// # Errors
+    /// The image is not in the store.
+    pub async fn sign(&self, image: Digest) -> Result<String, BakeError> {
+        let _ = image;
+        Err(BakeError::Cancelled)
+    }
+
+    /// Removes what bakes of this site left over: containers, mounts, cgroups, work trees. To be called at boot, before the
+    /// first bake.
+    ///
+    /// # Errors
+    /// Something can't be removed.
+    pub async fn sweep(&self) -> Result<(), BakeError> {
+        Ok(())
+    }
+}

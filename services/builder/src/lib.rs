@@ -1,0 +1,3 @@
+//! The builder: turns definitions into images and revisions.
+
+pub mod bake;

@@ -1,0 +1,245 @@
+//! A layer's tar into a tree that overlayfs takes as a lower.
+//!
+//! Every step is relative to the handle of a directory that was opened without following symbolic links, so no entry can
+//! reach outside, whatever the ones before it made.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+
+use rustix::fs::{self as rfs, AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags};
+use rustix::io::Errno;
+
+use crate::tar::{Entry, Kind, Problem, Reader, split_path};
+
+const WHITEOUT: &[u8] = b".wh.";
+const OPAQUE: &[u8] = b".wh..wh..opq";
+/// In the form of overlayfs mounted by root.
+pub(crate) const OVERLAY_OPAQUE: &str = "trusted.overlay.opaque";
+pub(crate) const CAPABILITY: &[u8] = b"security.capability";
+
+/// What one layer may hold.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    pub entries: u64,
+    /// Of all files together.
+    pub bytes: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { entries: 1_000_000, bytes: 64 << 30 }
+    }
+}
+
+pub(crate) fn extract(tar: impl Read, root: &OwnedFd, limits: Limits) -> Result<(), Problem> {
+    let mut reader = Reader::new(tar);
+    let mut tree = Tree { root, open: Vec::new(), times: Vec::new() };
+    let (mut entries, mut bytes) = (0, 0_u64);
+    while let Some(entry) = reader.next_entry()? {
+        entries += 1;
+        bytes = bytes.saturating_add(entry.size);
+        if entries > limits.entries {
+            return Err(Problem::refused(&entry.path, format!("more than {} entries", limits.entries)));
+        }
+        if bytes > limits.bytes {
+            return Err(Problem::refused(&entry.path, format!("more than {} bytes", limits.bytes)));
+        }
+        tree.put(&entry, &mut reader)?;
+    }
+    tree.finish()
+}
+
+struct Tree<'a> {
+    root: &'a OwnedFd,
+    /// The folders from below the root to the last entry's; entries come sorted, so most have the same as the one before.
+    open: Vec<(Vec<u8>, OwnedFd)>,
+    /// Directories get their times at the end, as each entry put into them changes it.
+    times: Vec<(Vec<u8>, i64)>,
+}
+
+impl Tree<'_> {
+    fn put(&mut self, entry: &Entry, content: &mut impl Read) -> Result<(), Problem> {
+        let refused = |why: &str| Problem::refused(&entry.path, why);
+        let failed = |doing: &str, errno: Errno| match errno {
+            Errno::EXIST => refused("it is there twice"),
+            _ => Problem::refused(&entry.path, format!("{doing}: {errno}")),
+        };
+        let (folder, name) = split_path(&entry.path);
+        self.enter(folder, &entry.path)?;
+        let parent = self.open.last().map_or(self.root.as_fd(), |(_, fd)| fd.as_fd());
+
+        if name.starts_with(WHITEOUT) {
+            if entry.kind != Kind::File || entry.size != 0 {
+                return Err(refused("a whiteout that is not an empty file"));
+            }
+            return whiteout(parent, name, &entry.path);
+        }
+        let mode = Mode::from_raw_mode(entry.mode);
+        match entry.kind {
+            Kind::Directory => {
+                let directory = if name.is_empty() {
+                    self.root.try_clone().map_err(Problem::Io)?
+                } else {
+                    match rfs::mkdirat(parent, name, Mode::RWXU) {
+                        // Made for an entry below it, or given twice; a link or a file in its place is refused by the open.
+                        Ok(()) | Err(Errno::EXIST) => {}
+                        Err(errno) => return Err(failed("make folder", errno)),
+                    }
+                    open_folder(parent, name).map_err(|errno| match errno {
+                        Errno::NOTDIR | Errno::LOOP => refused("a directory in the place of something else"),
+                        _ => failed("open", errno),
+                    })?
+                };
+                self.own(&directory, entry, mode)?;
+                self.times.push((entry.path.clone(), entry.mtime));
+            }
+            Kind::File => {
+                let flags =
+                    OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let fd = rfs::openat(parent, name, flags, Mode::RUSR | Mode::WUSR)
+                    .map_err(|errno| failed("make file", errno))?;
+                let mut file = File::from(fd);
+                if entry.size > 0 && io::copy(content, &mut file)? != entry.size {
+                    return Err(refused("its content ends too early"));
+                }
+                let fd = OwnedFd::from(file);
+                self.own(&fd, entry, mode)?;
+                rfs::futimens(&fd, &times(entry.mtime)).map_err(|errno| failed("set times", errno))?;
+            }
+            Kind::Symlink => {
+                rfs::symlinkat(OsStr::from_bytes(&entry.link), parent, name)
+                    .map_err(|errno| failed("make link", errno))?;
+                self.own_by_name(parent, name, entry)?;
+            }
+            Kind::Fifo => {
+                rfs::mknodat(parent, name, FileType::Fifo, mode, 0)
+                    .map_err(|errno| failed("make fifo", errno))?;
+                self.own_by_name(parent, name, entry)?;
+                rfs::chmodat(parent, name, mode, AtFlags::empty())
+                    .map_err(|errno| failed("set mode", errno))?;
+            }
+            Kind::Hardlink => {
+                let (folder, target) = split_path(&entry.link);
+                let folder = self.folder(folder).map_err(|_| refused("a hard link to what is not there"))?;
+                let parent = self.open.last().map_or(self.root.as_fd(), |(_, fd)| fd.as_fd());
+                let kind = rfs::statat(&folder, target, AtFlags::SYMLINK_NOFOLLOW)
+                    .map(|stat| FileType::from_raw_mode(stat.st_mode))
+                    .map_err(|_| refused("a hard link to what is not there"))?;
+                if kind != FileType::RegularFile && kind != FileType::Symlink {
+                    return Err(refused("a hard link to what is not a file"));
+                }
+                rfs::linkat(&folder, target, parent, name, AtFlags::empty())
+                    .map_err(|errno| failed("make hard link", errno))?;
+            }
+            Kind::CharDevice | Kind::BlockDevice => return Err(refused("devices are not taken")),
+        }
+        Ok(())
+    }
+
+    /// Owner first: chown(2) takes setuid, setgid and file capabilities away.
+    fn own(&self, fd: &OwnedFd, entry: &Entry, mode: Mode) -> Result<(), Problem> {
+        let failed = |doing: &str, errno: Errno| Problem::refused(&entry.path, format!("{doing}: {errno}"));
+        rfs::fchown(fd, Some(Uid::from_raw(entry.uid)), Some(Gid::from_raw(entry.gid)))
+            .map_err(|errno| failed("set owner", errno))?;
+        rfs::fchmod(fd, mode).map_err(|errno| failed("set mode", errno))?;
+        for (name, value) in &entry.xattrs {
+            // No other: `trusted.overlay.*` of a lower would make overlayfs show what is not in this layer.
+            if name != CAPABILITY && !name.starts_with(b"user.") {
+                return Err(Problem::refused(
+                    &entry.path,
+                    format!("extended attribute {}", String::from_utf8_lossy(name).escape_default()),
+                ));
+            }
+            rfs::fsetxattr(fd, OsStr::from_bytes(name), value, XattrFlags::empty())
+                .map_err(|errno| failed("set extended attribute", errno))?;
+        }
+        Ok(())
+    }
+
+    fn own_by_name(&self, parent: BorrowedFd<'_>, name: &[u8], entry: &Entry) -> Result<(), Problem> {
+        let failed = |doing: &str, errno: Errno| Problem::refused(&entry.path, format!("{doing}: {errno}"));
+        if !entry.xattrs.is_empty() {
+            return Err(Problem::refused(&entry.path, "extended attributes on a link or a fifo"));
+        }
+        let (uid, gid) = (Some(Uid::from_raw(entry.uid)), Some(Gid::from_raw(entry.gid)));
+        rfs::chownat(parent, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)
+            .map_err(|errno| failed("set owner", errno))?;
+        rfs::utimensat(parent, name, &times(entry.mtime), AtFlags::SYMLINK_NOFOLLOW)
+            .map_err(|errno| failed("set times", errno))
+    }
+
+    /// Opens the folders down to `path`, and makes those that have no entry of their own.
+    fn enter(&mut self, path: &[u8], entry: &[u8]) -> Result<(), Problem> {
+        let parts: Vec<&[u8]> = path.split(|b| *b == b'/').filter(|part| !part.is_empty()).collect();
+        let common = self.open.iter().zip(&parts).take_while(|((name, _), part)| name == *part).count();
+        self.open.truncate(common);
+        for part in &parts[common..] {
+            let parent = self.open.last().map_or(self.root.as_fd(), |(_, fd)| fd.as_fd());
+            if part.starts_with(WHITEOUT) {
+                return Err(Problem::refused(entry, "a whiteout in the place of a folder"));
+            }
+            let fd = match open_folder(parent, part) {
+                Err(Errno::NOENT) => rfs::mkdirat(parent, *part, Mode::from_raw_mode(0o755))
+                    .and_then(|()| rfs::chmodat(parent, *part, Mode::from_raw_mode(0o755), AtFlags::empty()))
+                    .and_then(|()| open_folder(parent, part)),
+                other => other,
+            }
+            .map_err(|errno| match errno {
+                Errno::NOTDIR | Errno::LOOP => {
+                    Problem::refused(entry, "it goes through something that is not a directory")
+                }
+                _ => Problem::refused(entry, format!("open folder: {errno}")),
+            })?;
+            self.open.push((part.to_vec(), fd));
+        }
+        Ok(())
+    }
+
+    /// A folder that is there, without a link on the way.
+    fn folder(&self, path: &[u8]) -> Result<OwnedFd, Errno> {
+        let mut fd: Option<OwnedFd> = None;
+        for part in path.split(|b| *b == b'/').filter(|part| !part.is_empty()) {
+            fd = Some(open_folder(fd.as_ref().map_or(self.root.as_fd(), AsFd::as_fd), part)?);
+        }
+        fd.map_or_else(|| rfs::openat(self.root, ".", OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()), Ok)
+    }
+
+    fn finish(self) -> Result<(), Problem> {
+        for (path, mtime) in self.times.iter().rev() {
+            let failed = |errno: Errno| Problem::refused(path, format!("set times: {errno}"));
+            let folder = self.folder(path).map_err(failed)?;
+            rfs::futimens(&folder, &times(*mtime)).map_err(failed)?;
+        }
+        Ok(())
+    }
+}
+
+fn whiteout(parent: BorrowedFd<'_>, name: &[u8], path: &[u8]) -> Result<(), Problem> {
+    let failed = |errno: Errno| match errno {
+        Errno::EXIST => Problem::refused(path, "a whiteout of what the same layer holds"),
+        _ => Problem::refused(path, format!("make whiteout: {errno}")),
+    };
+    if name == OPAQUE {
+        return rfs::fsetxattr(parent, OVERLAY_OPAQUE, b"y", XattrFlags::empty()).map_err(failed);
+    }
+    match &name[WHITEOUT.len()..] {
+        b"" | b"." | b".." => Err(Problem::refused(path, "a whiteout of nothing")),
+        hidden if hidden.starts_with(WHITEOUT) => {
+            Err(Problem::refused(path, "a whiteout of an unknown kind"))
+        }
+        hidden => rfs::mknodat(parent, hidden, FileType::CharacterDevice, Mode::empty(), 0).map_err(failed),
+    }
+}
+
+fn open_folder(parent: BorrowedFd<'_>, name: &[u8]) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rfs::openat(parent, name, flags, Mode::empty())
+}
+
+pub(crate) fn times(mtime: i64) -> Timestamps {
+    let time = Timespec { tv_sec: mtime, tv_nsec: 0 };
+    Timestamps { last_access: time, last_modification: time }
+}

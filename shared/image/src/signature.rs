@@ -1,0 +1,268 @@
+//! Signatures: a DSSE envelope over the image's digest, stored as an OCI artifact that refers to the image.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use ed25519_dalek::pkcs8::{DecodePrivateKey as _, DecodePublicKey as _};
+use ed25519_dalek::{Signature, Signer as _, SigningKey, VerifyingKey};
+use kiln_model::digest::Digest;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::error::Error;
+use crate::index::{Entry, MANIFEST_TYPE, SUBJECT};
+use crate::manifest::{MANIFEST_LIMIT, parse_digest, parse_manifest};
+use crate::store::ImageStore;
+
+const ARTIFACT_TYPE: &str = "application/vnd.kiln.signature.v1";
+const PAYLOAD_TYPE: &str = "application/vnd.kiln.image.v1+json";
+const ENVELOPE_TYPE: &str = "application/vnd.dsse.envelope.v1+json";
+const EMPTY_TYPE: &str = "application/vnd.oci.empty.v1+json";
+const ENVELOPE_LIMIT: u64 = 64 << 10;
+const KEY_LIMIT: u64 = 64 << 10;
+/// Of one image. Whoever can write the store must not be able to make verification long.
+const SIGNATURES_LIMIT: usize = 64;
+
+/// The sha256 of a public key's 32 bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct KeyId(Digest);
+
+impl KeyId {
+    pub fn of(key: &VerifyingKey) -> Self {
+        Self(Digest::of(key.as_bytes()))
+    }
+}
+
+impl fmt::Display for KeyId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.hex())
+    }
+}
+
+/// How far verification goes down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Thoroughness {
+    /// Signature, manifest, configuration; layers by name and size. A layer's content is checked when it is extracted.
+    Manifest,
+    /// Every byte.
+    Blobs,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Envelope {
+    #[serde(rename = "payloadType")]
+    payload_type: String,
+    payload: String,
+    signatures: Vec<EnvelopeSignature>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct EnvelopeSignature {
+    keyid: String,
+    sig: String,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Payload {
+    image: Digest,
+    #[serde(rename = "mediaType")]
+    media_type: String,
+    size: u64,
+}
+
+/// What is signed: type and payload with their lengths, so that neither can be taken for the other.
+fn pre_authentication_encoding(payload: &[u8]) -> Vec<u8> {
+    let mut bytes = format!("DSSEv1 {} {PAYLOAD_TYPE} {} ", PAYLOAD_TYPE.len(), payload.len()).into_bytes();
+    bytes.extend_from_slice(payload);
+    bytes
+}
+
+impl ImageStore {
+    /// Signs an image. Signing it again with the same key changes nothing.
+    ///
+    /// # Errors
+    /// The image is not in the store, or is not well-formed.
+    pub fn sign(&self, digest: &Digest, key: &SigningKey) -> Result<KeyId, Error> {
+        let image = self.image(digest)?;
+        let id = KeyId::of(&key.verifying_key());
+        let payload = json!({"image": digest, "mediaType": MANIFEST_TYPE, "size": image.size}).to_string();
+        let signature = key.sign(&pre_authentication_encoding(payload.as_bytes()));
+        let envelope = json!({
+            "payloadType": PAYLOAD_TYPE,
+            "payload": BASE64.encode(&payload),
+            "signatures": [{"keyid": id.to_string(), "sig": BASE64.encode(signature.to_bytes())}],
+        });
+        let (envelope_digest, envelope_size) = self.put_json(&envelope)?;
+        let (empty_digest, empty_size) = self.put_json(&json!({}))?;
+        let manifest = json!({
+            "schemaVersion": 2,
+            "mediaType": MANIFEST_TYPE,
+            "artifactType": ARTIFACT_TYPE,
+            "config": {"mediaType": EMPTY_TYPE, "digest": empty_digest, "size": empty_size},
+            "layers": [{"mediaType": ENVELOPE_TYPE, "digest": envelope_digest, "size": envelope_size}],
+            "subject": {"mediaType": MANIFEST_TYPE, "digest": digest, "size": image.size},
+        });
+        let (manifest_digest, size) = self.put_json(&manifest)?;
+        let entry = Entry {
+            media_type: MANIFEST_TYPE.to_owned(),
+            digest: manifest_digest,
+            size,
+            artifact_type: Some(ARTIFACT_TYPE.to_owned()),
+            annotations: BTreeMap::from([(SUBJECT.to_owned(), digest.to_string())]),
+        };
+        self.change_index(|entries| {
+            if !entries.iter().any(|e| e.digest == manifest_digest) {
+                entries.push(entry);
+            }
+        })?;
+        Ok(id)
+    }
+
+    /// Checks that a trusted key signed the image, and that the image is what was signed.
+    ///
+    /// # Errors
+    /// Everything but a good signature of a well-formed image.
+    pub fn verify(
+        &self,
+        digest: &Digest,
+        trusted: &[VerifyingKey],
+        thoroughness: Thoroughness,
+    ) -> Result<KeyId, Error> {
+        let image = self.image(digest)?;
+        let wanted = Payload { image: *digest, media_type: MANIFEST_TYPE.to_owned(), size: image.size };
+        let mut problem = None;
+        let mut signer = None;
+        for signature in self.signatures_of(digest)?.into_iter().take(SIGNATURES_LIMIT) {
+            match self.check_signature(&signature, &wanted, trusted) {
+                Ok(id) => {
+                    signer = Some(id);
+                    break;
+                }
+                Err(why) => problem = Some(why),
+            }
+        }
+        let Some(signer) = signer else {
+            return Err(match problem {
+                None => Error::Unsigned(*digest),
+                Some(why) => Error::Untrusted { image: *digest, why },
+            });
+        };
+        if thoroughness == Thoroughness::Blobs {
+            for layer in &image.layers {
+                self.rehash(&layer.diff_id)?;
+            }
+        }
+        Ok(signer)
+    }
+
+    pub(crate) fn signatures_of(&self, digest: &Digest) -> Result<Vec<Digest>, Error> {
+        let subject = digest.to_string();
+        let index = self.index()?;
+        Ok(index
+            .manifests
+            .iter()
+            .filter(|e| e.artifact_type.as_deref() == Some(ARTIFACT_TYPE))
+            .filter(|e| e.annotations.get(SUBJECT) == Some(&subject))
+            .map(|e| e.digest)
+            .collect())
+    }
+
+    /// The digests of what a signature is made of, to remove it by.
+    pub(crate) fn signature_blobs(&self, manifest: &Digest) -> Result<Vec<Digest>, Error> {
+        let parsed = parse_manifest(manifest, &self.small_blob(manifest, MANIFEST_LIMIT)?)?;
+        let mut blobs = vec![*manifest];
+        for layer in parsed.layers() {
+            blobs.push(parse_digest(layer.digest().as_ref())?);
+        }
+        Ok(blobs)
+    }
+
+    fn check_signature(
+        &self,
+        manifest: &Digest,
+        wanted: &Payload,
+        trusted: &[VerifyingKey],
+    ) -> Result<KeyId, String> {
+        let content = self.small_blob(manifest, MANIFEST_LIMIT).map_err(|e| e.to_string())?;
+        let parsed = parse_manifest(manifest, &content).map_err(|e| e.to_string())?;
+        let subject = parsed.subject().as_ref().map(|s| s.digest().to_string());
+        if subject != Some(wanted.image.to_string()) {
+            return Err(format!("signature {manifest} is about another image"));
+        }
+        let [layer] = parsed.layers().as_slice() else {
+            return Err(format!("signature {manifest} does not hold exactly one envelope"));
+        };
+        let envelope = parse_digest(layer.digest().as_ref()).map_err(|e| e.to_string())?;
+        let content = self.small_blob(&envelope, ENVELOPE_LIMIT).map_err(|e| e.to_string())?;
+        check_envelope(&content, wanted, trusted)
+    }
+}
+
+fn check_envelope(content: &[u8], wanted: &Payload, trusted: &[VerifyingKey]) -> Result<KeyId, String> {
+    let envelope: Envelope = serde_json::from_slice(content).map_err(|e| format!("envelope: {e}"))?;
+    if envelope.payload_type != PAYLOAD_TYPE {
+        return Err(format!("the envelope's payload type is not {PAYLOAD_TYPE}"));
+    }
+    let payload = BASE64.decode(&envelope.payload).map_err(|e| format!("payload: {e}"))?;
+    let signed = pre_authentication_encoding(&payload);
+    // The signature goes first: nothing in the payload is looked at before it is known who wrote it.
+    let signer = envelope
+        .signatures
+        .iter()
+        .take(SIGNATURES_LIMIT)
+        .find_map(|signature| {
+            let bytes = BASE64.decode(&signature.sig).ok()?;
+            let parsed = Signature::from_slice(&bytes).ok()?;
+            trusted.iter().find(|key| key.verify_strict(&signed, &parsed).is_ok())
+        })
+        .ok_or_else(|| {
+            let keys: Vec<_> = envelope
+                .signatures
+                .iter()
+                .take(4)
+                .map(|s| s.keyid.chars().take(64).collect::<String>())
+                .collect();
+            format!("signed by {}", keys.join(", "))
+        })?;
+    let payload: Payload = serde_json::from_slice(&payload).map_err(|e| format!("payload: {e}"))?;
+    if payload != *wanted {
+        return Err("a good signature, but of another image".to_owned());
+    }
+    Ok(KeyId::of(signer))
+}
+
+fn read_key(path: &Path) -> Result<String, Error> {
+    let mut text = String::new();
+    File::open(path)
+        .and_then(|file| file.take(KEY_LIMIT).read_to_string(&mut text))
+        .map_err(Error::io("read key", path))?;
+    Ok(text)
+}
+
+/// Reads a private key: ed25519, PKCS#8, PEM.
+///
+/// # Errors
+/// It can't be read, or is no such key.
+pub fn read_signing_key(path: &Path) -> Result<SigningKey, Error> {
+    SigningKey::from_pkcs8_pem(&read_key(path)?).map_err(|e| Error::Key {
+        path: path.to_owned(),
+        why: format!("not an ed25519 private key in PKCS#8 PEM: {e}"),
+    })
+}
+
+/// Reads a public key: ed25519, SubjectPublicKeyInfo, PEM.
+///
+/// # Errors
+/// It can't be read, or is no such key.
+pub fn read_trusted_key(path: &Path) -> Result<VerifyingKey, Error> {
+    VerifyingKey::from_public_key_pem(&read_key(path)?).map_err(|e| Error::Key {
+        path: path.to_owned(),
+        why: format!("not an ed25519 public key in PEM: {e}"),
+    })
+}
