@@ -2,13 +2,15 @@
 //!
 //! State is the truth and events are hints: a lost event costs time, never correctness.
 
+mod delivery;
 mod headers;
 mod memory;
 mod nats;
+mod subjects;
 
 pub use headers::{decode, headers};
-pub use memory::MemoryBus;
-pub use nats::{NatsBus, NatsOptions};
+pub use memory::{DeadLetter, MemoryBus};
+pub use nats::{Follow, NatsBus, NatsOptions, NewKey, User, new_key, users_section};
 
 use std::time::Duration;
 

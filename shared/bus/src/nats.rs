@@ -1,0 +1,277 @@
+//! The bus on NATS JetStream.
+
+mod consumer;
+mod follow;
+mod streams;
+mod users;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_nats::connection::State;
+use async_nats::jetstream::{self, Context};
+use async_nats::{Client, ConnectOptions, HeaderMap};
+use async_trait::async_trait;
+use kiln_model::event::Event;
+use kiln_model::name::SiteName;
+use tokio::sync::watch;
+
+use crate::delivery::Target;
+use crate::headers::headers;
+use crate::subjects::{Stream, filters, report_filter};
+use crate::{Bus, Error, Handler, Interest, PUBLISH_TIMEOUT, ReportHandler};
+
+pub use follow::Follow;
+pub use users::{NewKey, User, new_key, users_section};
+
+/// Older ones forget settings that they do not know, without a word.
+const OLDEST: (u64, u64) = (2, 10);
+/// Bound on one question to the broker.
+const ASK: Duration = Duration::from_secs(5);
+/// How long `connect` waits for a broker before it goes on without.
+const FIRST_CONNECT: Duration = Duration::from_secs(2);
+
+#[derive(Debug, Clone)]
+pub struct NatsOptions {
+    /// `nats://127.0.0.1:4222`
+    pub url: String,
+    pub site: SiteName,
+    /// Whom the broker is told that this is; also the prefix of the inboxes.
+    pub user: User,
+    /// The user's nkey seed; none where the broker asks nobody who they are.
+    pub seed: Option<String>,
+}
+
+/// Cheap to clone; every clone is the same connection.
+#[derive(Debug, Clone)]
+pub struct NatsBus {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    site: SiteName,
+    url: String,
+    client: Client,
+    context: Context,
+    /// The broker's version was looked at.
+    suitable: AtomicBool,
+    signs: Arc<Signs>,
+}
+
+/// What the connection tells by itself.
+#[derive(Debug)]
+struct Signs {
+    /// Counts connections: whatever waits at the broker must be asked for anew after each.
+    connected: watch::Sender<u64>,
+    /// The last thing that the broker refused. It answers a forbidden publish with silence, and says so only here.
+    refusal: Mutex<Option<String>>,
+}
+
+impl Signs {
+    fn note(&self, event: async_nats::Event, url: &str) {
+        use async_nats::Event as E;
+        match event {
+            E::Connected => {
+                tracing::info!(%url, "connected to the broker");
+                self.connected.send_modify(|count| *count = count.wrapping_add(1));
+            }
+            E::Disconnected => tracing::warn!(%url, "the broker is away, trying again"),
+            E::ServerError(error) => self.refused(error.to_string(), url),
+            E::ClientError(error) => self.refused(error.to_string(), url),
+            other => tracing::info!(%url, "broker: {other}"),
+        }
+    }
+
+    fn refused(&self, reason: String, url: &str) {
+        tracing::warn!(%url, %reason, "the broker refused something");
+        *self.refusal.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
+    }
+
+    fn take_refusal(&self) -> Option<String> {
+        self.refusal.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+impl NatsBus {
+    /// Connects, and goes on connecting for ever: a broker that is away is no error here.
+    ///
+    /// # Errors
+    /// [`Error::Unsuitable`] for a broker that is too old, or a seed that is none.
+    pub async fn connect(options: NatsOptions) -> Result<Self, Error> {
+        let NatsOptions { url, site, user, seed } = options;
+        let unsuitable = |reason: String| Error::Unsuitable { place: url.clone(), reason };
+        let (connected, mut connections) = watch::channel(0);
+        let signs = Arc::new(Signs { connected, refusal: Mutex::default() });
+        let mut connect = ConnectOptions::new()
+            .name(format!("kiln-{user}"))
+            .custom_inbox_prefix(user.inbox())
+            .retry_on_initial_connect()
+            .max_reconnects(None)
+            // Half a second at most: after a restart of the broker events flow again at once.
+            .reconnect_delay_callback(|attempts| Duration::from_millis(50 * (attempts as u64).min(10)))
+            .connection_timeout(ASK)
+            .ping_interval(Duration::from_secs(10))
+            .request_timeout(Some(ASK))
+            .event_callback({
+                let (signs, url) = (signs.clone(), url.clone());
+                move |event| {
+                    signs.note(event, &url);
+                    std::future::ready(())
+                }
+            });
+        if let Some(seed) = seed {
+            // Looked at here, since the client would try for ever with a wrong one.
+            nkeys::KeyPair::from_seed(seed.trim())
+                .map_err(|error| unsuitable(format!("the seed of user {user} is none: {error}")))?;
+            connect = connect.nkey(seed.trim().to_owned());
+        }
+        let client = connect.connect(url.as_str()).await.map_err(|error| unsuitable(error.to_string()))?;
+        let mut context = jetstream::new(client.clone());
+        context.set_timeout(ASK);
+        let bus = Self {
+            inner: Arc::new(Inner { site, url, client, context, suitable: AtomicBool::new(false), signs }),
+        };
+        // Either it is there now, which is the rule, or the first use finds out.
+        let _ = tokio::time::timeout(FIRST_CONNECT, connections.wait_for(|count| *count > 0)).await;
+        bus.check_version()?;
+        Ok(bus)
+    }
+
+    /// Makes the three streams of the site, or brings them to the wanted settings. Only the admin may.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] where the broker is away or refuses, [`Error::Unsuitable`] where it is too old or made
+    /// something else.
+    pub async fn ensure_streams(options: NatsOptions) -> Result<(), Error> {
+        let bus = Self::connect(options).await?;
+        for stream in Stream::ALL {
+            streams::ensure(&bus, stream).await?;
+        }
+        Ok(())
+    }
+
+    /// Publishes a report on `kiln.in.v1.<site>.<tail>`, as other systems do.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] where the broker did not store it.
+    pub async fn report(
+        &self,
+        tail: &str,
+        id: &str,
+        payload: Vec<u8>,
+        traceparent: &str,
+    ) -> Result<(), Error> {
+        let mut headers = HeaderMap::new();
+        headers.insert(crate::headers::ID, id);
+        headers.insert(crate::headers::MESSAGE_ID, id);
+        if !traceparent.is_empty() {
+            headers.insert(crate::headers::TRACEPARENT, traceparent);
+        }
+        let prefix = report_filter(&self.inner.site);
+        self.store(format!("{}{tail}", prefix.trim_end_matches('>')), headers, payload).await
+    }
+
+    /// Events of the site from now on, as the broker gets them; what is missed while it is away is not made up for.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] where the subscription fails.
+    pub async fn follow(&self) -> Result<Follow, Error> {
+        Follow::open(self).await
+    }
+
+    /// True while the connection stands.
+    pub fn connected(&self) -> bool {
+        self.inner.client.connection_state() == State::Connected
+    }
+
+    /// Whether the broker has taken everything that was sent; for a clean end of a short-lived program.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] where it did not in time.
+    pub async fn flush(&self) -> Result<(), Error> {
+        let flushed = tokio::time::timeout(ASK, self.inner.client.flush()).await;
+        match flushed {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(self.unavailable("flush", &error)),
+            Err(_) => Err(self.unavailable("flush", &"no answer in time")),
+        }
+    }
+
+    fn unavailable(&self, what: &'static str, reason: &dyn std::fmt::Display) -> Error {
+        let refusal = self.inner.signs.take_refusal();
+        let away = if self.connected() { "" } else { "; the broker is away" };
+        let reason = match refusal {
+            Some(refusal) => format!("{reason}{away}; the broker said: {refusal}"),
+            None => format!("{reason}{away}"),
+        };
+        Error::Unavailable { what, place: self.inner.url.clone(), reason }
+    }
+
+    /// Ok also while nothing is known of the broker.
+    fn check_version(&self) -> Result<(), Error> {
+        if self.inner.suitable.load(Ordering::Relaxed) || !self.connected() {
+            return Ok(());
+        }
+        let version = self.inner.client.server_info().version;
+        let mut parts = version.split('.').map(str::parse::<u64>);
+        match (parts.next(), parts.next()) {
+            (Some(Ok(major)), Some(Ok(minor))) if (major, minor) >= OLDEST => {
+                self.inner.suitable.store(true, Ordering::Relaxed);
+                Ok(())
+            }
+            _ => Err(Error::Unsuitable {
+                place: self.inner.url.clone(),
+                reason: format!(
+                    "nats-server is {version}, at least {}.{} is needed: install a newer one",
+                    OLDEST.0, OLDEST.1
+                ),
+            }),
+        }
+    }
+
+    /// Returns once the stream has it on disk.
+    async fn store(&self, subject: String, headers: HeaderMap, payload: Vec<u8>) -> Result<(), Error> {
+        self.check_version()?;
+        let stored = async {
+            let sent = self.inner.context.publish_with_headers(subject, headers, payload.into()).await?;
+            // Sent is not stored.
+            sent.await
+        };
+        match tokio::time::timeout(PUBLISH_TIMEOUT, stored).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) => Err(self.unavailable("publish", &error)),
+            Err(_) => Err(self.unavailable("publish", &"no acknowledgement in time")),
+        }
+    }
+}
+
+#[async_trait]
+impl Bus for NatsBus {
+    async fn publish(&self, event: &Event) -> Result<(), Error> {
+        let subject = event.event.kind.subject(&self.inner.site, event.event.server.as_ref());
+        self.store(subject, headers(&self.inner.site, event), event.event.payload.clone()).await
+    }
+
+    async fn consume(
+        &self,
+        durable: &str,
+        interests: &[Interest],
+        handler: Arc<dyn Handler>,
+        stop: watch::Receiver<bool>,
+    ) -> Result<(), Error> {
+        let filters = filters(&self.inner.site, interests);
+        consumer::run(self, Stream::Events, durable, filters, Target::Events(handler), stop).await
+    }
+
+    async fn consume_reports(
+        &self,
+        durable: &str,
+        handler: Arc<dyn ReportHandler>,
+        stop: watch::Receiver<bool>,
+    ) -> Result<(), Error> {
+        let filters = vec![report_filter(&self.inner.site)];
+        consumer::run(self, Stream::Reports, durable, filters, Target::Reports(handler), stop).await
+    }
+}

@@ -1,0 +1,250 @@
+//! One durable pull consumer.
+//!
+//! Messages are asked for one at a time: what waits in a client's buffer behind a paused one would run into its
+//! acknowledgement deadline and be counted as an attempt that nobody made.
+
+use std::time::Duration;
+
+use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, PullConsumer, ReplayPolicy, pull::Config};
+use async_nats::jetstream::{AckKind, Message as Delivered};
+use futures::StreamExt as _;
+use tokio::sync::watch;
+
+use super::{NatsBus, streams};
+use crate::Error;
+use crate::delivery::{Backoff, Message, Target, Verdict, stopped};
+use crate::headers::MESSAGE_ID;
+use crate::subjects::{Stream, dead_letter};
+use async_nats::HeaderMap;
+
+/// A message whose handler died comes again after this time. A living one says every third of it that it is at work.
+const ACK_WAIT: Duration = Duration::from_secs(30);
+const MAX_ACK_PENDING: i64 = 256;
+/// A request for the next message waits this long at the broker.
+const POLL: Duration = Duration::from_secs(30);
+/// A message that failed comes again after this time, so that its attempts are not used up within a moment.
+const RETRY: Duration = Duration::from_secs(1);
+
+fn wanted(durable: &str, filters: Vec<String>) -> Config {
+    Config {
+        durable_name: Some(durable.to_owned()),
+        deliver_policy: DeliverPolicy::All,
+        ack_policy: AckPolicy::Explicit,
+        ack_wait: ACK_WAIT,
+        // Unlimited: its end would be an advisory and nothing more. The attempts are counted here.
+        max_deliver: -1,
+        filter_subjects: filters,
+        replay_policy: ReplayPolicy::Instant,
+        max_ack_pending: MAX_ACK_PENDING,
+        ..Config::default()
+    }
+}
+
+fn compare(wanted: &Config, found: &Config) -> Result<(), String> {
+    let filters = |config: &Config| {
+        let mut filters = config.filter_subjects.clone();
+        if !config.filter_subject.is_empty() {
+            filters.push(config.filter_subject.clone());
+        }
+        filters.sort();
+        filters
+    };
+    let differs = [
+        ("filter_subjects", filters(wanted) != filters(found)),
+        ("ack_policy", wanted.ack_policy != found.ack_policy),
+        ("ack_wait", wanted.ack_wait != found.ack_wait),
+        ("max_deliver", wanted.max_deliver != found.max_deliver),
+        ("max_ack_pending", wanted.max_ack_pending != found.max_ack_pending),
+    ];
+    let names: Vec<_> = differs.into_iter().filter(|(_, differs)| *differs).map(|(name, _)| name).collect();
+    if names.is_empty() { Ok(()) } else { Err(names.join(", ")) }
+}
+
+async fn bind(
+    bus: &NatsBus,
+    stream: Stream,
+    durable: &str,
+    filters: &[String],
+) -> Result<PullConsumer, Error> {
+    bus.check_version()?;
+    let stream = streams::bind(bus, stream).await?;
+    let wanted = wanted(durable, filters.to_vec());
+    let made = stream.create_consumer(wanted.clone()).await;
+    let consumer: PullConsumer = made.map_err(|error| bus.unavailable("make a consumer", &error))?;
+    let found = &consumer.cached_info().config;
+    let found = Config {
+        filter_subject: found.filter_subject.clone(),
+        filter_subjects: found.filter_subjects.clone(),
+        ack_policy: found.ack_policy,
+        ack_wait: found.ack_wait,
+        max_deliver: found.max_deliver,
+        max_ack_pending: found.max_ack_pending,
+        ..Config::default()
+    };
+    compare(&wanted, &found).map_err(|names| Error::Unsuitable {
+        place: bus.inner.url.clone(),
+        reason: format!(
+            "consumer {durable} has other settings than asked for: {names}; delete it, it is made anew"
+        ),
+    })?;
+    Ok(consumer)
+}
+
+/// Until told to stop. What the broker can't do now is tried again; only an unsuitable one ends it.
+pub(super) async fn run(
+    bus: &NatsBus,
+    stream: Stream,
+    durable: &str,
+    filters: Vec<String>,
+    target: Target,
+    stop: watch::Receiver<bool>,
+) -> Result<(), Error> {
+    let mut connected = bus.inner.signs.connected.subscribe();
+    let mut consumer = Consumer { bus, stream, durable, target, stop, backoff: Backoff::default() };
+    while !*consumer.stop.borrow() {
+        connected.mark_unchanged();
+        // A wait for a broker that is away is cut short by the stop.
+        let bound = tokio::select! {
+            () = stopped(&mut consumer.stop) => return Ok(()),
+            bound = bind(bus, stream, durable, &filters) => bound,
+        };
+        let interruption = match bound {
+            Ok(pull) => consumer.drain(&pull, &mut connected).await,
+            Err(error @ Error::Unsuitable { .. }) => return Err(error),
+            Err(error) => Some(error.to_string()),
+        };
+        if let Some(reason) = interruption {
+            tracing::warn!(durable, reason, "can't consume now, trying again");
+            consumer.pause().await;
+        }
+    }
+    Ok(())
+}
+
+struct Consumer<'a> {
+    bus: &'a NatsBus,
+    stream: Stream,
+    durable: &'a str,
+    target: Target,
+    stop: watch::Receiver<bool>,
+    backoff: Backoff,
+}
+
+impl Consumer<'_> {
+    /// False where the service was told to stop.
+    async fn pause(&mut self) -> bool {
+        tokio::select! {
+            () = stopped(&mut self.stop) => false,
+            () = tokio::time::sleep(self.backoff.next()) => true,
+        }
+    }
+
+    /// Handles what comes until it is interrupted, and says by what; None where the broker was reconnected, or the
+    /// service is to stop.
+    async fn drain(&mut self, pull: &PullConsumer, connected: &mut watch::Receiver<u64>) -> Option<String> {
+        while !*self.stop.borrow() {
+            let mut request = match pull.batch().max_messages(1).expires(POLL).messages().await {
+                Ok(request) => request,
+                Err(error) => return Some(error.to_string()),
+            };
+            let message = tokio::select! {
+                biased;
+                message = request.next() => message,
+                () = stopped(&mut self.stop) => return None,
+                // The broker forgot the request with the old connection.
+                _ = connected.changed() => return None,
+            };
+            match message {
+                Some(Ok(message)) => {
+                    if let Err(error) = self.settle(&message).await {
+                        return Some(error);
+                    }
+                }
+                Some(Err(error)) => return Some(error.to_string()),
+                // Nothing came in time.
+                None => {}
+            }
+        }
+        None
+    }
+
+    /// Handles one message to its end: a handler that began is not cut short by the stop.
+    async fn settle(&mut self, message: &Delivered) -> Result<(), String> {
+        let (sequence, attempt) = {
+            let info = message.info().map_err(|error| error.to_string())?;
+            (info.stream_sequence, u64::try_from(info.delivered).unwrap_or(1))
+        };
+        let key = format!("{}:{sequence}", self.stream.name(&self.bus.inner.site));
+        let empty = HeaderMap::new();
+        let parts = Message {
+            subject: message.subject.as_str(),
+            headers: message.headers.as_ref().unwrap_or(&empty),
+            payload: &message.payload,
+            key: &key,
+            attempt,
+        };
+        loop {
+            match at_work(message, self.target.deliver(&parts)).await {
+                Verdict::Acknowledge => {
+                    self.backoff.reset();
+                    return acknowledge(message, AckKind::Ack).await;
+                }
+                Verdict::Retry(reason) => {
+                    tracing::warn!(subject = parts.subject, attempt, reason, "an event could not be handled");
+                    return acknowledge(message, AckKind::Nak(Some(RETRY))).await;
+                }
+                // Held, not given back: the broker counts every delivery.
+                Verdict::Pause(reason) => {
+                    tracing::info!(subject = parts.subject, reason, "consuming is paused");
+                    if !at_work(message, self.pause()).await {
+                        return Ok(());
+                    }
+                }
+                Verdict::DeadLetter(reason) => match self.bury(&parts, &reason).await {
+                    Ok(()) => return acknowledge(message, AckKind::Ack).await,
+                    Err(error) => return Err(error.to_string()),
+                },
+            }
+        }
+    }
+
+    async fn bury(&self, message: &Message<'_>, reason: &str) -> Result<(), Error> {
+        tracing::error!(
+            subject = message.subject,
+            key = message.key,
+            reason,
+            "an event goes to the dead letters"
+        );
+        let mut headers = message.headers.clone();
+        // Stream and sequence: whichever consumers fail on it, it lies there once.
+        headers.insert(MESSAGE_ID, message.key);
+        headers.insert("kiln-dead-subject", message.subject);
+        headers.insert("kiln-dead-consumer", self.durable);
+        headers.insert("kiln-dead-attempts", message.attempt.to_string());
+        // A header ends at its line's end.
+        headers.insert("kiln-dead-reason", reason.replace(['\r', '\n'], " "));
+        let subject = dead_letter(&self.bus.inner.site, self.durable, message.subject);
+        self.bus.store(subject, headers, message.payload.to_vec()).await
+    }
+}
+
+async fn acknowledge(message: &Delivered, kind: AckKind) -> Result<(), String> {
+    message.ack_with(kind).await.map_err(|error| format!("acknowledging failed: {error}"))
+}
+
+/// Tells the broker that the message is being worked on for as long as that takes.
+async fn at_work<T>(message: &Delivered, work: impl Future<Output = T>) -> T {
+    tokio::pin!(work);
+    let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + ACK_WAIT / 3, ACK_WAIT / 3);
+    loop {
+        tokio::select! {
+            biased;
+            done = &mut work => return done,
+            _ = ticks.tick() => {
+                if let Err(error) = message.ack_with(AckKind::Progress).await {
+                    tracing::debug!(%error, "could not tell the broker of progress");
+                }
+            }
+        }
+    }
+}
