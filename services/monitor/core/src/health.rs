@@ -1,0 +1,266 @@
+//! The health of one instance, with hysteresis: a single answer never flips it.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use kiln_model::run::HealthPolicy;
+use kiln_model::signal::HealthState;
+use kiln_model::time::Now;
+
+/// How often an instance that declares no check is taken for running.
+pub const ENGINE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// No interval is shorter, whatever a release says.
+const SHORTEST: Duration = Duration::from_millis(10);
+
+/// What of a health policy the state machine needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Terms {
+    pub interval: Duration,
+    pub timeout: Duration,
+    pub healthy: u32,
+    pub unhealthy: u32,
+    pub start: Duration,
+}
+
+impl Terms {
+    /// Without a policy an instance is healthy while the engine says that it runs.
+    pub fn of(policy: Option<&HealthPolicy>) -> Self {
+        policy.map_or(
+            Self {
+                interval: ENGINE_INTERVAL,
+                timeout: ENGINE_INTERVAL,
+                healthy: 1,
+                unhealthy: 1,
+                start: Duration::ZERO,
+            },
+            |policy| Self {
+                interval: policy.interval.as_duration().max(SHORTEST),
+                timeout: policy.timeout.as_duration(),
+                healthy: policy.healthy.max(1),
+                unhealthy: policy.unhealthy.max(1),
+                start: policy.start.as_duration(),
+            },
+        )
+    }
+}
+
+/// One thing that was learned of an instance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fact {
+    /// A check passed.
+    Passed,
+    /// A check failed. A check that could not be asked is no fact.
+    Failed,
+    /// The engine says that it does not run. It is never started again.
+    Gone,
+}
+
+/// A fact that can't follow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Illegal {
+    /// An answer that was under way when the instance ended.
+    #[error("an instance that is gone has no health that could change")]
+    AfterGone,
+}
+
+/// What the answers so far make of an instance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Track {
+    state: HealthState,
+    passes: u32,
+    failures: u32,
+    passed_once: bool,
+    /// Monotonic. Until then, failures of an instance that was never healthy do not count.
+    shielded_until: Duration,
+}
+
+impl Track {
+    /// An instance that was launched at `launched`, as the deployer's clock says.
+    pub fn new(terms: &Terms, launched: Timestamp, now: Now) -> Self {
+        // A clock that was moved can't stretch the shield: it lasts at most `start` from now.
+        let age = Duration::try_from(now.wall.duration_since(launched)).unwrap_or(Duration::ZERO);
+        Self {
+            state: HealthState::Starting,
+            passes: 0,
+            failures: 0,
+            passed_once: false,
+            shielded_until: now.monotonic + terms.start.saturating_sub(age),
+        }
+    }
+
+    /// One whose state was kept over a restart. The answers before it are forgotten: only new ones change the state.
+    pub fn resume(state: HealthState, terms: &Terms, launched: Timestamp, now: Now) -> Self {
+        let passed_once = matches!(state, HealthState::Healthy | HealthState::Unhealthy);
+        Self { state, passed_once, ..Self::new(terms, launched, now) }
+    }
+
+    pub const fn state(&self) -> HealthState {
+        self.state
+    }
+
+    /// Answers in a row that failed and counted.
+    pub const fn failures(&self) -> u32 {
+        self.failures
+    }
+
+    /// It has never answered, and may still take its time.
+    pub fn awaits_first_pass(&self, now: Duration) -> bool {
+        self.state == HealthState::Starting && !self.passed_once && now < self.shielded_until
+    }
+
+    /// # Errors
+    /// [`Illegal::AfterGone`] for an answer of an instance that is gone.
+    pub fn next(self, fact: Fact, terms: &Terms, now: Duration) -> Result<Self, Illegal> {
+        match (self.state, fact) {
+            (HealthState::Gone, Fact::Gone) => Ok(self),
+            (HealthState::Gone, _) => Err(Illegal::AfterGone),
+            (_, Fact::Gone) => Ok(Self { state: HealthState::Gone, passes: 0, failures: 0, ..self }),
+            (_, Fact::Passed) => {
+                let passes = self.passes.saturating_add(1);
+                let state = if passes >= terms.healthy { HealthState::Healthy } else { self.state };
+                Ok(Self { state, passes, failures: 0, passed_once: true, ..self })
+            }
+            (HealthState::Starting, Fact::Failed) if now < self.shielded_until => {
+                Ok(Self { passes: 0, ..self })
+            }
+            (_, Fact::Failed) => {
+                let failures = self.failures.saturating_add(1);
+                let state = if failures >= terms.unhealthy { HealthState::Unhealthy } else { self.state };
+                Ok(Self { state, passes: 0, failures, ..self })
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const START: Duration = Duration::from_secs(30);
+
+    fn terms(healthy: u32, unhealthy: u32, start: Duration) -> Terms {
+        Terms { interval: Duration::from_secs(2), timeout: Duration::from_secs(1), healthy, unhealthy, start }
+    }
+
+    fn at(monotonic: Duration) -> Now {
+        Now { wall: Timestamp::UNIX_EPOCH + monotonic, monotonic }
+    }
+
+    /// Feeds answers a second apart: `+` passed, `-` failed, `x` gone; gives the states after each.
+    fn story(terms: &Terms, answers: &str) -> String {
+        let mut track = Track::new(terms, Timestamp::UNIX_EPOCH, at(Duration::ZERO));
+        let mut states = String::new();
+        for (second, answer) in (1..).zip(answers.chars()) {
+            let fact = match answer {
+                '+' => Fact::Passed,
+                '-' => Fact::Failed,
+                _ => Fact::Gone,
+            };
+            if let Ok(next) = track.next(fact, terms, Duration::from_secs(second)) {
+                track = next;
+            }
+            states.push(match track.state() {
+                HealthState::Starting => 's',
+                HealthState::Healthy => 'h',
+                HealthState::Unhealthy => 'u',
+                HealthState::Gone => 'x',
+            });
+        }
+        states
+    }
+
+    #[test]
+    fn one_answer_never_flips_it() {
+        let none = terms(2, 3, Duration::ZERO);
+        let ten = terms(2, 3, Duration::from_secs(10));
+        for (terms, answers, states) in [
+            (none, "++", "sh"),
+            (none, "+-++", "sssh"),
+            (none, "---", "ssu"),
+            (none, "++--+---", "shhhhhhu"),
+            (none, "---+-++", "ssuuuuh"),
+            // Nine failures within the start do not count, nor do they later.
+            (ten, "------------", "sssssssssssu"),
+            // A pass within the start counts.
+            (ten, "-++", "ssh"),
+            // Once healthy, the start no longer shields.
+            (ten, "++---", "shhhu"),
+            // Gone is final, whatever was under way.
+            (none, "++x++", "shxxx"),
+            (none, "x---", "xxxx"),
+        ] {
+            assert_eq!(story(&terms, answers), states, "{answers}");
+        }
+    }
+
+    #[test]
+    fn the_start_counts_from_the_launch_and_never_lasts_longer() {
+        let terms = terms(1, 1, START);
+        let now = Now { wall: Timestamp::UNIX_EPOCH + Duration::from_secs(1000), monotonic: START };
+        let awaits = |launched: i64, seconds: u64| {
+            let launched = Timestamp::from_second(launched).unwrap();
+            Track::new(&terms, launched, now).awaits_first_pass(START + Duration::from_secs(seconds))
+        };
+        assert!(awaits(1000, 29) && !awaits(1000, 30));
+        assert!(awaits(990, 19) && !awaits(990, 20));
+        assert!(!awaits(0, 0));
+        // Launched in the future, by a clock that was set back since.
+        assert!(awaits(5000, 29) && !awaits(5000, 30));
+    }
+
+    #[test]
+    fn a_restart_keeps_the_state_and_forgets_the_answers() {
+        let terms = terms(2, 2, START);
+        let now = at(Duration::ZERO);
+        let resumed = Track::resume(HealthState::Healthy, &terms, now.wall, now);
+        assert!(!resumed.awaits_first_pass(now.monotonic));
+        let once = resumed.next(Fact::Failed, &terms, now.monotonic).unwrap();
+        assert_eq!(once.state(), HealthState::Healthy);
+        let twice = once.next(Fact::Failed, &terms, now.monotonic).unwrap();
+        assert_eq!(twice.state(), HealthState::Unhealthy);
+        let gone = Track::resume(HealthState::Gone, &terms, now.wall, now);
+        assert_eq!(gone.next(Fact::Passed, &terms, now.monotonic), Err(Illegal::AfterGone));
+    }
+
+    proptest! {
+        /// Against the words of the definition: healthy after n passes in a row, unhealthy after n failures in a row
+        /// that counted, and nothing else changes it.
+        #[test]
+        fn a_state_changes_only_by_the_last_answers(
+            healthy in 1_u32..4,
+            unhealthy in 1_u32..4,
+            start in 0_u64..12,
+            answers in proptest::collection::vec(any::<bool>(), 0..40),
+        ) {
+            let terms = terms(healthy, unhealthy, Duration::from_secs(start));
+            let mut track = Track::new(&terms, Timestamp::UNIX_EPOCH, at(Duration::ZERO));
+            let mut expected = HealthState::Starting;
+            let mut counted: Vec<bool> = Vec::new();
+            for (second, passed) in (1..).zip(answers) {
+                let now = Duration::from_secs(second);
+                let shielded = expected == HealthState::Starting && second < start;
+                let fact = if passed { Fact::Passed } else { Fact::Failed };
+                if passed || !shielded {
+                    counted.push(passed);
+                } else {
+                    // It interrupts a row of passes all the same.
+                    counted.clear();
+                }
+                let row = |wanted: bool, n: u32| {
+                    counted.len() >= n as usize && counted.iter().rev().take(n as usize).all(|p| *p == wanted)
+                };
+                if row(true, healthy) {
+                    expected = HealthState::Healthy;
+                } else if row(false, unhealthy) {
+                    expected = HealthState::Unhealthy;
+                }
+                track = track.next(fact, &terms, now).unwrap();
+                prop_assert_eq!(track.state(), expected);
+            }
+        }
+    }
+}

@@ -1,0 +1,52 @@
+//! An archive's release file: which one it is, and since when.
+
+use jiff::Timestamp;
+use jiff::fmt::rfc2822;
+use kiln_model::digest::Digest;
+
+/// A release file of an archive as it was seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReleaseFile {
+    pub digest: Digest,
+    /// When the archive made it, as it says itself.
+    pub date: Option<Timestamp>,
+}
+
+/// The fields come first; the checksums after them are long.
+const FIELDS: usize = 16 * 1024;
+
+impl ReleaseFile {
+    pub fn of(content: &[u8]) -> Self {
+        Self { digest: Digest::of(content), date: date(content) }
+    }
+}
+
+fn date(content: &[u8]) -> Option<Timestamp> {
+    let fields = String::from_utf8_lossy(&content[..content.len().min(FIELDS)]);
+    let text = fields.lines().find_map(|line| line.strip_prefix("Date:"))?.trim();
+    // RFC 2822 knows `GMT` and `UT`, and archives write `UTC`.
+    let text = text.strip_suffix("UTC").map_or_else(|| text.to_owned(), |rest| format!("{rest}+0000"));
+    rfc2822::parse(&text).ok().map(|date| date.timestamp())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_date_is_the_archives_own() {
+        let wanted = "2026-06-10T10:00:01Z".parse::<Timestamp>().ok();
+        for text in [
+            "Origin: Debian\nDate: Wed, 10 Jun 2026 10:00:01 UTC\nSHA256:\n",
+            "-----BEGIN PGP SIGNED MESSAGE-----\nHash: SHA256\n\nOrigin: x\nDate: Wed, 10 Jun 2026 10:00:01 +0000\n",
+            "Date: Wed, 10 Jun 2026 12:00:01 +0200\n",
+        ] {
+            assert_eq!(ReleaseFile::of(text.as_bytes()).date, wanted, "{text}");
+        }
+        for text in
+            ["", "Date: yesterday\n", "Date:\n", "Date: Wed, 99 Jun 2026 10:00:01 UTC\n", "\0\u{fffd}\n"]
+        {
+            assert_eq!(ReleaseFile::of(text.as_bytes()).date, None, "{text}");
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! The life of a signal: raised, waits for its debounce or for a person, acts once, and is resolved when what it
+//! reported is no longer so.
+//!
+//! ```text
+//!   raise ──> Open ──(debounce over)──> acted ──┐
+//!     │        ▲                                ├──(cause gone)──> Resolved ──(raised again)──> Open
+//!     └──> Waiting ──(approve)──────────────────┘                     acts again only after BREAKER
+//! ```
+
+mod reconcile;
+#[cfg(test)]
+mod tests;
+
+pub use reconcile::{Observation, Step, reconcile};
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use kiln_model::cause::CauseKind;
+use kiln_model::definition::{Mode, UpdatePolicy};
+use kiln_model::signal::{Signal, SignalState};
+use serde::{Deserialize, Serialize};
+
+/// How soon a signal that was resolved and came back may act again. A cause that its remedy does not cure would
+/// otherwise be followed again and again.
+pub const BREAKER: Duration = Duration::from_secs(600);
+
+/// How long a resolved signal is remembered.
+pub const KEPT: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// A signal with what decides on its next step.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    pub signal: Signal,
+    /// Not before, where it acts by itself.
+    pub acts_at: Timestamp,
+    /// When it last acted.
+    pub acted: Option<Timestamp>,
+    pub resolved: Option<Timestamp>,
+    /// The server's newest revision when it was raised: a later one answers a report.
+    pub generation: u64,
+    /// Its remedy was carried out, and it was still so afterwards.
+    pub tripped: bool,
+}
+
+/// What others are told of a change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Announcement {
+    NeedsUpdate,
+    WaitsForApproval,
+    Settled,
+}
+
+/// A step that this signal can't take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Illegal {
+    #[error("it does not wait for an approval: it acts by itself")]
+    ActsByItself,
+    #[error("what it reported is no longer so")]
+    Resolved,
+}
+
+/// Whether a cause acts by itself under a policy.
+pub const fn mode(cause: CauseKind, policy: &UpdatePolicy) -> Mode {
+    match cause {
+        CauseKind::DefinitionChanged => policy.definition,
+        CauseKind::PackageUpdates => policy.packages,
+        CauseKind::Unhealthy => policy.unhealthy,
+        // What died is replaced under every policy. A report was asked for by somebody.
+        _ => Mode::Auto,
+    }
+}
+
+/// How long further signals may join one of this cause. What died is replaced, and what somebody asked for is done,
+/// at once.
+const fn debounce(cause: CauseKind, policy: &UpdatePolicy) -> Duration {
+    match cause {
+        CauseKind::DefinitionChanged | CauseKind::PackageUpdates => policy.debounce.as_duration(),
+        _ => Duration::ZERO,
+    }
+}
+
+impl Record {
+    pub fn is_live(&self) -> bool {
+        self.signal.state != SignalState::Resolved
+    }
+
+    /// It acted in its present life.
+    fn has_acted(&self) -> bool {
+        self.acted.is_some_and(|acted| acted >= self.acts_at)
+    }
+
+    /// When it acts by itself next, if it does.
+    pub fn due(&self) -> Option<Timestamp> {
+        (self.signal.state == SignalState::Open && !self.has_acted()).then_some(self.acts_at)
+    }
+
+    /// Acts, where its time has come.
+    pub fn act(&self, now: Timestamp) -> Option<Step> {
+        let due = self.due()?;
+        (due <= now).then(|| {
+            let record = Self { acts_at: due, acted: Some(now), ..self.clone() };
+            Step { record, announce: Some(Announcement::NeedsUpdate), fresh: false }
+        })
+    }
+
+    /// A person lets it act.
+    ///
+    /// # Errors
+    /// [`Illegal`] where nothing waits for a person.
+    pub fn approve(&self, actor: &str, now: Timestamp) -> Result<Step, Illegal> {
+        match self.signal.state {
+            SignalState::Open => Err(Illegal::ActsByItself),
+            SignalState::Resolved => Err(Illegal::Resolved),
+            SignalState::Waiting => {
+                let mut record = self.clone();
+                record.signal.state = SignalState::Open;
+                record.signal.evidence.push(format!("approved by {actor}"));
+                record.acts_at = now;
+                record.acted = Some(now);
+                Ok(Step { record, announce: Some(Announcement::NeedsUpdate), fresh: false })
+            }
+        }
+    }
+
+    /// What it reported is no longer so.
+    pub fn resolve(&self, now: Timestamp) -> Option<Step> {
+        self.is_live().then(|| {
+            let mut record = self.clone();
+            record.signal.state = SignalState::Resolved;
+            record.resolved = Some(now);
+            Step { record, announce: Some(Announcement::Settled), fresh: false }
+        })
+    }
+
+    /// Its remedy was carried out. Where the cause is seen again afterwards, the remedy does not cure it: it is said,
+    /// and not tried again.
+    pub fn trip(&self, remedy: &str) -> Option<Step> {
+        (self.is_live() && self.has_acted() && !self.tripped).then(|| {
+            let mut record = self.clone();
+            record.tripped = true;
+            record
+                .signal
+                .evidence
+                .push(format!("still so after {remedy} that it caused: it does not act again"));
+            Step { record, announce: None, fresh: false }
+        })
+    }
+
+    /// It was resolved so long ago that nobody needs it.
+    pub fn is_forgotten(&self, now: Timestamp) -> bool {
+        self.resolved
+            .is_some_and(|resolved| now.duration_since(resolved).unsigned_abs() > KEPT && resolved < now)
+    }
+}
