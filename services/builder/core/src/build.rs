@@ -1,0 +1,304 @@
+//! A build: one run that turns a lock into an image, or fails and says why.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use kiln_model::cause::Cause;
+use kiln_model::digest::Digest;
+use kiln_model::name::{BuildId, ServerName};
+use serde::{Deserialize, Serialize};
+
+use crate::Illegal;
+use crate::time::{after, age, backoff};
+
+/// Document kind.
+pub const KIND: &str = "build";
+pub const SCHEMA: u32 = 1;
+/// Document kind of the build that is queued, running or succeeded for a lock key; its id is the key. It makes the key
+/// unique among them.
+pub const SLOT_KIND: &str = "build_slot";
+
+/// How long a worker may be silent before its build is another's to take.
+pub const LEASE: Duration = Duration::from_secs(20);
+/// How often a worker says that it is there.
+pub const HEARTBEAT: Duration = Duration::from_secs(5);
+/// Attempts at a build whose failures may pass: with the backoff about half an hour.
+pub const MAX_ATTEMPTS: u32 = 8;
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Build {
+    pub id: BuildId,
+    pub lock_key: Digest,
+    pub definition: Digest,
+    /// The first one; the others are in the server's plan.
+    pub cause: Cause,
+    pub state: State,
+    /// Grows with each claim. What an earlier owner writes is refused by it.
+    pub token: u64,
+    /// Claims so far.
+    pub attempts: u32,
+    pub created: Timestamp,
+    pub started: Option<Timestamp>,
+    pub ended: Option<Timestamp>,
+    /// A second build on an empty layer cache, compared with the first. It makes no revision and has no slot.
+    pub verify: bool,
+    pub progress: Progress,
+    pub tests: Vec<TestResult>,
+    /// Against what was in force when it was planned.
+    pub packages: Vec<PackageChange>,
+    /// Why an attempt failed, and what to do.
+    pub problem: String,
+    /// Last lines of the log of what failed.
+    pub last_log: Vec<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    Queued { not_before: Timestamp },
+    Running { lease: Lease },
+    Succeeded { image: Digest },
+    Failed,
+    Cancelled { actor: String },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lease {
+    /// One run of one builder process.
+    pub owner: String,
+    pub renewed: Timestamp,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Progress {
+    pub steps: Vec<Step>,
+    /// 0 where it is not known yet.
+    pub steps_total: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Step {
+    pub name: String,
+    pub cached: bool,
+    pub millis: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TestResult {
+    pub name: String,
+    pub passed: bool,
+    pub detail: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct PackageChange {
+    pub name: String,
+    /// None where it is new.
+    pub from: Option<String>,
+    /// None where it goes.
+    pub to: Option<String>,
+}
+
+/// How an attempt failed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failed {
+    pub problem: String,
+    /// It may pass by itself: an archive or the node could not be reached.
+    pub transient: bool,
+    pub last_log: Vec<String>,
+    pub tests: Vec<TestResult>,
+}
+
+impl State {
+    pub const fn as_str(&self) -> &'static str {
+        match self {
+            Self::Queued { .. } => "queued",
+            Self::Running { .. } => "running",
+            Self::Succeeded { .. } => "succeeded",
+            Self::Failed => "failed",
+            Self::Cancelled { .. } => "cancelled",
+        }
+    }
+
+    pub const fn has_ended(&self) -> bool {
+        matches!(self, Self::Succeeded { .. } | Self::Failed | Self::Cancelled { .. })
+    }
+
+    /// Whether this build holds the slot of its key.
+    pub const fn holds_slot(&self) -> bool {
+        matches!(self, Self::Queued { .. } | Self::Running { .. } | Self::Succeeded { .. })
+    }
+}
+
+impl Lease {
+    /// Also where the clock was set back by more than a lease, since an end that is never reached would leave the build
+    /// to nobody.
+    fn has_expired(&self, now: Timestamp) -> bool {
+        age(self.renewed, now) >= LEASE || age(now, self.renewed) >= LEASE
+    }
+}
+
+impl Build {
+    pub fn server(&self) -> &ServerName {
+        &self.id.server
+    }
+
+    /// When a worker may claim it; none where it has ended.
+    pub fn claimable_at(&self, now: Timestamp) -> Option<Timestamp> {
+        match &self.state {
+            State::Queued { not_before } => Some(*not_before),
+            State::Running { lease } if lease.has_expired(now) => Some(now),
+            State::Running { lease } => Some(after(lease.renewed, LEASE)),
+            State::Succeeded { .. } | State::Failed | State::Cancelled { .. } => None,
+        }
+    }
+
+    /// A worker takes it.
+    ///
+    /// # Errors
+    /// [`Illegal::NotOwner`] where another's lease holds, [`Illegal::State`] where it is not time or it has ended.
+    pub fn claim(&mut self, owner: &str, now: Timestamp) -> Result<u64, Illegal> {
+        match &self.state {
+            State::Queued { not_before } if *not_before <= now => {}
+            State::Running { lease } if lease.has_expired(now) => {}
+            State::Running { lease } => {
+                return Err(Illegal::NotOwner {
+                    what: self.id.to_string(),
+                    owner: lease.owner.clone(),
+                    token: self.token,
+                });
+            }
+            state => return Err(self.cannot(state.as_str(), "claimed")),
+        }
+        self.token += 1;
+        self.attempts = self.attempts.saturating_add(1);
+        self.started = Some(self.started.unwrap_or(now));
+        self.progress = Progress::default();
+        self.tests.clear();
+        self.state = State::Running { lease: Lease { owner: owner.to_owned(), renewed: now } };
+        Ok(self.token)
+    }
+
+    /// The owner is there, and got this far.
+    ///
+    /// # Errors
+    /// Where it is no longer this owner's.
+    pub fn heartbeat(
+        &mut self,
+        token: u64,
+        progress: Option<Progress>,
+        now: Timestamp,
+    ) -> Result<(), Illegal> {
+        self.check_owner(token, "continued")?;
+        if let State::Running { lease } = &mut self.state {
+            lease.renewed = now;
+        }
+        if let Some(progress) = progress {
+            self.progress = progress;
+        }
+        Ok(())
+    }
+
+    /// # Errors
+    /// Where it is no longer this owner's.
+    pub fn succeed(
+        &mut self,
+        token: u64,
+        image: Digest,
+        progress: Progress,
+        tests: Vec<TestResult>,
+        now: Timestamp,
+    ) -> Result<(), Illegal> {
+        self.check_owner(token, "succeeded")?;
+        self.state = State::Succeeded { image };
+        self.progress = progress;
+        self.tests = tests;
+        self.problem.clear();
+        self.last_log.clear();
+        self.ended = Some(now);
+        Ok(())
+    }
+
+    /// The attempt failed: queued again where that may pass and attempts are left, else failed for good.
+    ///
+    /// # Errors
+    /// Where it is no longer this owner's.
+    pub fn fail(&mut self, token: u64, failed: Failed, now: Timestamp) -> Result<(), Illegal> {
+        self.check_owner(token, "failed")?;
+        self.problem = failed.problem;
+        self.last_log = failed.last_log;
+        self.tests = failed.tests;
+        if failed.transient && self.attempts < MAX_ATTEMPTS {
+            self.state = State::Queued { not_before: after(now, backoff(self.attempts)) };
+        } else {
+            self.state = State::Failed;
+            self.ended = Some(now);
+        }
+        Ok(())
+    }
+
+    /// Ends at once whoever runs it: its owner finds out at its next heartbeat, and nothing that it writes counts.
+    ///
+    /// # Errors
+    /// Where it has ended otherwise. Cancelling what is cancelled changes nothing.
+    pub fn cancel(&mut self, actor: &str, now: Timestamp) -> Result<bool, Illegal> {
+        match &self.state {
+            State::Cancelled { .. } => Ok(false),
+            State::Queued { .. } | State::Running { .. } => {
+                self.state = State::Cancelled { actor: actor.to_owned() };
+                self.problem = format!("cancelled by {actor}");
+                self.ended = Some(now);
+                Ok(true)
+            }
+            state => Err(self.cannot(state.as_str(), "cancelled")),
+        }
+    }
+
+    /// A builder process starts and finds a build of a process that is gone (the lock on the run folder says so). An
+    /// attempt that ended so says nothing of the build, and is not counted.
+    pub fn abandoned(&mut self, alive: &str, now: Timestamp) -> bool {
+        match &self.state {
+            State::Running { lease } if lease.owner != alive => {
+                self.attempts = self.attempts.saturating_sub(1);
+                self.state = State::Queued { not_before: now };
+                true
+            }
+            _ => false,
+        }
+    }
+
+    fn check_owner(&self, token: u64, wanted: &'static str) -> Result<(), Illegal> {
+        match &self.state {
+            State::Running { .. } if self.token == token => Ok(()),
+            State::Running { lease } => Err(Illegal::NotOwner {
+                what: self.id.to_string(),
+                owner: lease.owner.clone(),
+                token: self.token,
+            }),
+            state => Err(self.cannot(state.as_str(), wanted)),
+        }
+    }
+
+    fn cannot(&self, state: &'static str, wanted: &'static str) -> Illegal {
+        Illegal::State { what: self.id.to_string(), state, wanted }
+    }
+}
+
+/// What differs between two sets of packages, by name.
+pub fn package_changes(
+    from: &kiln_model::revision::PackageVersions,
+    to: &kiln_model::revision::PackageVersions,
+) -> Vec<PackageChange> {
+    let gone = from.iter().filter(|(name, _)| !to.contains_key(*name)).map(|(name, version)| PackageChange {
+        name: name.clone(),
+        from: Some(version.clone()),
+        to: None,
+    });
+    let moved =
+        to.iter().filter(|(name, version)| from.get(*name) != Some(*version)).map(|(name, version)| {
+            PackageChange { name: name.clone(), from: from.get(name).cloned(), to: Some(version.clone()) }
+        });
+    let mut changes: Vec<_> = gone.chain(moved).collect();
+    changes.sort();
+    changes
+}

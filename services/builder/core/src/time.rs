@@ -1,0 +1,19 @@
+use std::time::Duration;
+
+use jiff::Timestamp;
+
+/// `time` plus `duration`, at most the end of time.
+pub(crate) fn after(time: Timestamp, duration: Duration) -> Timestamp {
+    time.checked_add(duration).unwrap_or(Timestamp::MAX)
+}
+
+/// How long ago `time` was; nothing where it lies ahead (the clock was set back).
+pub(crate) fn age(time: Timestamp, now: Timestamp) -> Duration {
+    Duration::try_from(now.duration_since(time)).unwrap_or_default()
+}
+
+/// 2 s, 4 s, 8 s … up to ten minutes: an archive that is back after a hiccup is asked soon, one that is away for hours
+/// is asked six times an hour.
+pub(crate) fn backoff(attempt: u32) -> Duration {
+    Duration::from_secs(2u64.saturating_pow(attempt.clamp(1, 10)).min(600))
+}

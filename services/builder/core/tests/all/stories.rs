@@ -1,0 +1,281 @@
+//! Each story is told by the world's log; the snapshot is what a reader would expect to happen.
+
+use insta::assert_snapshot;
+use kiln_builder_core::head::{By, Outcome};
+use kiln_builder_core::next::Next;
+use kiln_builder_core::signal::{self, Intake};
+use kiln_builder_core::{Illegal, graph};
+use kiln_model::cause::CauseKind;
+
+use crate::world::{Content, World, name};
+
+fn applied(content: &Content) -> World {
+    let mut world = World::new();
+    let cause = world.cause(CauseKind::DefinitionApplied, "apply-1");
+    world.apply(&name("web"), content, By::Hand, cause);
+    world.work();
+    world
+}
+
+fn commit(world: &mut World, content: &Content, id: &str) -> Outcome {
+    let cause = world.cause(CauseKind::DefinitionChanged, id);
+    world.apply(&name("web"), content, By::Signal, cause)
+}
+
+fn told(world: &World) -> String {
+    assert_eq!(world.violations(), Vec::<String>::new(), "{}", world.log.join("\n"));
+    world.log.join("\n")
+}
+
+#[test]
+fn applied_twice_is_built_once() {
+    let mut world = applied(&Content::new("a", 3));
+    let cause = world.cause(CauseKind::DefinitionApplied, "apply-2");
+    world.apply(&name("web"), &Content::new("a", 3), By::Hand, cause);
+    world.work();
+    assert_snapshot!(told(&world));
+}
+
+#[test]
+fn a_commit_of_image_and_run_is_one_revision() {
+    let mut world = applied(&Content::new("a", 3));
+    commit(&mut world, &Content::new("b", 5), "commit-1");
+    world.work();
+    world.advance(30);
+    world.work();
+    assert_snapshot!(told(&world));
+}
+
+#[test]
+fn run_alone_needs_no_build_and_a_comment_needs_nothing() {
+    let mut world = applied(&Content::new("a", 3));
+    commit(&mut world, &Content::new("a", 5), "commit-1");
+    world.advance(30);
+    world.work();
+    commit(&mut world, &Content { comment: "# why".to_owned(), ..Content::new("a", 5) }, "commit-2");
+    world.advance(30);
+    world.work();
+    assert_snapshot!(told(&world));
+}
+
+#[test]
+fn signals_within_the_debounce_are_one_plan() {
+    let mut world = applied(&Content::new("a", 3));
+    world.packages.insert("nginx".to_owned(), "2".to_owned());
+    world.signal(&name("web"), CauseKind::PackageUpdates, "release-file-2");
+    world.advance(10);
+    world.signal(&name("web"), CauseKind::Reported, "ticket-7");
+    world.signal(&name("web"), CauseKind::PackageUpdates, "release-file-2");
+    world.work();
+    world.advance(20);
+    world.work();
+    assert_snapshot!(told(&world));
+}
+
+#[test]
+fn a_signal_during_a_build_is_one_more_plan() {
+    let mut world = applied(&Content::new("a", 3));
+    world.packages.insert("nginx".to_owned(), "2".to_owned());
+    world.signal(&name("web"), CauseKind::PackageUpdates, "release-file-2");
+    world.advance(30);
+    world.settle();
+    let (build, token) = world.claim().unwrap();
+    for _ in 0..3 {
+        world.signal(&name("web"), CauseKind::Reported, "ticket-7");
+        world.settle();
+        world.advance(15);
+    }
+    world.succeed(&build, token).unwrap();
+    world.work();
+    world.advance(30);
+    world.work();
+    assert_snapshot!(told(&world));
+}
+
+#[test]
+fn a_bad_commit_is_not_built_again_and_holds_no_security_fix_back() {
+    let mut world = applied(&Content::new("a", 3));
+    commit(&mut world, &Content::new("bad", 3), "commit-1");
+    world.advance(30);
+    world.work();
+    assert!(world.roll_back(&name("web"), 1, true));
+    assert!(!world.roll_back(&name("web"), 1, true), "one verdict counts once");
+    world.advance(30);
+    world.work();
+    // The same content in another commit, and a comment that gives the same outcome.
+    commit(&mut world, &Content::new("bad", 3), "commit-2");
+    world.advance(30);
+    world.work();
+    commit(&mut world, &Content { comment: "# try".to_owned(), ..Content::new("bad", 3) }, "commit-3");
+    world.advance(30);
+    world.work();
+    // Back on the convicted content, a fix comes out.
+    commit(&mut world, &Content::new("bad", 3), "commit-4");
+    world.packages.insert("nginx".to_owned(), "2".to_owned());
+    world.signal(&name("web"), CauseKind::PackageUpdates, "release-file-2");
+    world.advance(30);
+    world.work();
+    // A mended commit goes out as any other.
+    commit(&mut world, &Content::new("good", 3), "commit-5");
+    world.advance(30);
+    world.work();
+    assert_snapshot!(told(&world));
+}
+
+#[test]
+fn convicted_versions_are_not_shipped_until_one_of_them_moves_on() {
+    let mut world = applied(&Content::new("a", 3));
+    world.packages.insert("nginx".to_owned(), "2".to_owned());
+    world.signal(&name("web"), CauseKind::PackageUpdates, "release-file-2");
+    world.advance(30);
+    world.work();
+    world.roll_back(&name("web"), 1, false);
+    world.advance(30);
+    world.work();
+    commit(&mut world, &Content::new("b", 3), "commit-1");
+    world.advance(30);
+    world.work();
+    world.packages.insert("nginx".to_owned(), "3".to_owned());
+    world.signal(&name("web"), CauseKind::PackageUpdates, "release-file-3");
+    world.advance(30);
+    world.work();
+    assert_snapshot!(told(&world));
+}
+
+#[test]
+fn a_first_revision_that_was_bad_leaves_nothing_to_go_on_with() {
+    let mut world = applied(&Content::new("bad", 3));
+    world.roll_back(&name("web"), 0, true);
+    world.signal(&name("web"), CauseKind::Reported, "ticket-7");
+    world.advance(60);
+    world.work();
+    assert_eq!(world.next(&name("web")), Next::Nothing);
+    commit(&mut world, &Content::new("good", 3), "commit-1");
+    world.advance(60);
+    world.work();
+    assert_snapshot!(told(&world));
+}
+
+#[test]
+fn what_may_pass_is_tried_again_and_what_may_not_is_left() {
+    let mut world = World::new();
+    let cause = world.cause(CauseKind::DefinitionApplied, "apply-1");
+    world.apply(&name("web"), &Content::new("a", 3), By::Hand, cause);
+    world.settle();
+    let (build, token) = world.claim().unwrap();
+    world.fail(&build, token, true).unwrap();
+    assert_eq!(world.claim(), None, "its backoff holds");
+    world.advance(2);
+    let (build, token) = world.claim().unwrap();
+    world.fail(&build, token, false).unwrap();
+    world.advance(3600);
+    world.work();
+    assert_eq!(world.servers[&name("web")].problem(), "web-b1 failed: step run: exit status 1");
+    // A new cause is a new try at the same lock.
+    let cause = world.cause(CauseKind::Manual, "build-1");
+    let now = world.now;
+    world.servers.get_mut(&name("web")).unwrap().want(cause, now);
+    world.work();
+    assert_snapshot!(told(&world));
+}
+
+#[test]
+fn a_signal_that_flaps_trips_the_breaker() {
+    let mut world = applied(&Content::new("a", 3));
+    let mut intakes = Vec::new();
+    for round in 0..5 {
+        world.packages.insert("nginx".to_owned(), format!("flap-{round}"));
+        intakes.push(world.signal(&name("web"), CauseKind::PackageUpdates, "release-file-2"));
+        world.advance(60);
+        world.work();
+    }
+    use Intake::{Tripped, Wanted};
+    assert_eq!(intakes, [Wanted, Wanted, Wanted, Tripped, Tripped]);
+    assert!(world.servers[&name("web")].problem().contains("came back 3 times"));
+    world.advance(3600);
+    assert_eq!(world.signal(&name("web"), CauseKind::PackageUpdates, "release-file-2"), Wanted);
+    assert_eq!(world.servers[&name("web")].problem(), "");
+}
+
+#[test]
+fn a_signal_that_persists_is_said_once() {
+    let mut world = applied(&Content::new("a", 3));
+    let signal = world.make_signal(&name("web"), CauseKind::Reported, "ticket-7");
+    world.signal(&name("web"), CauseKind::Reported, "ticket-7");
+    world.advance(30);
+    world.work();
+    let now = world.now;
+    let web = world.servers.get_mut(&name("web")).unwrap();
+    assert!(!signal::persists(web, &signal, now), "the monitor has time to see that it is gone");
+    world.advance(600);
+    let now = world.now;
+    let web = world.servers.get_mut(&name("web")).unwrap();
+    assert!(signal::persists(web, &signal, now));
+    assert!(!signal::persists(web, &signal, now));
+    assert!(web.problem().contains("`ticket-7` persists although it was followed"), "{}", web.problem());
+    assert!(signal::resolved(web, signal.id));
+    assert_eq!(web.problem(), "");
+}
+
+#[test]
+fn a_parents_image_cascades_once() {
+    let mut world = World::new();
+    for (server, parent) in [("base", None), ("app", Some("base")), ("site", Some("app"))] {
+        let cause = world.cause(CauseKind::DefinitionApplied, "apply-1");
+        let content = Content { parent: parent.map(name), ..Content::new(server, 1) };
+        world.apply(&name(server), &content, By::Hand, cause);
+    }
+    world.work();
+    world.advance(60);
+    world.work();
+    world.packages.insert("nginx".to_owned(), "2".to_owned());
+    for server in ["site", "app", "base"] {
+        world.signal(&name(server), CauseKind::PackageUpdates, "release-file-2");
+    }
+    for _ in 0..4 {
+        world.advance(30);
+        world.work();
+    }
+    assert_snapshot!(told(&world));
+}
+
+#[test]
+fn two_servers_with_one_lock_share_one_build() {
+    let mut world = applied(&Content::new("a", 3));
+    for server in ["twin", "triplet"] {
+        let cause = world.cause(CauseKind::DefinitionApplied, "apply-2");
+        world.apply(&name(server), &Content::new("b", 1), By::Hand, cause);
+    }
+    world.settle();
+    let now = world.now;
+    world.builds.get_mut("triplet-b1").unwrap().cancel("somebody", now).unwrap();
+    world.work();
+    assert_snapshot!(told(&world));
+}
+
+#[test]
+fn a_plan_for_what_is_no_longer_there_counts_for_nothing() {
+    let mut world = applied(&Content::new("a", 3));
+    commit(&mut world, &Content::new("b", 3), "commit-1");
+    world.advance(30);
+    let Next::Plan(order) = world.next(&name("web")) else { panic!("a plan is due") };
+    let planned = world.resolve(&order);
+    commit(&mut world, &Content::new("c", 3), "commit-2");
+    let refused = world.commit_plan(&name("web"), planned);
+    assert!(matches!(refused, Err(Illegal::Stale { .. })), "{refused:?}");
+    world.work();
+    let newest = world.revisions.last().unwrap();
+    assert_eq!(newest.generation, 2);
+    assert_eq!(world.builds.len(), 2, "b was never built");
+}
+
+#[test]
+fn circles_and_missing_parents_are_refused() {
+    let parents = [("a", Some("b")), ("b", Some("c")), ("c", Some("a")), ("d", Some("e")), ("f", None)];
+    let parents = parents.map(|(child, parent)| (name(child), parent.map(name))).into();
+    let problem =
+        |start: &str| graph::check(&parents, &[name(start)]).map_err(|(_, illegal)| illegal.to_string());
+    assert_snapshot!(problem("a").unwrap_err(), @"`image.from.server` goes in a circle: a from b from c from a");
+    assert_snapshot!(problem("d").unwrap_err(), @"`image.from.server` of d names e, and there is no such server: apply it first, or with this one");
+    assert_eq!(problem("f"), Ok(()));
+}
