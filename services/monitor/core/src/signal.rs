@@ -1,11 +1,12 @@
-//! The life of a signal: raised, waits for its debounce or for a person, acts once, and is resolved when what it
-//! reported is no longer so.
+//! The life of a signal: raised, acts once, by itself or when a person lets it, and is resolved when what it reported
+//! is no longer so.
 //!
 //! ```text
-//!   raise ──> Open ──(debounce over)──> acted ──┐
-//!     │        ▲                                ├──(cause gone)──> Resolved ──(raised again)──> Open
-//!     └──> Waiting ──(approve)──────────────────┘                     acts again only after BREAKER
+//!   raise ──> Open, acts ──────────────┬──(cause gone)──> Resolved ──(raised again)──> Open
+//!     └─────> Waiting ──(approve)──────┘                                  acts again only after BREAKER
 //! ```
+//!
+//! A signal acts at once. The debounce of `update` is the builder's, where all that calls for a plan is joined.
 
 mod reconcile;
 #[cfg(test)]
@@ -39,8 +40,6 @@ pub struct Record {
     pub resolved: Option<Timestamp>,
     /// The server's newest revision when it was raised: a later one answers a report.
     pub generation: u64,
-    /// Its remedy was carried out, and it was still so afterwards.
-    pub tripped: bool,
 }
 
 /// What others are told of a change.
@@ -71,15 +70,6 @@ pub const fn mode(cause: CauseKind, policy: &UpdatePolicy) -> Mode {
     }
 }
 
-/// How long further signals may join one of this cause. What died is replaced, and what somebody asked for is done,
-/// at once.
-const fn debounce(cause: CauseKind, policy: &UpdatePolicy) -> Duration {
-    match cause {
-        CauseKind::DefinitionChanged | CauseKind::PackageUpdates => policy.debounce.as_duration(),
-        _ => Duration::ZERO,
-    }
-}
-
 impl Record {
     pub fn is_live(&self) -> bool {
         self.signal.state != SignalState::Resolved
@@ -95,11 +85,13 @@ impl Record {
         (self.signal.state == SignalState::Open && !self.has_acted()).then_some(self.acts_at)
     }
 
-    /// Acts, where its time has come.
+    /// Acts, where its time has come. It counts as raised at that moment: who followed it before its breaker held it
+    /// knows by that, that it is to be followed again.
     pub fn act(&self, now: Timestamp) -> Option<Step> {
         let due = self.due()?;
         (due <= now).then(|| {
-            let record = Self { acts_at: due, acted: Some(now), ..self.clone() };
+            let mut record = Self { acted: Some(now), ..self.clone() };
+            record.signal.raised = now;
             Step { record, announce: Some(Announcement::NeedsUpdate), fresh: false }
         })
     }
@@ -116,6 +108,7 @@ impl Record {
                 let mut record = self.clone();
                 record.signal.state = SignalState::Open;
                 record.signal.evidence.push(format!("approved by {actor}"));
+                record.signal.raised = now;
                 record.acts_at = now;
                 record.acted = Some(now);
                 Ok(Step { record, announce: Some(Announcement::NeedsUpdate), fresh: false })
@@ -130,20 +123,6 @@ impl Record {
             record.signal.state = SignalState::Resolved;
             record.resolved = Some(now);
             Step { record, announce: Some(Announcement::Settled), fresh: false }
-        })
-    }
-
-    /// Its remedy was carried out. Where the cause is seen again afterwards, the remedy does not cure it: it is said,
-    /// and not tried again.
-    pub fn trip(&self, remedy: &str) -> Option<Step> {
-        (self.is_live() && self.has_acted() && !self.tripped).then(|| {
-            let mut record = self.clone();
-            record.tripped = true;
-            record
-                .signal
-                .evidence
-                .push(format!("still so after {remedy} that it caused: it does not act again"));
-            Step { record, announce: None, fresh: false }
         })
     }
 

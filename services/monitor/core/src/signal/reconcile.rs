@@ -6,7 +6,7 @@ use kiln_model::definition::{Mode, UpdatePolicy};
 use kiln_model::name::{InstanceId, ServerName};
 use kiln_model::signal::{Remedy, Signal, SignalId, SignalState};
 
-use super::{Announcement, BREAKER, Record, debounce, mode};
+use super::{Announcement, BREAKER, Record, mode};
 
 /// Something about a server that calls for an update.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,15 +42,13 @@ pub struct Step {
 /// The steps from the `known` signals of one server to those that `observed` calls for.
 ///
 /// `known` holds the signals of one server and one kind of cause, all that live and those resolved ones whose cause is
-/// observed again. Each that lives and is not observed is resolved; a new one joins the debounce of one that waits.
+/// observed again. Each that lives and is not observed is resolved.
 pub fn reconcile(
     known: &[Record],
     observed: &[Observation],
     policy: &UpdatePolicy,
     now: Timestamp,
 ) -> Vec<Step> {
-    // Further signals join the first one: its debounce is not started anew for them.
-    let first_due = known.iter().filter_map(Record::due).min();
     let mut steps: Vec<Step> = Vec::new();
     for observation in observed {
         let id = observation.id();
@@ -58,7 +56,7 @@ pub fn reconcile(
             continue;
         }
         let record = known.iter().find(|record| record.signal.id == id);
-        steps.extend(see(record, observation, policy, first_due, now));
+        steps.extend(see(record, observation, policy, now));
     }
     let gone = known.iter().filter(|record| !observed.iter().any(|seen| seen.id() == record.signal.id));
     steps.extend(gone.filter_map(|record| record.resolve(now)));
@@ -66,29 +64,24 @@ pub fn reconcile(
 }
 
 /// What the sight of a cause makes of its signal.
-fn see(
-    record: Option<&Record>,
-    seen: &Observation,
-    policy: &UpdatePolicy,
-    first_due: Option<Timestamp>,
-    now: Timestamp,
-) -> Option<Step> {
+fn see(record: Option<&Record>, seen: &Observation, policy: &UpdatePolicy, now: Timestamp) -> Option<Step> {
     let mode = mode(seen.cause, policy);
     match record {
-        None => raise(seen, mode, policy, first_due, now),
+        None => raise(seen, mode, now),
         Some(record) if record.is_live() => follow_policy(record, mode, now),
         // The same report is one signal, however often it comes.
         Some(_) if seen.cause == CauseKind::Reported => None,
         Some(record) => {
-            let mut step = raise(seen, mode, policy, first_due, now)?;
+            let mut step = raise(seen, mode, now)?;
             // A definition comes back only by another commit, which somebody meant: it can't go round by itself.
             let held = match record.acted {
                 Some(acted) if seen.cause != CauseKind::DefinitionChanged => (acted + BREAKER).max(now),
                 _ => now,
             };
             if held > now {
-                step.record.acts_at = step.record.acts_at.max(held);
+                step.record.acts_at = held;
                 step.record.acted = record.acted;
+                step.record.signal.raised = record.signal.raised;
                 step.announce = step.announce.filter(|said| *said != Announcement::NeedsUpdate);
                 step.record
                     .signal
@@ -100,13 +93,7 @@ fn see(
     }
 }
 
-fn raise(
-    seen: &Observation,
-    mode: Mode,
-    policy: &UpdatePolicy,
-    first_due: Option<Timestamp>,
-    now: Timestamp,
-) -> Option<Step> {
+fn raise(seen: &Observation, mode: Mode, now: Timestamp) -> Option<Step> {
     let Observation { server, cause, fingerprint, remedy, evidence, instance, since, reporter, generation } =
         seen.clone();
     let state = match mode {
@@ -114,8 +101,6 @@ fn raise(
         Mode::Approve => SignalState::Waiting,
         Mode::Never => return None,
     };
-    let after_debounce = now + debounce(cause, policy);
-    let acts_at = first_due.map_or(after_debounce, |first| after_debounce.min(first)).max(now);
     let signal = Signal {
         id: seen.id(),
         server,
@@ -131,7 +116,7 @@ fn raise(
         reporter,
         traceparent: String::new(),
     };
-    let record = Record { signal, acts_at, acted: None, resolved: None, generation, tripped: false };
+    let record = Record { signal, acts_at: now, acted: None, resolved: None, generation };
     let mut step = match state {
         SignalState::Open => record.act(now).unwrap_or(Step { record, announce: None, fresh: true }),
         _ => Step { record, announce: Some(Announcement::WaitsForApproval), fresh: true },

@@ -14,8 +14,8 @@ fn at(second: u64) -> Timestamp {
     Timestamp::UNIX_EPOCH + SECOND * u32::try_from(second).unwrap()
 }
 
-fn policy(mode: Mode, debounce: u64) -> UpdatePolicy {
-    UpdatePolicy { definition: mode, packages: mode, unhealthy: mode, debounce: Millis::from_secs(debounce) }
+fn policy(mode: Mode) -> UpdatePolicy {
+    UpdatePolicy { definition: mode, packages: mode, unhealthy: mode, debounce: Millis::from_secs(30) }
 }
 
 fn seen(cause: CauseKind, fingerprint: &str) -> Observation {
@@ -71,7 +71,7 @@ impl World {
 #[test]
 fn a_cause_acts_once_however_often_it_is_seen() {
     let mut world = World::default();
-    let auto = policy(Mode::Auto, 0);
+    let auto = policy(Mode::Auto);
     let changed = [seen(CauseKind::DefinitionChanged, "a")];
     assert_eq!(world.see(&changed, &auto, 1), ["a Open NeedsUpdate fresh"]);
     assert_eq!(world.see(&changed, &auto, 2), [""; 0]);
@@ -82,74 +82,49 @@ fn a_cause_acts_once_however_often_it_is_seen() {
 }
 
 #[test]
-fn a_debounce_is_waited_for_and_further_signals_join_it() {
+fn a_second_commit_takes_the_place_of_the_first() {
     let mut world = World::default();
-    let slow = policy(Mode::Auto, 30);
-    assert_eq!(world.see(&[seen(CauseKind::DefinitionChanged, "a")], &slow, 0), ["a Open quietly fresh"]);
-    assert_eq!(world.tick(29), [""; 0]);
-    // Another commit within it: the first one is no longer so, and the wait is not begun anew.
-    let steps = world.see(&[seen(CauseKind::DefinitionChanged, "b")], &slow, 20);
-    assert_eq!(steps, ["b Open quietly fresh", "a Resolved Settled"]);
-    assert_eq!(world.tick(29), [""; 0]);
-    assert_eq!(world.tick(30), ["b Open NeedsUpdate"]);
-    assert_eq!(world.tick(31), [""; 0]);
-}
-
-#[test]
-fn what_died_does_not_wait() {
-    let mut world = World::default();
-    for cause in [CauseKind::Gone, CauseKind::Unhealthy, CauseKind::Reported] {
-        world.records.clear();
-        let steps = world.see(&[seen(cause, "x")], &policy(Mode::Auto, 30), 0);
-        assert_eq!(steps, ["x Open NeedsUpdate fresh"]);
-    }
+    let auto = policy(Mode::Auto);
+    world.see(&[seen(CauseKind::DefinitionChanged, "a")], &auto, 0);
+    let steps = world.see(&[seen(CauseKind::DefinitionChanged, "b")], &auto, 20);
+    assert_eq!(steps, ["b Open NeedsUpdate fresh", "a Resolved Settled"]);
 }
 
 #[test]
 fn policies() {
     let mut world = World::default();
     let packages = [seen(CauseKind::PackageUpdates, "p")];
-    assert_eq!(world.see(&packages, &policy(Mode::Never, 0), 0), [""; 0]);
-    assert_eq!(world.see(&packages, &policy(Mode::Approve, 0), 1), ["p Waiting WaitsForApproval fresh"]);
-    assert_eq!(world.see(&packages, &policy(Mode::Approve, 0), 2), [""; 0]);
+    assert_eq!(world.see(&packages, &policy(Mode::Never), 0), [""; 0]);
+    assert_eq!(world.see(&packages, &policy(Mode::Approve), 1), ["p Waiting WaitsForApproval fresh"]);
+    assert_eq!(world.see(&packages, &policy(Mode::Approve), 2), [""; 0]);
     // A policy that changes while it waits is followed.
-    assert_eq!(world.see(&packages, &policy(Mode::Auto, 0), 3), ["p Open NeedsUpdate"]);
+    assert_eq!(world.see(&packages, &policy(Mode::Auto), 3), ["p Open NeedsUpdate"]);
     // What acted has acted.
-    assert_eq!(world.see(&packages, &policy(Mode::Approve, 0), 4), [""; 0]);
-    assert_eq!(world.see(&packages, &policy(Mode::Never, 0), 5), [""; 0]);
+    assert_eq!(world.see(&packages, &policy(Mode::Approve), 4), [""; 0]);
+    assert_eq!(world.see(&packages, &policy(Mode::Never), 5), [""; 0]);
 
     let gone = [seen(CauseKind::Gone, "i")];
     let mut world = World::default();
-    assert_eq!(world.see(&gone, &policy(Mode::Never, 0), 0), ["i Open NeedsUpdate fresh"]);
-}
-
-#[test]
-fn a_policy_that_tightens_during_the_debounce_is_followed() {
-    let mut world = World::default();
-    let packages = [seen(CauseKind::PackageUpdates, "p")];
-    world.see(&packages, &policy(Mode::Auto, 30), 0);
-    assert_eq!(world.see(&packages, &policy(Mode::Approve, 30), 1), ["p Waiting WaitsForApproval"]);
-    assert_eq!(world.tick(100), [""; 0]);
-    assert_eq!(world.see(&packages, &policy(Mode::Never, 30), 101), ["p Resolved Settled"]);
+    assert_eq!(world.see(&gone, &policy(Mode::Never), 0), ["i Open NeedsUpdate fresh"]);
 }
 
 #[test]
 fn an_approval_lets_it_act_once() {
     let mut world = World::default();
-    world.see(&[seen(CauseKind::DefinitionChanged, "a")], &policy(Mode::Approve, 30), 0);
+    world.see(&[seen(CauseKind::DefinitionChanged, "a")], &policy(Mode::Approve), 0);
     let step = world.records[0].approve("ann", at(5)).unwrap();
     assert_eq!(world.apply(vec![step]), ["a Open NeedsUpdate"]);
     assert_eq!(world.records[0].signal.evidence, ["saw a", "approved by ann"]);
     assert_eq!(world.records[0].approve("ann", at(6)), Err(Illegal::ActsByItself));
     assert_eq!(world.tick(100), [""; 0]);
-    world.see(&[], &policy(Mode::Approve, 30), 101);
+    world.see(&[], &policy(Mode::Approve), 101);
     assert_eq!(world.records[0].approve("ann", at(102)), Err(Illegal::Resolved));
 }
 
 #[test]
 fn what_comes_back_acts_again_only_after_the_breaker() {
     let mut world = World::default();
-    let auto = policy(Mode::Auto, 0);
+    let auto = policy(Mode::Auto);
     let sick = [seen(CauseKind::Unhealthy, "web-r1-0-a1")];
     assert_eq!(world.see(&sick, &auto, 0), ["web-r1-0-a1 Open NeedsUpdate fresh"]);
     assert_eq!(world.see(&[], &auto, 10), ["web-r1-0-a1 Resolved Settled"]);
@@ -159,7 +134,10 @@ fn what_comes_back_acts_again_only_after_the_breaker() {
     world.see(&[], &auto, 40);
     assert_eq!(world.see(&sick, &auto, 50), ["web-r1-0-a1 Open quietly fresh"]);
     assert_eq!(world.tick(599), [""; 0]);
+    // Who followed it knows it by the time that it was raised: until it acts anew, that stays.
+    assert_eq!(world.records[0].signal.raised, at(0));
     assert_eq!(world.tick(600), ["web-r1-0-a1 Open NeedsUpdate"]);
+    assert_eq!(world.records[0].signal.raised, at(600));
     assert_eq!(world.tick(601), [""; 0]);
     world.see(&[], &auto, 700);
     assert_eq!(world.see(&sick, &auto, 1300), ["web-r1-0-a1 Open NeedsUpdate fresh"]);
@@ -168,7 +146,7 @@ fn what_comes_back_acts_again_only_after_the_breaker() {
 #[test]
 fn a_definition_that_a_commit_brings_back_acts_at_once() {
     let mut world = World::default();
-    let auto = policy(Mode::Auto, 0);
+    let auto = policy(Mode::Auto);
     for (second, digest) in (0..).zip(["good", "bad", "good", "bad", "good"]) {
         let steps = world.see(&[seen(CauseKind::DefinitionChanged, digest)], &auto, second);
         assert_eq!(steps[0], format!("{digest} Open NeedsUpdate fresh"));
@@ -178,7 +156,7 @@ fn a_definition_that_a_commit_brings_back_acts_at_once() {
 #[test]
 fn a_repeated_report_is_one_signal_for_ever() {
     let mut world = World::default();
-    let auto = policy(Mode::Auto, 0);
+    let auto = policy(Mode::Auto);
     let report = [seen(CauseKind::Reported, "scanner\n17")];
     assert_eq!(world.see(&report, &auto, 0).len(), 1);
     world.see(&[], &auto, 1);
@@ -186,23 +164,9 @@ fn a_repeated_report_is_one_signal_for_ever() {
 }
 
 #[test]
-fn what_its_own_remedy_does_not_cure_is_said_and_not_tried_again() {
-    let mut world = World::default();
-    let auto = policy(Mode::Auto, 0);
-    let packages = [seen(CauseKind::PackageUpdates, "p")];
-    world.see(&packages, &auto, 0);
-    let step = world.records[0].trip("revision 7").unwrap();
-    world.apply(vec![step]);
-    assert!(world.records[0].signal.evidence[1].starts_with("still so after revision 7"));
-    assert_eq!(world.records[0].trip("revision 8"), None);
-    assert_eq!(world.see(&packages, &auto, 10_000), [""; 0]);
-    assert_eq!(world.tick(10_000), [""; 0]);
-}
-
-#[test]
 fn the_fix_is_never_from_the_future_and_old_ones_are_forgotten() {
     let mut world = World::default();
-    let auto = policy(Mode::Auto, 0);
+    let auto = policy(Mode::Auto);
     let ahead = Observation { since: at(5000), ..seen(CauseKind::PackageUpdates, "p") };
     world.see(&[ahead], &auto, 10);
     assert_eq!(world.records[0].signal.since, at(10));
@@ -222,18 +186,18 @@ proptest! {
     #[test]
     fn signals_are_settled_and_never_spin(
         story in proptest::collection::vec(
-            (1_u64..400, proptest::collection::vec(0_u8..3, 0..3), any_mode(), 0_u64..60),
+            (1_u64..400, proptest::collection::vec(0_u8..3, 0..3), any_mode()),
             1..60,
         ),
     ) {
         let mut world = World::default();
         let mut now = 0;
         let mut acts: std::collections::BTreeMap<String, Vec<u64>> = std::collections::BTreeMap::new();
-        for (pause, what, mode, debounce) in story {
+        for (pause, what, mode) in story {
             now += pause;
             let observed: Vec<_> =
                 what.iter().map(|n| seen(CauseKind::PackageUpdates, &n.to_string())).collect();
-            let mut said = world.see(&observed, &policy(mode, debounce), now);
+            let mut said = world.see(&observed, &policy(mode), now);
             said.extend(world.tick(now));
             for line in said {
                 let (fingerprint, rest) = line.split_once(' ').unwrap();
@@ -249,7 +213,7 @@ proptest! {
                 // Nothing that is due is left undone.
                 prop_assert!(record.due().is_none_or(|due| due > at(now)));
             }
-            prop_assert!(reconcile(&world.records, &observed, &policy(mode, debounce), at(now)).is_empty());
+            prop_assert!(reconcile(&world.records, &observed, &policy(mode), at(now)).is_empty());
         }
         for times in acts.values() {
             prop_assert!(times.windows(2).all(|pair| pair[1] - pair[0] >= BREAKER.as_secs()), "{:?}", times);
