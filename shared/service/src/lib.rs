@@ -1,0 +1,18 @@
+//! What every service's main needs: configuration, telemetry, the gRPC server and client, shutdown, and the loops that
+//! all of them run (relay, resync).
+
+pub mod client;
+pub mod clock;
+pub mod config;
+pub mod error;
+pub mod guard;
+pub mod metrics;
+mod observe;
+pub mod relay;
+pub mod requests;
+pub mod resync;
+pub mod run;
+pub mod server;
+pub mod shutdown;
+pub mod telemetry;
+pub mod trace;

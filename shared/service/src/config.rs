@@ -1,0 +1,432 @@
+//! `site.toml`: read and checked as a whole before anything is opened or bound.
+//!
+//! What stands in the file ([`SiteFile`]) and what was checked ([`Site`]) are different types.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use jiff::SignedDuration;
+use kiln_bus::{NatsOptions, User};
+use kiln_model::event::Service;
+use kiln_model::name::{SiteId, SiteName};
+use serde::{Deserialize, Serialize};
+
+/// The exit code of a program whose configuration is wrong (EX_USAGE).
+pub const EXIT_BAD_CONFIG: u8 = 64;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("can't read {path}: {reason}; `kiln up` makes a site, `--home` names another one")]
+    Unreadable { path: PathBuf, reason: String },
+    #[error("{path}: {reason}")]
+    Malformed { path: PathBuf, reason: String },
+    #[error("{path}: `{field}` is wrong: {reason}")]
+    Invalid { path: PathBuf, field: &'static str, reason: String },
+}
+
+/// The file as it is written.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SiteFile {
+    pub name: String,
+    /// Eight hexadecimal digits that mark everything the site makes on the machine.
+    pub id: String,
+    /// Of the instances: a /24 inside 10.0.0.0/8, such as `10.77.3.0/24`.
+    pub subnet: String,
+    pub bridge: String,
+    #[serde(default = "default_log")]
+    pub log: String,
+    pub nats: NatsFile,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub otlp: Option<OtlpFile>,
+    /// `builder = "127.0.0.1:9101"`: where each service answers `/metrics`.
+    #[serde(default)]
+    pub metrics: BTreeMap<Service, String>,
+    #[serde(default)]
+    pub poll: PollFile,
+    #[serde(default)]
+    pub builder: BuilderFile,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NatsFile {
+    pub url: String,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OtlpFile {
+    /// `http://127.0.0.1:4317`
+    pub endpoint: String,
+}
+
+/// Durations such as `5s` or `2m`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PollFile {
+    pub git: String,
+    pub archive: String,
+    pub resync: String,
+}
+
+impl Default for PollFile {
+    fn default() -> Self {
+        Self { git: "5s".to_owned(), archive: "1m".to_owned(), resync: "30s".to_owned() }
+    }
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct BuilderFile {
+    /// Builds that run at once.
+    pub workers: u32,
+    /// The store of packages; several sites can share one. Relative to the home.
+    pub packages: String,
+    /// The cache of layers, likewise.
+    pub layers: String,
+}
+
+impl Default for BuilderFile {
+    fn default() -> Self {
+        Self { workers: 2, packages: "builder/packages".to_owned(), layers: "builder/cache".to_owned() }
+    }
+}
+
+fn default_log() -> String {
+    "info".to_owned()
+}
+
+/// The /24 that a site's instances live in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Subnet {
+    network: Ipv4Addr,
+}
+
+impl Subnet {
+    pub const PREFIX: u8 = 24;
+
+    /// The address of a host number.
+    pub const fn host(self, number: u8) -> Ipv4Addr {
+        let [a, b, c, _] = self.network.octets();
+        Ipv4Addr::new(a, b, c, number)
+    }
+
+    pub const fn network(self) -> Ipv4Addr {
+        self.network
+    }
+}
+
+impl fmt::Display for Subnet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.network, Self::PREFIX)
+    }
+}
+
+impl FromStr for Subnet {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("`{text}` is no private /24 such as `10.77.3.0/24`");
+        let network: Ipv4Addr = text.strip_suffix("/24").ok_or_else(wrong)?.parse().map_err(|_| wrong())?;
+        if !network.is_private() || network.octets()[3] != 0 {
+            return Err(wrong());
+        }
+        Ok(Self { network })
+    }
+}
+
+/// A site's settings, all of them checked.
+#[derive(Debug, Clone)]
+pub struct Site {
+    pub home: PathBuf,
+    pub name: SiteName,
+    pub id: SiteId,
+    pub subnet: Subnet,
+    pub bridge: String,
+    /// A filter for `tracing`: `info`, or `info,kiln_builder=debug`.
+    pub log: String,
+    pub nats_url: String,
+    pub otlp: Option<String>,
+    pub metrics: BTreeMap<Service, SocketAddr>,
+    pub poll: Poll,
+    pub builder: Builder,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Poll {
+    pub git: Duration,
+    pub archive: Duration,
+    pub resync: Duration,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Builder {
+    pub workers: usize,
+    pub packages: PathBuf,
+    pub layers: PathBuf,
+}
+
+impl Site {
+    /// Reads and checks `<home>/site.toml`.
+    ///
+    /// # Errors
+    /// Names the file, and the line or the field that is wrong.
+    pub fn load(home: &Path) -> Result<Self, Error> {
+        let path = home.join("site.toml");
+        let unreadable =
+            |error: std::io::Error| Error::Unreadable { path: path.clone(), reason: error.to_string() };
+        let home = home.canonicalize().map_err(unreadable)?;
+        let text = std::fs::read_to_string(&path).map_err(unreadable)?;
+        let file: SiteFile = toml::from_str(&text)
+            .map_err(|error| Error::Malformed { path: path.clone(), reason: error.to_string() })?;
+        file.check(&home)
+    }
+
+    pub fn paths(&self) -> Paths<'_> {
+        Paths { home: &self.home }
+    }
+
+    /// How a user of this site reaches the broker. Its seed is read now.
+    ///
+    /// # Errors
+    /// Where the user's seed can't be read.
+    pub fn nats(&self, user: User) -> Result<NatsOptions, Error> {
+        let path = self.paths().nats_seed(user);
+        let seed = std::fs::read_to_string(&path)
+            .map_err(|error| Error::Unreadable { path: path.clone(), reason: error.to_string() })?;
+        let (url, site) = (self.nats_url.clone(), self.name.clone());
+        Ok(NatsOptions { url, site, user, seed: Some(seed.trim().to_owned()) })
+    }
+}
+
+impl SiteFile {
+    /// The text of the file.
+    ///
+    /// # Errors
+    /// Where a value has no form in TOML.
+    pub fn to_text(&self) -> Result<String, toml::ser::Error> {
+        toml::to_string_pretty(self)
+    }
+
+    /// Checks every setting.
+    ///
+    /// # Errors
+    /// The first that is wrong.
+    pub fn check(self, home: &Path) -> Result<Site, Error> {
+        let path = home.join("site.toml");
+        let wrong = |field: &'static str| {
+            let path = path.clone();
+            move |reason: String| Error::Invalid { path: path.clone(), field, reason }
+        };
+        let name = self.name.parse::<SiteName>().map_err(|error| wrong("name")(error.to_string()))?;
+        let id = self.id.parse::<SiteId>().map_err(|error| wrong("id")(error.to_string()))?;
+        check_bridge(&self.bridge).map_err(wrong("bridge"))?;
+        check_url(&self.nats.url, &["nats://", "tls://"]).map_err(wrong("nats.url"))?;
+        if let Some(otlp) = &self.otlp {
+            check_url(&otlp.endpoint, &["http://", "https://"]).map_err(wrong("otlp.endpoint"))?;
+        }
+        let workers = usize::try_from(self.builder.workers).unwrap_or(0);
+        if !(1..=64).contains(&workers) {
+            return Err(wrong("builder.workers")(format!("{workers} is not between 1 and 64")));
+        }
+        tracing_subscriber::EnvFilter::builder()
+            .parse(&self.log)
+            .map_err(|error| wrong("log")(format!("`{}` is no filter: {error}", self.log)))?;
+        Ok(Site {
+            subnet: self.subnet.parse().map_err(wrong("subnet"))?,
+            metrics: check_metrics(&self.metrics).map_err(wrong("metrics"))?,
+            poll: Poll {
+                git: check_duration(&self.poll.git).map_err(wrong("poll.git"))?,
+                archive: check_duration(&self.poll.archive).map_err(wrong("poll.archive"))?,
+                resync: check_duration(&self.poll.resync).map_err(wrong("poll.resync"))?,
+            },
+            builder: Builder {
+                workers,
+                packages: home.join(self.builder.packages),
+                layers: home.join(self.builder.layers),
+            },
+            home: home.to_owned(),
+            name,
+            id,
+            bridge: self.bridge,
+            log: self.log,
+            nats_url: self.nats.url,
+            otlp: self.otlp.map(|otlp| otlp.endpoint),
+        })
+    }
+}
+
+fn check_bridge(name: &str) -> Result<(), String> {
+    // The kernel's bound on the name of a network interface is 15 bytes.
+    let good = (1..=15).contains(&name.len())
+        && name.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'))
+        && !name.starts_with('-');
+    if good {
+        Ok(())
+    } else {
+        Err(format!("`{name}` is no interface name: 1 to 15 characters out of a-z, 0-9, `-`"))
+    }
+}
+
+fn check_url(url: &str, schemes: &[&str]) -> Result<(), String> {
+    let good = schemes.iter().any(|scheme| url.strip_prefix(scheme).is_some_and(|rest| !rest.is_empty()));
+    if good { Ok(()) } else { Err(format!("`{url}` does not begin with {}", schemes.join(" or "))) }
+}
+
+fn check_duration(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("`{text}` is no duration between 100ms and 24h, such as `30s` or `5m`");
+    let duration: SignedDuration = text.parse().map_err(|_| wrong())?;
+    let duration = Duration::try_from(duration).map_err(|_| wrong())?;
+    let range = Duration::from_millis(100)..=Duration::from_secs(24 * 3600);
+    if range.contains(&duration) { Ok(duration) } else { Err(wrong()) }
+}
+
+fn check_metrics(metrics: &BTreeMap<Service, String>) -> Result<BTreeMap<Service, SocketAddr>, String> {
+    let mut seen = BTreeSet::new();
+    let mut checked = BTreeMap::new();
+    for (service, text) in metrics {
+        let address: SocketAddr =
+            text.parse().map_err(|_| format!("`{text}` of {service} is no `address:port`"))?;
+        // What counts the servers of a site is for those who may be on the machine.
+        if !address.ip().is_loopback() {
+            return Err(format!("`{text}` of {service} is not a loopback address"));
+        }
+        if !seen.insert(address) {
+            return Err(format!("`{text}` is given to two services"));
+        }
+        checked.insert(*service, address);
+    }
+    Ok(checked)
+}
+
+/// Where everything of a site lies.
+#[derive(Debug, Clone, Copy)]
+pub struct Paths<'a> {
+    home: &'a Path,
+}
+
+impl Paths<'_> {
+    pub fn run(&self) -> PathBuf {
+        self.home.join("run")
+    }
+
+    pub fn socket(&self, service: Service) -> PathBuf {
+        self.run().join(format!("{service}.sock"))
+    }
+
+    pub fn pid(&self, service: Service) -> PathBuf {
+        self.run().join(format!("{service}.pid"))
+    }
+
+    /// Held while the service runs.
+    pub fn lock(&self, service: Service) -> PathBuf {
+        self.run().join(format!("{service}.lock"))
+    }
+
+    /// The folder that is a service's own.
+    pub fn service(&self, service: Service) -> PathBuf {
+        self.home.join(service.as_str())
+    }
+
+    pub fn store(&self, service: Service) -> PathBuf {
+        self.service(service).join("store.db")
+    }
+
+    pub fn images(&self) -> PathBuf {
+        self.home.join("images")
+    }
+
+    pub fn keys(&self) -> PathBuf {
+        self.home.join("keys")
+    }
+
+    pub fn signing_key(&self) -> PathBuf {
+        self.keys().join("signing.key")
+    }
+
+    pub fn signing_pub(&self) -> PathBuf {
+        self.keys().join("signing.pub")
+    }
+
+    pub fn nats_seed(&self, user: User) -> PathBuf {
+        self.keys().join("nats").join(format!("{user}.nk"))
+    }
+
+    pub fn nats(&self) -> PathBuf {
+        self.home.join("nats")
+    }
+
+    pub fn logs(&self) -> PathBuf {
+        self.home.join("logs")
+    }
+
+    pub fn log(&self, service: Service) -> PathBuf {
+        self.logs().join(format!("{service}.log"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"
+name = "home"
+id = "0a1b2c3d"
+subnet = "10.77.3.0/24"
+bridge = "kiln-0a1b2c"
+[nats]
+url = "nats://127.0.0.1:4222"
+[metrics]
+builder = "127.0.0.1:9101"
+[poll]
+git = "1s"
+"#;
+
+    fn load(text: &str) -> Result<Site, Error> {
+        let home = tempfile::tempdir().unwrap();
+        std::fs::write(home.path().join("site.toml"), text).unwrap();
+        Site::load(home.path())
+    }
+
+    #[test]
+    fn a_site_is_read_with_defaults() {
+        let site = load(GOOD).unwrap();
+        assert_eq!(site.poll.git, Duration::from_secs(1));
+        assert_eq!(site.poll.resync, Duration::from_secs(30));
+        assert_eq!(site.builder.packages, site.home.join("builder/packages"));
+        assert_eq!(site.subnet.host(7), Ipv4Addr::new(10, 77, 3, 7));
+        assert!(site.paths().socket(Service::Node).ends_with("run/node.sock"));
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let file: SiteFile = toml::from_str(GOOD).unwrap();
+        assert!(load(&file.to_text().unwrap()).is_ok());
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (from, to, named) in [
+            ("name = \"home\"", "name = \"Home\"", "`name`"),
+            ("0a1b2c3d", "xyz", "`id`"),
+            ("10.77.3.0/24", "10.77.3.1/24", "`subnet`"),
+            ("10.77.3.0/24", "8.8.8.0/24", "`subnet`"),
+            ("kiln-0a1b2c", "kiln-0a1b2c3d-long", "`bridge`"),
+            ("nats://127", "http://127", "`nats.url`"),
+            ("127.0.0.1:9101", "0.0.0.0:9101", "`metrics`"),
+            ("git = \"1s\"", "git = \"1\"", "`poll.git`"),
+            ("git = \"1s\"", "git = \"-1s\"", "`poll.git`"),
+            ("git = \"1s\"", "gti = \"1s\"", "gti"),
+            ("name = \"home\"", "", "name"),
+            ("id = \"0a1b2c3d\"", "id = \"0a1b2c3d\"\nlog = \"=,=\"", "`log`"),
+        ] {
+            let error = load(&GOOD.replacen(from, to, 1)).unwrap_err().to_string();
+            assert!(error.contains(named) && error.contains("site.toml"), "{to}: {error}");
+        }
+    }
+}

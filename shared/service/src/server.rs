@@ -1,0 +1,177 @@
+//! The gRPC server of a service, on a Unix socket, and its metrics page.
+
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use kiln_model::event::Service;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::watch;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::service::Routes;
+use tonic::transport::Server;
+use tonic_health::ServingStatus;
+use tonic_health::server::HealthReporter;
+
+use crate::config::Site;
+use crate::observe::ObserveLayer;
+use crate::shutdown::requested;
+
+mod page;
+
+/// For a builder's server, which is sent packed folders; the others keep tonic's 4 MiB.
+pub const APPLY_LIMIT: usize = 68 << 20;
+/// tonic lifts hyper's own bound where none is set.
+const STREAMS: u32 = 256;
+/// Bound on one call, its first answer for a stream: a plan can wait for a slow archive.
+const CALL: Duration = Duration::from_secs(600);
+const HEADERS: u32 = 16 << 10;
+const ALIVE: Duration = Duration::from_secs(30);
+/// Calls under way get this long to end once the service is told to stop.
+const DRAIN: Duration = Duration::from_secs(2);
+/// The kernel's bound on a socket's path, with its end.
+const SOCKET_PATH: usize = 107;
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("can't listen on {place}: {reason}")]
+    Bind { place: String, reason: String },
+    #[error("the server on {place} failed: {reason}")]
+    Failed { place: String, reason: String },
+}
+
+#[derive(Debug, Clone)]
+pub struct ServerOptions {
+    pub service: Service,
+    pub socket: PathBuf,
+    pub metrics: Option<SocketAddr>,
+    /// False while the service can't do its work: its health says NOT_SERVING then.
+    pub ready: Option<watch::Receiver<bool>>,
+}
+
+impl ServerOptions {
+    pub fn new(service: Service, site: &Site) -> Self {
+        let (socket, metrics) = (site.paths().socket(service), site.metrics.get(&service).copied());
+        Self { service, socket, metrics, ready: None }
+    }
+}
+
+/// The gRPC name of a service, as its health is asked for.
+const fn grpc_name(service: Service) -> &'static str {
+    match service {
+        Service::Builder => "kiln.builder.v1.BuilderService",
+        Service::Deployer => "kiln.deployer.v1.DeployerService",
+        Service::Monitor => "kiln.monitor.v1.MonitorService",
+        Service::Node => "kiln.engine.v1.EngineService",
+    }
+}
+
+/// Serves the routes, health and reflection until told to stop; calls under way may end, within a bound. The caller
+/// holds the service's [`crate::guard::Guard`]: a socket that lies there already is a dead one's.
+///
+/// # Errors
+/// Where the socket or the address of the metrics can't be had.
+pub async fn serve(options: ServerOptions, routes: Routes, stop: watch::Receiver<bool>) -> Result<(), Error> {
+    let ServerOptions { service, socket, metrics, ready } = options;
+    let place = socket.display().to_string();
+    let page = match metrics {
+        Some(address) => {
+            Some(TcpListener::bind(address).await.map_err(|error| bind_error(&address, &error))?)
+        }
+        None => None,
+    };
+    let listener = listen(&socket)?;
+    let health = HealthReporter::new();
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(kiln_api::FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()
+        .map_err(|error| Error::Failed { place: place.clone(), reason: error.to_string() })?;
+    let health_service = tonic_health::server::HealthService::from_health_reporter(health.clone());
+    let routes = routes
+        .add_service(tonic_health::pb::health_server::HealthServer::new(health_service))
+        .add_service(reflection);
+    let mut stopping = stop.clone();
+    let server = Server::builder()
+        .max_concurrent_streams(STREAMS)
+        .concurrency_limit_per_connection(STREAMS as usize)
+        .timeout(CALL)
+        .http2_max_header_list_size(HEADERS)
+        .http2_keepalive_interval(Some(ALIVE))
+        .http2_keepalive_timeout(Some(ALIVE))
+        .layer(ObserveLayer)
+        .add_routes(routes)
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
+            requested(&mut stopping).await;
+        });
+    tracing::info!(socket = %place, metrics = ?metrics, "serving");
+    let beside = async {
+        let mut stop = stop;
+        tokio::select! {
+            () = requested(&mut stop) => {}
+            () = report(&health, service, ready) => {}
+            () = page::serve(page) => {}
+        }
+        set_health(&health, service, ServingStatus::NotServing).await;
+        tokio::time::sleep(DRAIN).await;
+    };
+    let ended = tokio::select! {
+        ended = server => ended.map_err(|error| Error::Failed { place, reason: crate::error::chain(&error) }),
+        () = beside => {
+            tracing::info!("calls under way are cut off");
+            Ok(())
+        }
+    };
+    if let Err(error) = std::fs::remove_file(&socket) {
+        tracing::debug!(%error, "could not remove the socket");
+    }
+    ended
+}
+
+fn bind_error(place: &dyn std::fmt::Display, error: &std::io::Error) -> Error {
+    Error::Bind { place: place.to_string(), reason: error.to_string() }
+}
+
+/// Bound aside and moved, so that a client finds either the old socket or one that answers.
+fn listen(socket: &Path) -> Result<UnixListener, Error> {
+    let aside = socket.with_extension("new");
+    if aside.as_os_str().len() > SOCKET_PATH {
+        return Err(Error::Bind {
+            place: socket.display().to_string(),
+            reason: format!("the path is longer than {SOCKET_PATH} bytes: give the site a shorter home"),
+        });
+    }
+    let failed = |error: std::io::Error| bind_error(&socket.display(), &error);
+    match std::fs::remove_file(&aside) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed(error)),
+        _ => {}
+    }
+    let listener = UnixListener::bind(&aside).map_err(failed)?;
+    std::fs::set_permissions(&aside, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    std::fs::rename(&aside, socket).map_err(failed)?;
+    Ok(listener)
+}
+
+/// Keeps the health as the service says. Never returns.
+async fn report(health: &HealthReporter, service: Service, ready: Option<watch::Receiver<bool>>) {
+    let Some(mut ready) = ready else {
+        set_health(health, service, ServingStatus::Serving).await;
+        return std::future::pending().await;
+    };
+    loop {
+        let serving = *ready.borrow_and_update();
+        let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
+        set_health(health, service, status).await;
+        if ready.changed().await.is_err() {
+            // Whoever knows is gone: the last word stands.
+            return std::future::pending().await;
+        }
+    }
+}
+
+async fn set_health(health: &HealthReporter, service: Service, status: ServingStatus) {
+    for name in ["", grpc_name(service)] {
+        health.set_service_status(name, status).await;
+    }
+}
