@@ -6,6 +6,8 @@
 //! on a snapshot, outside of any transaction, and a burst of batches can share one commit.
 
 mod batch;
+#[cfg(any(test, feature = "conformance"))]
+pub mod conformance;
 
 mod document;
 mod sql;

@@ -4,6 +4,8 @@
 //! under way; `synchronous=FULL` makes the commit wait for the disk.
 
 mod rows;
+#[cfg(test)]
+mod tests;
 mod writer;
 
 use std::path::{Path, PathBuf};

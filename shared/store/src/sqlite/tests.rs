@@ -1,0 +1,205 @@
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
+use std::process::{Command, Stdio};
+
+use serde_json::json;
+
+use super::*;
+use crate::{Change, conformance::conformance};
+
+fn put(kind: &str, id: &str, expected: u64, body: serde_json::Value) -> Batch {
+    let change = Change::Put { kind: kind.to_owned(), id: id.to_owned(), expected, schema: 1, body };
+    Batch { changes: vec![change], ..Batch::default() }
+}
+
+#[tokio::test]
+async fn it_keeps_every_promise() {
+    let folder = tempfile::tempdir().unwrap();
+    conformance(async |name| {
+        let path = folder.path().join(name);
+        SqliteStore::open(&path).await.unwrap()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn its_files_are_private() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = SqliteStore::open(&folder.path().join("store.db")).await.unwrap();
+    store.commit(put("a", "1", 0, json!({}))).await.unwrap();
+    let files: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(Result::unwrap).collect();
+    assert!(files.len() > 1, "no log beside the file");
+    for file in files {
+        assert_eq!(file.metadata().unwrap().permissions().mode() & 0o777, 0o600, "{:?}", file.path());
+    }
+}
+
+#[tokio::test]
+async fn a_scratch_store_goes_with_its_last_handle() {
+    let store = SqliteStore::in_memory().await.unwrap();
+    let folder = Path::new(&store.inner.place).parent().unwrap().to_owned();
+    let clone = store.clone();
+    drop(store);
+    assert!(folder.is_dir());
+    clone.commit(put("a", "1", 0, json!({}))).await.unwrap();
+    drop(clone);
+    assert!(!folder.exists());
+}
+
+/// On one thread all batches are queued before the writer runs, so they must share few commits. Each commit shows as
+/// one step of the sequence.
+#[tokio::test]
+async fn a_burst_shares_a_commit() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = SqliteStore::open(&folder.path().join("store.db")).await.unwrap();
+    let mut sequence = store.sequence();
+    let watcher = tokio::spawn(async move {
+        let mut steps = 0;
+        while *sequence.borrow_and_update() < 100 {
+            sequence.changed().await.unwrap();
+            steps += 1;
+        }
+        steps
+    });
+    let commits = (0..100).map(|n| {
+        let store = store.clone();
+        // Every tenth is refused, and takes nobody with it.
+        let expected = u64::from(n % 10 == 9);
+        async move { store.commit(put("a", &n.to_string(), expected, json!({}))).await.is_ok() }
+    });
+    let done = futures::future::join_all(commits).await;
+    assert_eq!(done.iter().filter(|done| **done).count(), 90);
+    for n in 0..10 {
+        store.commit(put("b", &n.to_string(), 0, json!({}))).await.unwrap();
+    }
+    let steps = watcher.await.unwrap();
+    assert!((11..=13).contains(&steps), "{steps} commits for a burst of 90 and ten single ones");
+}
+
+const CHILD: &str = "KILN_STORE_KILLED";
+
+/// Run by the test below, as a process of its own.
+#[tokio::test]
+async fn killed_child() {
+    let Some(path) = std::env::var_os(CHILD) else { return };
+    let store = SqliteStore::open(Path::new(&path)).await.unwrap();
+    for n in 0_u64.. {
+        let mut batch = put("counter", "c", n, json!({"n": n}));
+        batch.changes.extend(put("item", &format!("{n:08}"), 0, json!({})).changes);
+        store.commit(batch).await.unwrap();
+        println!("committed {}", n + 1);
+        std::io::stdout().flush().unwrap();
+    }
+}
+
+#[tokio::test]
+async fn what_was_acknowledged_survives_sigkill() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store.db");
+    let mut acknowledged = 0;
+    for round in 1..=5_u64 {
+        std::fs::remove_dir_all(folder.path()).unwrap();
+        std::fs::create_dir(folder.path()).unwrap();
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "sqlite::tests::killed_child", "--nocapture"])
+            .env(CHILD, &path)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
+        let mut counts = lines.filter_map(|line| line.split("committed ").nth(1)?.parse::<u64>().ok());
+        acknowledged = counts.find(|count| *count >= round * 7).unwrap();
+        child.kill().unwrap();
+        // What it said between the look and the kill counts too.
+        acknowledged = counts.last().unwrap_or(acknowledged);
+        child.wait().unwrap();
+        let store = SqliteStore::open(&path).await.unwrap();
+        let found = store.get("counter", "c").await.unwrap().unwrap().version;
+        assert!(found == acknowledged || found == acknowledged + 1, "{found} of {acknowledged}");
+        // Whole batches only.
+        let mut items = 0;
+        let mut after: Option<String> = None;
+        loop {
+            let page = store.list("item", "", after.as_deref(), 500).await.unwrap();
+            let Some(last) = page.last() else { break };
+            items += page.len() as u64;
+            after = Some(last.id.clone());
+        }
+        assert_eq!(items, found);
+    }
+    assert!(acknowledged >= 35);
+}
+
+struct Mounted(std::path::PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        assert!(Command::new("umount").arg("-l").arg(&self.0).status().unwrap().success());
+    }
+}
+
+/// Needs root, for a file system of its own.
+#[tokio::test]
+async fn a_full_disk_is_a_clear_error_and_no_half_state() {
+    let folder = tempfile::tempdir().unwrap();
+    let mounted = folder.path().join("small");
+    std::fs::create_dir(&mounted).unwrap();
+    let mount = Command::new("mount").args(["-t", "tmpfs", "-o", "size=2m", "tmpfs"]).arg(&mounted).status();
+    assert!(mount.unwrap().success(), "can't mount: run the tests as root");
+    let mounted = Mounted(mounted);
+    let store = SqliteStore::open(&mounted.0.join("store.db")).await.unwrap();
+    let big = json!({"text": "x".repeat(50_000)});
+    let mut kept = 0_u64;
+    let error = loop {
+        match store.commit(put("a", &kept.to_string(), 0, big.clone())).await {
+            Ok(_) => kept += 1,
+            Err(error) => break error.to_string(),
+        }
+        assert!(kept < 100, "the disk never filled");
+    };
+    assert!(error.contains("disk is full") && error.contains("store.db"), "{error}");
+    // Reads go on, and nothing of the refused batch is there.
+    assert_eq!(store.list("a", "", None, 500).await.unwrap().len() as u64, kept);
+    assert_eq!(store.get("a", &kept.to_string()).await.unwrap(), None);
+    // With room again it goes on by itself.
+    let remount = Command::new("mount").args(["-o", "remount,size=16m"]).arg(&mounted.0).status();
+    assert!(remount.unwrap().success());
+    store.commit(put("a", &kept.to_string(), 0, big)).await.unwrap();
+    drop(store);
+    let store = SqliteStore::open(&mounted.0.join("store.db")).await.unwrap();
+    assert_eq!(store.list("a", "", None, 500).await.unwrap().len() as u64, kept + 1);
+    drop(store);
+}
+
+#[tokio::test]
+async fn a_damaged_file_or_a_newer_layout_is_refused_in_words() {
+    let folder = tempfile::tempdir().unwrap();
+    let damaged = folder.path().join("damaged.db");
+    std::fs::write(&damaged, "this is no database, and long enough to be looked at".repeat(100)).unwrap();
+    let error = SqliteStore::open(&damaged).await.unwrap_err().to_string();
+    assert!(error.contains("damaged") && error.contains("restore"), "{error}");
+
+    let newer = folder.path().join("newer.db");
+    drop(SqliteStore::open(&newer).await.unwrap());
+    let mut connection = SqliteConnectOptions::new().filename(&newer).connect().await.unwrap();
+    sqlx::query(sql::META_SET).bind("layout").bind("99").execute(&mut connection).await.unwrap();
+    connection.close().await.unwrap();
+    let error = SqliteStore::open(&newer).await.unwrap_err().to_string();
+    assert!(error.contains("99"), "{error}");
+
+    let nowhere = SqliteStore::open(&folder.path().join("no/such/store.db")).await.unwrap_err().to_string();
+    assert!(nowhere.contains("no/such/store.db"), "{nowhere}");
+}
+
+#[tokio::test]
+async fn another_writer_is_waited_for_and_then_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store.db");
+    let store = SqliteStore::open(&path).await.unwrap();
+    let mut other = SqliteConnectOptions::new().filename(&path).connect().await.unwrap();
+    sqlx::raw_sql("BEGIN IMMEDIATE").execute(&mut other).await.unwrap();
+    let error = store.commit(put("a", "1", 0, json!({}))).await.unwrap_err().to_string();
+    assert!(error.contains("another process"), "{error}");
+    sqlx::raw_sql("ROLLBACK").execute(&mut other).await.unwrap();
+    store.commit(put("a", "1", 0, json!({}))).await.unwrap();
+}
