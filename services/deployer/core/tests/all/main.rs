@@ -1,0 +1,7 @@
+//! The deployer's decisions, played out against a world that launches, fails, forgets and falls silent.
+
+#![allow(clippy::unwrap_used)]
+
+mod props;
+mod stories;
+mod world;

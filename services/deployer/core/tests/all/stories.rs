@@ -1,0 +1,366 @@
+//! Scripts that read like stories: what a person, a commit or an accident does is marked `>`.
+
+use insta::assert_snapshot;
+use kiln_deployer_core::{Refused, RolloutState};
+use kiln_model::cause::CauseKind;
+use kiln_model::definition::Mode;
+use kiln_model::name::InstanceId;
+use kiln_model::run::Strategy;
+use kiln_model::time::Millis;
+
+use crate::world::{Behaviour, Made, World};
+
+fn id(text: &str) -> InstanceId {
+    text.parse().unwrap()
+}
+
+/// Three healthy instances of `image one`.
+fn standing() -> World {
+    let mut world = World::new();
+    world.revise(&Made::new("first", "one"));
+    world.play(60_000);
+    assert_eq!((world.fleet.release, world.fleet.last_good), (1, 1));
+    world.story.clear();
+    world
+}
+
+#[test]
+fn a_first_release_launches_everything_at_once() {
+    let mut world = World::new();
+    world.revise(&Made::new("first", "one"));
+    world.play(60_000);
+    assert_snapshot!(world.told());
+}
+
+#[test]
+fn a_new_image_replaces_one_after_the_other_and_start_first() {
+    let mut world = standing();
+    let began = world.now;
+    world.revise(&Made::new("second", "two"));
+    world.play(60_000);
+    assert_snapshot!(world.told());
+    assert_eq!(world.outages, 0);
+    // Three times the first probe of a new instance, and not a moment of waiting for a poll.
+    let ended = world.fleet.finished.as_ref().unwrap().ended.unwrap();
+    let took = ended.as_millisecond() - 1_700_000_000_000 - began as i64;
+    assert_eq!(took, 300);
+}
+
+#[test]
+fn an_image_whose_health_never_comes_is_rolled_back_and_does_not_come_back() {
+    let mut world = standing();
+    world.behave("bad", Behaviour::NeverHealthy);
+    world.revise(&Made::new("second", "bad"));
+    world.play(120_000);
+    world.say("the same definition, baked again");
+    world.revise(&Made::new("second", "bad with newer packages"));
+    world.play(120_000);
+    world.say("a package update on the last good definition still goes out");
+    world.revise(&Made::new("first", "one with newer packages"));
+    world.play(120_000);
+    assert_snapshot!(world.told());
+    assert_eq!((world.fleet.release, world.outages), (4, 0));
+}
+
+#[test]
+fn an_instance_that_exits_turns_the_rollout_back() {
+    let mut world = standing();
+    world.behave("crashes", Behaviour::Exits { after: 40 });
+    world.revise(&Made::new("second", "crashes"));
+    world.play(120_000);
+    assert_snapshot!(world.told());
+    let failure = world.fleet.finished.as_ref().unwrap().failure.clone().unwrap();
+    assert_eq!((failure.exit_code, failure.last_log.is_some()), (Some(1), true));
+}
+
+#[test]
+fn what_can_not_be_launched_or_verified_turns_back() {
+    let mut world = standing();
+    world.behave("refused", Behaviour::Refused);
+    world.revise(&Made::new("second", "refused"));
+    world.play(120_000);
+    world.behave("tampered", Behaviour::Tampered);
+    world.revise(&Made::new("third", "tampered"));
+    world.play(120_000);
+    assert_snapshot!(world.told());
+}
+
+#[test]
+fn a_deadline_turns_back() {
+    let mut world = standing();
+    world.behave("slow", Behaviour::NeverHealthy);
+    let slow = Made::new("second", "slow").with(|run| {
+        run.health.as_mut().unwrap().start = Millis::from_secs(600);
+        run.rollout.deadline = Millis::from_secs(5);
+    });
+    world.revise(&slow);
+    world.play(120_000);
+    assert_snapshot!(world.told());
+}
+
+#[test]
+fn what_sickens_half_way_is_replaced_by_what_was_good() {
+    let mut world = standing();
+    world.behave("sickens", Behaviour::Sickens { after: 2500 });
+    let made = Made::new("second", "sickens").with(|run| run.rollout.soak = Millis::from_secs(2));
+    world.revise(&made);
+    world.play(120_000);
+    assert_snapshot!(world.told());
+    assert_eq!(world.outages, 0);
+}
+
+#[test]
+fn the_way_back_fails_too() {
+    let mut world = standing();
+    world.behave("sickens", Behaviour::Sickens { after: 2500 });
+    let made = Made::new("second", "sickens").with(|run| run.rollout.soak = Millis::from_secs(2));
+    world.revise(&made);
+    world.play(2200);
+    world.say("> image one is broken now");
+    world.behave("one", Behaviour::Refused);
+    world.play(120_000);
+    let halted = world.fleet.finished.as_ref().map(|r| r.state);
+    assert_eq!(halted, Some(RolloutState::Failed));
+    assert!(!world.running().is_empty());
+    world.say("a newer revision starts afresh");
+    world.revise(&Made::new("third", "three"));
+    world.play(120_000);
+    assert_snapshot!(world.told());
+}
+
+#[test]
+fn a_first_release_that_fails_has_nowhere_to_go() {
+    let mut world = World::new();
+    world.behave("bad", Behaviour::Exits { after: 10 });
+    world.revise(&Made::new("first", "bad"));
+    world.play(120_000);
+    assert!(world.running().is_empty());
+    world.revise(&Made::new("second", "good"));
+    world.play(120_000);
+    assert_snapshot!(world.told());
+}
+
+#[test]
+fn a_silent_monitor_holds_a_rollout() {
+    let mut world = standing();
+    world.monitor_up = false;
+    world.say("> the monitor dies");
+    world.play(10_000);
+    world.now += 10_000;
+    world.revise(&Made::new("second", "two"));
+    world.play(300_000);
+    world.say("> the monitor is back");
+    world.monitor_up = true;
+    world.play(60_000);
+    assert_snapshot!(world.told());
+    assert_eq!(world.fleet.last_good, 2);
+}
+
+#[test]
+fn a_rollback_needs_nobody_but_the_node() {
+    let mut world = standing();
+    world.revise(&Made::new("second", "two"));
+    world.play(60_000);
+    world.story.clear();
+    world.monitor_up = false;
+    world.say("> monitor and builder die");
+    world.now += 60_000;
+    world.rollback(None).unwrap();
+    world.play(60_000);
+    assert_snapshot!(world.told());
+    assert_eq!((world.fleet.release, world.outages), (1, 0));
+    assert_eq!(world.rollback(None), Err(Refused::NoGood("web".parse().unwrap())));
+}
+
+#[test]
+fn a_newer_revision_takes_over_and_the_last_good_release_stays() {
+    let mut world = standing();
+    world.revise(&Made::new("second", "two").with(|run| run.rollout.soak = Millis::from_secs(5)));
+    world.play(7000);
+    world.revise(&Made::new("third", "three"));
+    world.play(60_000);
+    assert_snapshot!(world.told());
+    assert_eq!(world.fleet.last_good, 3);
+}
+
+#[test]
+fn a_revision_waits_for_the_way_back_to_end() {
+    let mut world = standing();
+    world.behave("bad", Behaviour::Exits { after: 50 });
+    world.behave("one", Behaviour::Good);
+    world.revise(&Made::new("second", "bad").with(|run| {
+        run.rollout.strategy = Strategy::Rolling { max_surge: 0, max_unavailable: 1 };
+    }));
+    world.play(60);
+    world.revise(&Made::new("third", "three"));
+    world.play(60_000);
+    assert_snapshot!(world.told());
+    assert_eq!(world.fleet.last_good, 3);
+}
+
+#[test]
+fn without_surge_an_old_one_leaves_first() {
+    let mut world = standing();
+    world.revise(&Made::new("second", "two").with(|run| {
+        run.rollout.strategy = Strategy::Rolling { max_surge: 0, max_unavailable: 1 };
+    }));
+    world.play(60_000);
+    assert_snapshot!(world.told());
+}
+
+#[test]
+fn replicas_and_ports_change_within_a_rollout() {
+    let mut world = standing();
+    world.revise(&Made::new("second", "one").with(|run| {
+        run.replicas = 5;
+        run.ports[0].target = 81;
+    }));
+    world.play(60_000);
+    world.revise(&Made::new("third", "one").with(|run| run.replicas = 1));
+    world.play(60_000);
+    assert_snapshot!(world.told());
+    assert_eq!(world.running().len(), 1);
+}
+
+#[test]
+fn the_same_image_and_run_only_moves_the_number() {
+    let mut world = standing();
+    world.revise(&Made::new("a comment was added", "one"));
+    world.play(60_000);
+    assert_snapshot!(world.told());
+    assert_eq!((world.fleet.release, world.fleet.last_good), (2, 2));
+}
+
+#[test]
+fn a_killed_instance_is_replaced_when_the_monitor_says_so() {
+    let mut world = standing();
+    world.say("> web-r1-1-a2 is killed");
+    world.exit(&id("web-r1-1-a2"), 137);
+    world.play(200);
+    world.signal(&id("web-r1-1-a2"), CauseKind::Gone);
+    world.play(60_000);
+    assert_snapshot!(world.told());
+    assert_eq!(world.running().len(), 3);
+}
+
+#[test]
+fn a_killed_instance_is_replaced_though_the_monitor_is_dead() {
+    let mut world = standing();
+    world.monitor_up = false;
+    world.say("> the monitor dies, then web-r1-1-a2 is killed");
+    world.exit(&id("web-r1-1-a2"), 137);
+    world.play(60_000);
+    assert_snapshot!(world.told());
+    assert_eq!(world.running().len(), 3);
+}
+
+#[test]
+fn where_a_person_decides_nothing_is_replaced_unasked() {
+    let mut world = World::new();
+    let made = Made { unhealthy: Mode::Approve, ..Made::new("first", "one") };
+    world.revise(&made);
+    world.play(60_000);
+    world.story.clear();
+    world.exit(&id("web-r1-1-a2"), 137);
+    world.play(600_000);
+    assert_eq!(world.running().len(), 2);
+    world.say(world.fleet.problem.clone());
+    world.signal(&id("web-r1-1-a2"), CauseKind::Gone);
+    world.play(60_000);
+    assert_snapshot!(world.told());
+    assert_eq!(world.running().len(), 3);
+}
+
+#[test]
+fn an_unhealthy_instance_leaves_after_another_took_its_place() {
+    let mut world = standing();
+    world.behave("one", Behaviour::Sickens { after: world.now + 1000 });
+    world.now += 1000;
+    world.look();
+    world.behave("one", Behaviour::Good);
+    world.signal(&id("web-r1-0-a1"), CauseKind::Unhealthy);
+    world.play(60_000);
+    assert_snapshot!(world.told());
+    assert_eq!((world.running().len(), world.outages), (3, 0));
+}
+
+#[test]
+fn a_crash_loop_is_bounded() {
+    let mut world = standing();
+    world.behave("one", Behaviour::Exits { after: 300 });
+    world.play(3_600_000);
+    let launches = world.story.iter().filter(|line| line.contains("launch web")).count();
+    assert!((5..=30).contains(&launches), "{launches} launches in an hour");
+}
+
+#[test]
+fn a_removed_server_leaves_its_numbers() {
+    let mut world = standing();
+    world.remove();
+    world.play(60_000);
+    assert!(world.running().is_empty());
+    world.revise(&Made::new("first", "one"));
+    world.play(60_000);
+    assert_snapshot!(world.told());
+}
+
+#[test]
+fn bad_packages_are_convicted_under_their_definition_only() {
+    let mut world = World::new();
+    world.revise(&Made::new("first", "one").packages(&[("nginx", "1"), ("curl", "1")]));
+    world.play(60_000);
+    world.behave("two", Behaviour::NeverHealthy);
+    world.revise(&Made::new("first", "two").packages(&[("nginx", "2"), ("curl", "1")]));
+    world.play(60_000);
+    world.revise(&Made::new("first", "three").packages(&[("nginx", "2"), ("curl", "2")]));
+    world.play(60_000);
+    assert_eq!(world.fleet.release, 1, "nginx 2 is what failed");
+    world.revise(&Made::new("first", "four").packages(&[("nginx", "3"), ("curl", "2")]));
+    world.play(60_000);
+    assert_eq!(world.fleet.release, 4);
+    world.revise(&Made::new("mended for nginx 2", "five").packages(&[("nginx", "2"), ("curl", "2")]));
+    world.play(60_000);
+    assert_eq!(world.fleet.release, 5);
+}
+
+#[test]
+fn an_aborted_rollout_goes_back_without_a_verdict() {
+    let mut world = standing();
+    world.revise(&Made::new("second", "two").with(|run| run.rollout.soak = Millis::from_secs(5)));
+    world.play(7000);
+    world.abort().unwrap();
+    world.play(60_000);
+    assert!(world.fleet.quarantine.is_empty());
+    world.revise(&Made::new("again", "two"));
+    world.play(60_000);
+    assert_snapshot!(world.told());
+    assert_eq!(world.fleet.last_good, 3);
+}
+
+#[test]
+fn without_a_policy_running_for_a_second_is_what_counts() {
+    let mut world = standing();
+    world.behave("ends", Behaviour::Exits { after: 900 });
+    world.revise(&Made::new("second", "ends").with(|run| run.health = None));
+    world.play(60_000);
+    world.revise(&Made::new("third", "stays").with(|run| run.health = None));
+    world.play(60_000);
+    assert_snapshot!(world.told());
+    assert_eq!((world.fleet.release, world.outages), (3, 0));
+}
+
+#[test]
+fn soak_is_counted_across_a_crash() {
+    let mut world = standing();
+    world.revise(&Made::new("second", "two").with(|run| run.rollout.soak = Millis::from_secs(10)));
+    let began = world.now;
+    for _ in 0..20 {
+        world.play(2000);
+        world.crash();
+    }
+    world.play(60_000);
+    let ended = world.fleet.finished.as_ref().unwrap().ended.unwrap();
+    let took = ended.as_millisecond() - 1_700_000_000_000 - began as i64;
+    assert!((30_000..60_000).contains(&took), "{took} ms for three soaks of ten seconds");
+    assert_eq!(world.outages, 0);
+}
