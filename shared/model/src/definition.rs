@@ -1,9 +1,28 @@
 //! The definition: a folder with `server.yaml` and the files it names.
 
+mod check;
+mod context;
+mod node;
+mod parents;
+mod parse;
+mod problem;
+mod raw;
+mod read;
+mod schema;
+mod template;
+mod value;
+
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use self::context::{ContextEntry, EntryKind, context_digest};
+pub use self::parents::{Cycle, order_by_parent};
+pub use self::parse::{MAX_TEXT, parse, parse_bytes};
+pub use self::problem::{DefinitionErrors, Problem, Report};
+pub use self::schema::json_schema;
+pub use self::template::{TemplateError, render};
 use crate::check::Check;
 use crate::name::ServerName;
 use crate::run::RunSpec;
@@ -45,7 +64,7 @@ pub enum Source {
     },
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum DebianVariant {
     /// Essential packages and apt.
@@ -96,12 +115,14 @@ pub struct UpdatePolicy {
     pub debounce: Millis,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Mode {
+    /// Acts by itself.
     #[default]
     Auto,
     /// Waits for a person.
     Approve,
+    /// Is shown, and nothing is done.
     Never,
 }

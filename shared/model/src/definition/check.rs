@@ -1,0 +1,348 @@
+//! From what is written to what is meant: what no value can say of itself is checked here, defaults are filled in.
+
+use std::collections::BTreeMap;
+
+use super::node::quoted;
+use super::problem::{Place, Problem};
+use super::raw;
+use super::read::At;
+use super::value::{AbsolutePath, Text, time_text};
+use super::{ArchiveSpec, Definition, FileSpec, ImageSpec, Source, Step, UpdatePolicy};
+use crate::check::{Check, CommandCheck, FileCheck, HttpCheck, TcpCheck};
+use crate::name::ServerName;
+use crate::run::{HealthPolicy, Limits, Port, RolloutPolicy, RunSpec, Strategy};
+
+pub(super) const MAX_STEPS: usize = 64;
+pub(super) const MAX_FILES: usize = 1000;
+pub(super) const MAX_PACKAGES: usize = 2000;
+const MAX_TESTS: usize = 64;
+const MAX_PORTS: usize = 100;
+const MAX_WRITABLE: usize = 100;
+const MAX_ARCHIVES: usize = 50;
+
+/// The kernel's own, which an instance has in any case.
+const KERNEL_TREES: [&str; 3] = ["/proc", "/sys", "/dev"];
+
+/// What is wrong with the combination of values is added to the problems; the definition is good where there are none.
+pub(super) fn check(raw: raw::Definition, places: &[Place], problems: &mut Vec<Problem>) -> Definition {
+    let mut checker = Checker { places, problems };
+    let name = raw.name.0;
+    Definition {
+        image: checker.image(raw.image, &name),
+        run: checker.run(raw.run),
+        update: UpdatePolicy {
+            definition: raw.update.on.definition,
+            packages: raw.update.on.packages,
+            unhealthy: raw.update.on.unhealthy,
+            debounce: raw.update.debounce.0,
+        },
+        name,
+    }
+}
+
+struct Checker<'a> {
+    places: &'a [Place],
+    problems: &'a mut Vec<Problem>,
+}
+
+impl Checker<'_> {
+    fn place<T>(&self, at: &At<T>) -> Place {
+        at.place(self.places, Place::default())
+    }
+
+    fn problem(&mut self, place: Place, message: impl Into<String>, help: impl Into<String>) {
+        // What lies inside of a place was cut out if it was wrong: then the place is only half seen.
+        if !self.problems.iter().any(|problem| problem.lies_in(place)) {
+            self.problems.push(Problem::new(place, message, Some(help.into())));
+        }
+    }
+
+    fn at_most<T>(&mut self, max: usize, what: &str, list: &At<Vec<T>>) {
+        let count = list.value.len();
+        if count > max {
+            self.problem(
+                self.place(list),
+                format!("{count} {what} are too many"),
+                format!("wanted at most {max}"),
+            );
+        }
+    }
+
+    fn not_empty<T>(&mut self, list: &At<Vec<T>>, what: &str, help: &str) {
+        if list.value.is_empty() {
+            self.problem(self.place(list), format!("{what} is empty"), help);
+        }
+    }
+
+    fn image(&mut self, raw: raw::Image, name: &ServerName) -> ImageSpec {
+        self.not_empty(&raw.command, "the command", "wanted a program, such as [nginx, -g, daemon off;]");
+        if let Some(program) = raw.command.value.first().filter(|program| program.value.trim().is_empty()) {
+            self.problem(self.place(program), "the program's name is empty", "wanted one such as nginx");
+        }
+        self.at_most(MAX_TESTS, "tests", &raw.tests);
+        let (from, is_scratch) = self.source(raw.from, name);
+        let steps = self.steps(raw.steps, is_scratch);
+        ImageSpec {
+            from,
+            steps,
+            env: env(raw.env),
+            user: raw.user.0,
+            command: raw.command.value.into_iter().map(|argument| argument.value).collect(),
+            tests: raw.tests.value.into_iter().map(|test| self.test(test)).collect(),
+        }
+    }
+
+    fn source(&mut self, from: raw::From, name: &ServerName) -> (Source, bool) {
+        match from {
+            raw::From::Scratch => (Source::Scratch, true),
+            raw::From::Server(parent) => {
+                if parent.value.0 == *name {
+                    let message = format!("the server `{name}` can't be its own parent");
+                    self.problem(self.place(&parent), message, "wanted another server's name");
+                }
+                (Source::Server { name: parent.value.0 }, false)
+            }
+            raw::From::Debian { suite, variant, archives } => {
+                self.at_most(MAX_ARCHIVES, "archives", &archives);
+                if !archives.is_default() {
+                    self.not_empty(&archives, "the list of archives", "remove it to use the site's archives");
+                }
+                let archives = archives.value.into_iter().map(|archive| {
+                    self.not_empty(
+                        &archive.components,
+                        "the list of components",
+                        "wanted one such as [main]",
+                    );
+                    ArchiveSpec {
+                        url: archive.url.0,
+                        suite: archive.suite.0,
+                        components: archive.components.value.into_iter().map(|name| name.0).collect(),
+                        signed_by: archive.signed_by.0,
+                    }
+                });
+                let archives = archives.collect();
+                (Source::Debian { suite: suite.0, variant, archives }, false)
+            }
+        }
+    }
+
+    fn steps(&mut self, steps: At<Vec<raw::Step>>, is_scratch: bool) -> Vec<Step> {
+        self.at_most(MAX_STEPS, "steps", &steps);
+        let mut files_so_far = 0;
+        let mut packages_so_far = 0;
+        let mut checked = Vec::with_capacity(steps.value.len());
+        for step in steps.value {
+            checked.push(match step {
+                raw::Step::Packages(packages) => {
+                    self.not_empty(&packages, "the list of packages", "wanted names, or no such step");
+                    if is_scratch {
+                        let message = "packages can't be installed into an image that begins with nothing";
+                        self.problem(self.place(&packages), message, "wanted `from: { debian: SUITE }`");
+                    }
+                    packages_so_far += packages.value.len();
+                    if packages_so_far > MAX_PACKAGES {
+                        let message = format!("{packages_so_far} packages are too many");
+                        let help = format!("wanted at most {MAX_PACKAGES} in all steps");
+                        self.problem(self.place(&packages), message, help);
+                    }
+                    Step::Packages(packages.value.into_iter().map(|name| name.0).collect())
+                }
+                raw::Step::Files(files) => {
+                    self.not_empty(&files, "the list of files", "wanted files, or no such step");
+                    files_so_far += files.value.len();
+                    if files_so_far > MAX_FILES {
+                        let message = format!("{files_so_far} files are too many");
+                        let help =
+                            format!("wanted at most {MAX_FILES} in all steps; a directory counts as one");
+                        self.problem(self.place(&files), message, help);
+                    }
+                    Step::Files(files.value.into_iter().map(file).collect())
+                }
+                raw::Step::Run(script) => Step::Run(script.0),
+            });
+        }
+        checked
+    }
+
+    fn test(&mut self, test: At<raw::Check>) -> Check {
+        let place = self.place(&test);
+        match test.value {
+            raw::Check::Http(check) => http(check),
+            raw::Check::Tcp(check) => tcp(check),
+            raw::Check::Command(check) => command(check),
+            raw::Check::File(check) => {
+                if check.absent && (check.mode.is_some() || check.owner.is_some() || check.contains.is_some())
+                {
+                    let message = format!("{} can't be absent and have a content", quoted(&check.path.0));
+                    self.problem(
+                        place,
+                        message,
+                        "wanted `absent` alone, or without it mode, owner and contains",
+                    );
+                }
+                Check::File(FileCheck {
+                    path: check.path.0,
+                    mode: check.mode.map(|mode| mode.0),
+                    owner: check.owner.map(|owner| owner.0),
+                    contains: check.contains.map(|text| text.0),
+                    absent: check.absent,
+                })
+            }
+        }
+    }
+
+    fn run(&mut self, raw: raw::Run) -> RunSpec {
+        let mut capabilities: Vec<_> = raw.capabilities.into_iter().map(|capability| capability.0).collect();
+        capabilities.sort();
+        capabilities.dedup();
+        RunSpec {
+            replicas: raw.replicas.0,
+            ports: self.ports(raw.ports),
+            writable: self.writable(raw.writable),
+            env: env(raw.env),
+            limits: Limits {
+                memory_bytes: raw.limits.memory.map(|memory| memory.0),
+                cpu_millis: raw.limits.cpus.map(|cpus| cpus.0),
+                pids: Some(raw.limits.pids.0),
+            },
+            capabilities,
+            health: raw.health.and_then(|health| self.health(health)),
+            rollout: self.rollout(raw.rollout),
+            drain: raw.drain.0,
+        }
+    }
+
+    fn ports(&mut self, ports: At<Vec<raw::PortPair>>) -> Vec<Port> {
+        self.at_most(MAX_PORTS, "ports", &ports);
+        let mut checked: Vec<Port> = Vec::with_capacity(ports.value.len());
+        for pair in ports.value {
+            let port = Port { listen: pair.listen.value.number(), target: pair.target.number() };
+            if checked.iter().any(|other| other.listen == port.listen) {
+                let message = format!("the port {} is listened on twice", port.listen);
+                self.problem(self.place(&pair.listen), message, "wanted each `listen` once");
+            }
+            checked.push(port);
+        }
+        checked
+    }
+
+    fn writable(&mut self, paths: At<Vec<At<Text<AbsolutePath>>>>) -> Vec<String> {
+        self.at_most(MAX_WRITABLE, "writable directories", &paths);
+        let inside = |path: &str, other: &str| {
+            path.strip_prefix(other).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        };
+        let mut checked: Vec<String> = Vec::with_capacity(paths.value.len());
+        for at in paths.value {
+            let place = self.place(&at);
+            let path = at.value.0;
+            let kernel = KERNEL_TREES.iter().any(|tree| inside(&path, tree)) && path != "/dev/shm";
+            if path == "/" || kernel {
+                let message = format!("{} can't be made writable", quoted(&path));
+                self.problem(place, message, "wanted directories such as /run or /var/log/nginx");
+            } else if let Some(other) =
+                checked.iter().find(|other| inside(&path, other) || inside(other, &path))
+            {
+                let message = format!("{} and {} overlap", quoted(&path), quoted(other));
+                self.problem(place, message, "wanted the outer one alone");
+            }
+            checked.push(path);
+        }
+        checked
+    }
+
+    fn health(&mut self, at: At<raw::Health>) -> Option<HealthPolicy> {
+        let place = self.place(&at);
+        let raw = at.value;
+        let mut checks = Vec::new();
+        checks.extend(raw.http.map(|check| (check.place(self.places, place), http(check.value))));
+        checks.extend(raw.tcp.map(|check| (check.place(self.places, place), tcp(check.value))));
+        checks.extend(raw.command.map(|check| (check.place(self.places, place), command(check.value))));
+        if let Some((second, _)) = checks.get(1) {
+            self.problem(
+                *second,
+                "health is asked by one check, found two",
+                "wanted one of http, tcp and command",
+            );
+        }
+        let (interval, timeout) = (raw.interval.value.0, raw.timeout.value.0);
+        if timeout > interval {
+            let given = if raw.timeout.is_default() {
+                &raw.interval.place(self.places, place)
+            } else {
+                &raw.timeout.place(self.places, place)
+            };
+            let (timeout, interval) = (time_text(timeout), time_text(interval));
+            let message = format!("the timeout of {timeout} is longer than the interval of {interval}");
+            self.problem(*given, message, "wanted timeout ≤ interval, so that checks do not pile up");
+        }
+        let Some((_, check)) = checks.into_iter().next() else {
+            self.problem(place, "it is not said how health is asked", "wanted one of http, tcp and command");
+            return None;
+        };
+        Some(HealthPolicy {
+            check,
+            interval,
+            timeout,
+            healthy: raw.healthy.0,
+            unhealthy: raw.unhealthy.0,
+            start: raw.start.0,
+        })
+    }
+
+    fn rollout(&mut self, raw: raw::Rollout) -> RolloutPolicy {
+        let (soak, deadline) = (raw.soak.value.0, raw.deadline.value.0);
+        if soak >= deadline {
+            let place = raw.deadline.place(self.places, self.place(&raw.soak));
+            let message = format!(
+                "the deadline of {} is not after the soak of {}, so every rollout would be rolled back",
+                time_text(deadline),
+                time_text(soak)
+            );
+            self.problem(place, message, "wanted deadline > soak");
+        }
+        let place = self.place(&raw.rolling);
+        let (max_surge, max_unavailable) =
+            (raw.rolling.value.max_surge.0, raw.rolling.value.max_unavailable.0);
+        if max_surge == 0 && max_unavailable == 0 {
+            let message = "maxSurge and maxUnavailable are both 0, so no instance could ever be replaced";
+            self.problem(place, message, "wanted one of the two to be at least 1");
+        }
+        RolloutPolicy { strategy: Strategy::Rolling { max_surge, max_unavailable }, soak, deadline }
+    }
+}
+
+fn env(raw: raw::Env) -> BTreeMap<String, String> {
+    raw.into_iter().map(|(name, value)| (name.0, value)).collect()
+}
+
+fn file(raw: raw::File) -> FileSpec {
+    FileSpec {
+        src: raw.src.0,
+        dest: raw.dest.0,
+        // Its syntax is that of an octal number.
+        mode: raw.mode.and_then(|mode| u32::from_str_radix(&mode.0, 8).ok()),
+        owner: raw.owner.0,
+        template: raw.template,
+    }
+}
+
+fn http(raw: raw::HttpCheck) -> Check {
+    Check::Http(HttpCheck {
+        port: raw.port.number(),
+        path: raw.path.0,
+        status: raw.status.and_then(|status| u16::try_from(status.0).ok()),
+        body: raw.body.map(|text| text.0),
+    })
+}
+
+fn tcp(raw: raw::TcpCheck) -> Check {
+    Check::Tcp(TcpCheck { port: raw.port.number() })
+}
+
+fn command(raw: raw::CommandCheck) -> Check {
+    Check::Command(CommandCheck {
+        run: raw.run.0,
+        status: i32::try_from(raw.status.0).unwrap_or_default(),
+        stdout: raw.stdout.map(|text| text.0),
+    })
+}

@@ -1,0 +1,94 @@
+//! The digest of a definition's folder: over its content alone, never over times or commits.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use crate::digest::Digest;
+
+/// One thing in a definition's folder, as whoever reads the disk saw it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ContextEntry {
+    /// Relative to the folder, with `/` between its parts.
+    pub path: String,
+    pub kind: EntryKind,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EntryKind {
+    /// Of the mode bits only this one counts: Git keeps no other.
+    Regular {
+        digest: Digest,
+        executable: bool,
+    },
+    Directory,
+    Symlink {
+        target: String,
+    },
+}
+
+/// The digest of a definition's folder: `server.yaml` and everything beside it, in any order.
+///
+/// # Errors
+/// None in practice: every field has a JSON form.
+pub fn context_digest<'a>(
+    entries: impl IntoIterator<Item = &'a ContextEntry>,
+) -> Result<Digest, serde_json::Error> {
+    // A path is there once, so a map of them is the folder.
+    let folder: BTreeMap<_, _> =
+        entries.into_iter().map(|entry| (entry.path.as_str(), &entry.kind)).collect();
+    Digest::of_json(&folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use proptest::sample::Index;
+
+    use super::*;
+
+    fn folders() -> impl Strategy<Value = Vec<ContextEntry>> {
+        let kind = prop_oneof![
+            (any::<[u8; 32]>(), any::<bool>()).prop_map(|(bytes, executable)| EntryKind::Regular {
+                digest: Digest::from_bytes(bytes),
+                executable
+            }),
+            Just(EntryKind::Directory),
+            "[a-z/.]{1,6}".prop_map(|target| EntryKind::Symlink { target }),
+        ];
+        proptest::collection::btree_map("[a-z]{1,3}(/[a-z]{1,3})?", kind, 1..8)
+            .prop_map(|folder| folder.into_iter().map(|(path, kind)| ContextEntry { path, kind }).collect())
+    }
+
+    fn digest(entries: &[ContextEntry]) -> Digest {
+        context_digest(entries).expect("JSON")
+    }
+
+    proptest! {
+        #[test]
+        fn the_order_does_not_count(entries in folders(), turn in any::<Index>()) {
+            let mut turned = entries.clone();
+            turned.rotate_left(turn.index(entries.len()));
+            prop_assert_eq!(digest(&entries), digest(&turned));
+        }
+
+        #[test]
+        fn another_folder_has_another_digest(one in folders(), other in folders()) {
+            prop_assert_eq!(one == other, digest(&one) == digest(&other));
+        }
+    }
+
+    #[test]
+    fn the_digest_stays_as_it_is() {
+        // Definitions that were applied are compared with it: a change here would look like a change of every server.
+        let entry = |path: &str, kind| ContextEntry { path: path.to_owned(), kind };
+        let folder = [
+            entry("server.yaml", EntryKind::Regular { digest: Digest::of(b"name: web"), executable: false }),
+            entry("site", EntryKind::Directory),
+            entry("site/run.sh", EntryKind::Regular { digest: Digest::of(b""), executable: true }),
+            entry("site/link", EntryKind::Symlink { target: "run.sh".to_owned() }),
+        ];
+        insta::assert_snapshot!(digest(&folder), @"sha256:26995dd1ed660df45a32c63f5d17eb231f430e3b087e90f52043b29ad8057c27");
+    }
+}

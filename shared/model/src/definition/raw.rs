@@ -1,0 +1,464 @@
+//! A definition as it is written. The JSON Schema for editors is made from these types: what is said of a field here
+//! is what a user reads.
+
+use std::collections::BTreeMap;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{Error, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
+
+use super::read::At;
+use super::value::{
+    AbsolutePath, ArchiveUrl, Capability, ComponentName, Cpus, EnvName, FileMode, InnerPath, Memory, Name,
+    Owner, PackageName, Port, Script, SuiteName, Text, Time, UrlPath, User, Wanted, Whole,
+};
+use super::{DebianVariant, Mode};
+use crate::time::Millis;
+
+const SECOND: u64 = 1000;
+const HOUR: u64 = 3600 * SECOND;
+const DAY: u64 = 24 * HOUR;
+
+pub(super) type Env = BTreeMap<Text<EnvName>, String>;
+
+/// A server that Kiln bakes into an image, runs, watches and replaces.
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, expecting = "a mapping with at least name and image")]
+pub(super) struct Definition {
+    /// The version of this format.
+    #[serde(default)]
+    #[allow(dead_code, reason = "there is one version, so that reading it is checking it")]
+    pub(super) api_version: ApiVersion,
+    /// The server's name: a DNS label of at most 40 characters.
+    pub(super) name: Text<Name>,
+    /// What the instances are made from. A change here bakes a new image.
+    pub(super) image: Image,
+    /// How the instances run. A change here alone replaces them without baking.
+    #[serde(default)]
+    pub(super) run: Run,
+    /// Which causes act by themselves.
+    #[serde(default)]
+    pub(super) update: Update,
+}
+
+#[derive(Default, Deserialize, Serialize, JsonSchema)]
+pub(super) enum ApiVersion {
+    #[default]
+    #[serde(rename = "kiln/v1")]
+    V1,
+}
+
+/// What the instances are made from.
+#[derive(Deserialize, JsonSchema)]
+#[serde(
+    rename_all = "camelCase",
+    deny_unknown_fields,
+    expecting = "a mapping with at least from and command"
+)]
+pub(super) struct Image {
+    /// What the image begins with.
+    pub(super) from: From,
+    /// What is done to it, in this order; at most 64.
+    #[serde(default)]
+    pub(super) steps: At<Vec<Step>>,
+    /// Environment of the build's `run` steps, and of the command.
+    #[serde(default)]
+    pub(super) env: Env,
+    /// Who the command runs as: a name or number, with a group after a colon if it is not the user's own.
+    #[serde(default = "root")]
+    pub(super) user: Text<User>,
+    /// The program and its arguments; no shell is involved.
+    pub(super) command: At<Vec<At<String>>>,
+    /// What must hold of a throwaway instance before the image is ready.
+    #[serde(default)]
+    pub(super) tests: At<Vec<At<Check>>>,
+}
+
+fn root() -> Text<User> {
+    Text("root".to_owned())
+}
+
+pub(super) enum From {
+    Scratch,
+    Debian { suite: Text<SuiteName>, variant: DebianVariant, archives: At<Vec<Archive>> },
+    Server(At<Text<Name>>),
+}
+
+/// A Debian suite, or another server's image.
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct FromKeys {
+    /// A Debian suite such as bookworm.
+    debian: Option<Text<SuiteName>>,
+    /// The name of another server: its newest image.
+    server: Option<At<Text<Name>>>,
+    /// For debian: which packages are there from the beginning.
+    variant: Option<At<DebianVariant>>,
+    /// For debian: where packages come from. Without it the host's or the site's archives for the suite.
+    archives: Option<At<Vec<Archive>>>,
+}
+
+impl<'de> Deserialize<'de> for From {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Form;
+
+        impl<'de> Visitor<'de> for Form {
+            type Value = From;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("{ debian: SUITE }, { server: NAME } or scratch")
+            }
+
+            fn visit_str<E: Error>(self, text: &str) -> Result<From, E> {
+                match text {
+                    "scratch" => Ok(From::Scratch),
+                    other => Err(E::invalid_type(serde::de::Unexpected::Str(other), &self)),
+                }
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<From, A::Error> {
+                let keys = FromKeys::deserialize(MapAccessDeserializer::new(map))?;
+                match (keys.debian, keys.server) {
+                    (Some(suite), None) => Ok(From::Debian {
+                        suite,
+                        variant: keys.variant.map_or(DebianVariant::Minbase, |variant| variant.value),
+                        archives: keys.archives.unwrap_or_default(),
+                    }),
+                    (None, Some(server)) if keys.variant.is_none() && keys.archives.is_none() => {
+                        Ok(From::Server(server))
+                    }
+                    (None, Some(_)) => Err(A::Error::custom(
+                        "`variant` and `archives` do not go with `server`\nthey are those of the other server",
+                    )),
+                    (Some(_), Some(_)) => Err(A::Error::custom(
+                        "an image begins with one thing, found `debian` and `server`\nremove one of the two",
+                    )),
+                    (None, None) => Err(A::Error::custom(
+                        "it is not said what the image begins with\nwanted { debian: SUITE }, { server: NAME } or scratch",
+                    )),
+                }
+            }
+        }
+
+        deserializer.deserialize_any(Form)
+    }
+}
+
+impl JsonSchema for From {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "From".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let mut keys = FromKeys::json_schema(generator);
+        keys.insert(
+            "oneOf".to_owned(),
+            serde_json::json!([
+                { "required": ["debian"] },
+                { "required": ["server"], "not": { "anyOf": [{ "required": ["variant"] }, { "required": ["archives"] }] } },
+            ]),
+        );
+        json_schema!({
+            "description": "What the image begins with: a Debian suite, another server's image, or nothing.",
+            "anyOf": [{ "const": "scratch", "description": "Nothing." }, keys]
+        })
+    }
+}
+
+/// One archive to resolve packages from.
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, expecting = "a mapping with url, suite and signedBy")]
+pub(super) struct Archive {
+    pub(super) url: Text<ArchiveUrl>,
+    /// A suite as the archive names it, such as bookworm-security.
+    pub(super) suite: Text<SuiteName>,
+    #[serde(default = "main_component")]
+    pub(super) components: At<Vec<Text<ComponentName>>>,
+    /// The key ring that the archive is signed with: a file in the definition's folder.
+    pub(super) signed_by: Text<InnerPath>,
+}
+
+fn main_component() -> At<Vec<Text<ComponentName>>> {
+    vec![Text("main".to_owned())].into()
+}
+
+/// One thing that is done to the image.
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", expecting = "a step: packages, files or run")]
+pub(super) enum Step {
+    /// Installs Debian packages and what they depend on.
+    Packages(At<Vec<Text<PackageName>>>),
+    /// Puts files of the definition's folder into the image.
+    Files(At<Vec<File>>),
+    /// Runs a script with /bin/sh, without network.
+    Run(Text<Script>),
+}
+
+/// A file, or a directory with what is in it.
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, expecting = "a mapping with src and dest")]
+pub(super) struct File {
+    /// Relative to the definition's folder.
+    pub(super) src: Text<InnerPath>,
+    /// Absolute path in the image.
+    pub(super) dest: Text<AbsolutePath>,
+    /// Octal, in quotes: "0644". Without it 0755 for directories and what its owner can execute, else 0644.
+    pub(super) mode: Option<Text<FileMode>>,
+    /// User and group.
+    #[serde(default = "root_root")]
+    pub(super) owner: Text<Owner>,
+    /// Puts the server's name in the place of {{ name }}, and a variable of the image's env in that of {{ env.NAME }}.
+    #[serde(default)]
+    pub(super) template: bool,
+}
+
+fn root_root() -> Text<Owner> {
+    Text("root:root".to_owned())
+}
+
+/// One question to an instance.
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", expecting = "a check: http, tcp, command or file")]
+pub(super) enum Check {
+    Http(HttpCheck),
+    Tcp(TcpCheck),
+    Command(CommandCheck),
+    File(FileCheck),
+}
+
+/// A GET whose answer is looked at.
+#[derive(Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, expecting = "a mapping with at least port")]
+pub(super) struct HttpCheck {
+    pub(super) port: Port,
+    #[serde(default = "slash")]
+    pub(super) path: Text<UrlPath>,
+    /// The status that is wanted; without it any from 200 to 399.
+    pub(super) status: Option<Whole<100, 599>>,
+    /// A text that the body contains.
+    pub(super) body: Option<Text<Wanted>>,
+}
+
+fn slash() -> Text<UrlPath> {
+    Text("/".to_owned())
+}
+
+/// A connection that is accepted.
+#[derive(Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, expecting = "a mapping with port")]
+pub(super) struct TcpCheck {
+    pub(super) port: Port,
+}
+
+/// A command given to /bin/sh inside the instance.
+#[derive(Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, expecting = "a mapping with at least run")]
+pub(super) struct CommandCheck {
+    pub(super) run: Text<Script>,
+    /// The exit status that is wanted.
+    #[serde(default = "success")]
+    pub(super) status: Whole<0, 255>,
+    /// A text that standard output contains.
+    pub(super) stdout: Option<Text<Wanted>>,
+}
+
+fn success() -> Whole<0, 255> {
+    Whole(0)
+}
+
+/// A file of the instance's root file system.
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, expecting = "a mapping with at least path")]
+pub(super) struct FileCheck {
+    pub(super) path: Text<AbsolutePath>,
+    /// Octal, in quotes: "0644".
+    pub(super) mode: Option<Text<FileMode>>,
+    /// A user's name or number.
+    pub(super) owner: Option<Text<User>>,
+    /// A text that the file contains.
+    pub(super) contains: Option<Text<Wanted>>,
+    /// The path must not exist.
+    #[serde(default)]
+    pub(super) absent: bool,
+}
+
+/// How the instances run.
+#[derive(Deserialize, Serialize, JsonSchema)]
+#[serde(default, rename_all = "camelCase", deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct Run {
+    /// How many instances there are.
+    pub(super) replicas: Whole<1, 1000>,
+    /// Ports that users connect to, and the ones that instances answer on.
+    pub(super) ports: At<Vec<PortPair>>,
+    /// Directories that are in memory, starting as a copy of the image's content; all else is read-only.
+    pub(super) writable: At<Vec<At<Text<AbsolutePath>>>>,
+    /// Added to the image's environment, or in its place.
+    pub(super) env: Env,
+    pub(super) limits: Limits,
+    /// Linux capabilities to keep, without CAP_; all others are dropped.
+    pub(super) capabilities: Vec<Text<Capability>>,
+    /// When an instance is healthy. Without it, while it runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) health: Option<At<Health>>,
+    pub(super) rollout: Rollout,
+    /// Time that open connections get to end after an instance left the edge.
+    pub(super) drain: Time<0, HOUR>,
+}
+
+impl Default for Run {
+    fn default() -> Self {
+        Self {
+            replicas: Whole(1),
+            ports: At::default(),
+            writable: At::default(),
+            env: Env::default(),
+            limits: Limits::default(),
+            capabilities: Vec::new(),
+            health: None,
+            rollout: Rollout::default(),
+            drain: Time(Millis::from_secs(10)),
+        }
+    }
+}
+
+/// A port that users connect to, and the one that instances answer on.
+#[derive(Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, expecting = "a mapping with listen and target")]
+pub(super) struct PortPair {
+    /// On the machine.
+    pub(super) listen: At<Port>,
+    /// In the instance.
+    pub(super) target: Port,
+}
+
+/// What one instance may use at most.
+#[derive(Deserialize, Serialize, JsonSchema)]
+#[serde(default, rename_all = "camelCase", deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct Limits {
+    /// Such as 256Mi. Without it as much as the machine has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) memory: Option<Memory>,
+    /// Such as 0.5. Without it as much as the machine has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) cpus: Option<Cpus>,
+    /// Processes and threads.
+    pub(super) pids: Whole<1, 4_194_304>,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { memory: None, cpus: None, pids: Whole(2048) }
+    }
+}
+
+/// When an instance is healthy: one of http, tcp and command, and how often it is asked.
+#[derive(Deserialize, Serialize, JsonSchema)]
+#[serde(
+    default,
+    rename_all = "camelCase",
+    deny_unknown_fields,
+    expecting = "a mapping with http, tcp or command"
+)]
+pub(super) struct Health {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) http: Option<At<HttpCheck>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) tcp: Option<At<TcpCheck>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) command: Option<At<CommandCheck>>,
+    /// Time between two checks.
+    pub(super) interval: At<Time<50, HOUR>>,
+    /// Time that one check may take; at most the interval.
+    pub(super) timeout: At<Time<10, HOUR>>,
+    /// Consecutive passes that make an instance healthy.
+    pub(super) healthy: Whole<1, 100>,
+    /// Consecutive failures that make it unhealthy.
+    pub(super) unhealthy: Whole<1, 100>,
+    /// Failures within this time after the launch do not count.
+    pub(super) start: Time<0, HOUR>,
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Self {
+            http: None,
+            tcp: None,
+            command: None,
+            interval: Time(Millis::from_secs(2)).into(),
+            timeout: Time(Millis::from_secs(1)).into(),
+            healthy: Whole(2),
+            unhealthy: Whole(3),
+            start: Time(Millis::from_secs(30)),
+        }
+    }
+}
+
+/// How new instances take the place of old ones.
+#[derive(Deserialize, Serialize, JsonSchema)]
+#[serde(default, rename_all = "camelCase", deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct Rollout {
+    pub(super) rolling: At<Rolling>,
+    /// Time that new instances must be healthy before a step counts as done.
+    pub(super) soak: At<Time<0, DAY>>,
+    /// Time after which an unfinished rollout is rolled back.
+    pub(super) deadline: At<Time<SECOND, DAY>>,
+}
+
+impl Default for Rollout {
+    fn default() -> Self {
+        Self {
+            rolling: At::default(),
+            soak: Time(Millis::from_secs(10)).into(),
+            deadline: Time(Millis::from_secs(300)).into(),
+        }
+    }
+}
+
+/// A few at a time. One of the two must be more than 0.
+#[derive(Deserialize, Serialize, JsonSchema)]
+#[serde(
+    default,
+    rename_all = "camelCase",
+    deny_unknown_fields,
+    expecting = "a mapping with maxSurge and maxUnavailable"
+)]
+pub(super) struct Rolling {
+    /// Instances above the number of replicas.
+    pub(super) max_surge: Whole<0, 1000>,
+    /// Instances below the number of replicas.
+    pub(super) max_unavailable: Whole<0, 1000>,
+}
+
+impl Default for Rolling {
+    fn default() -> Self {
+        Self { max_surge: Whole(1), max_unavailable: Whole(0) }
+    }
+}
+
+/// Which causes act by themselves.
+#[derive(Deserialize, Serialize, JsonSchema)]
+#[serde(default, rename_all = "camelCase", deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct Update {
+    pub(super) on: On,
+    /// Time in which further causes join the first one.
+    pub(super) debounce: Time<0, DAY>,
+}
+
+impl Default for Update {
+    fn default() -> Self {
+        Self { on: On::default(), debounce: Time(Millis::from_secs(30)) }
+    }
+}
+
+/// What is done for each cause: auto acts by itself, approve waits for a person, never does nothing.
+#[derive(Default, Deserialize, Serialize, JsonSchema)]
+#[serde(default, rename_all = "camelCase", deny_unknown_fields, expecting = "a mapping")]
+pub(super) struct On {
+    /// The definition changed in Git.
+    pub(super) definition: Mode,
+    /// Packages of the image have newer versions.
+    pub(super) packages: Mode,
+    /// An instance became unhealthy or is gone: it is replaced.
+    pub(super) unhealthy: Mode,
+}
