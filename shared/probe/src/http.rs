@@ -1,7 +1,7 @@
 //! One GET over a connection of its own: no redirect is followed, nothing is kept.
 
-use std::cell::Cell;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -15,6 +15,9 @@ use memchr::memmem;
 
 use crate::{Verdict, clip, tcp};
 
+/// What a check waits for, one after the other.
+const STAGES: [&str; 3] = ["accept a connection", "answer", "end its answer's body"];
+
 /// Of an answer's head; what is longer is refused.
 const MAX_HEAD: usize = 64 * 1024;
 
@@ -27,22 +30,21 @@ const MAX_BODY: usize = 1024 * 1024;
 pub(crate) async fn get(address: IpAddr, check: &HttpCheck, timeout: Duration) -> Verdict {
     let place = SocketAddr::new(address, check.port);
     // What was under way when the time was up.
-    let doing = Cell::new("accept a connection");
-    match tokio::time::timeout(timeout, exchange(place, check, &doing)).await {
+    let stage = AtomicUsize::new(0);
+    match tokio::time::timeout(timeout, exchange(place, check, &stage)).await {
         Ok(Ok(verdict)) => verdict,
         Ok(Err(why)) => Verdict::failed(why),
-        Err(_) => Verdict::failed(format!("{place} did not {} within {timeout:?}", doing.get())),
+        Err(_) => {
+            let doing = STAGES[stage.load(Ordering::Relaxed)];
+            Verdict::failed(format!("{place} did not {doing} within {timeout:?}"))
+        }
     }
 }
 
-async fn exchange(
-    place: SocketAddr,
-    check: &HttpCheck,
-    doing: &Cell<&'static str>,
-) -> Result<Verdict, String> {
+async fn exchange(place: SocketAddr, check: &HttpCheck, stage: &AtomicUsize) -> Result<Verdict, String> {
     let request = request(place, &check.path)?;
     let stream = tcp::open(place).await?;
-    doing.set("answer");
+    stage.store(1, Ordering::Relaxed);
     let (mut sender, connection) = http1::Builder::new()
         .max_buf_size(MAX_HEAD)
         .max_headers(MAX_HEADERS)
@@ -59,7 +61,7 @@ async fn exchange(
         let Some(wanted) = check.body.as_deref().filter(|text| !text.is_empty()) else {
             return Ok(Verdict::passed(format!("status {status}")));
         };
-        doing.set("end its answer's body");
+        stage.store(2, Ordering::Relaxed);
         look_for(wanted, response.into_body(), status).await.map_err(|error| bad_answer(place, &error))
     };
     tokio::pin!(answer, connection);
