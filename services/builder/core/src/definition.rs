@@ -1,7 +1,7 @@
 //! Definitions, kept by the digest of their content.
 
 use jiff::Timestamp;
-use kiln_model::definition::{Definition, Source, UpdatePolicy};
+use kiln_model::definition::{Definition, UpdatePolicy};
 use kiln_model::digest::Digest;
 use kiln_model::name::ServerName;
 use serde::{Deserialize, Serialize};
@@ -54,17 +54,9 @@ impl StoredDefinition {
             image_context: self.image_context,
             run_digest: self.run_digest,
             commit: commit.to_owned(),
-            parent: parent(&self.definition).cloned(),
+            parent: self.definition.parent().cloned(),
             replicas: self.definition.run.replicas,
             update: self.definition.update,
         }
-    }
-}
-
-/// The server whose image this one starts from.
-pub fn parent(definition: &Definition) -> Option<&ServerName> {
-    match &definition.image.from {
-        Source::Server { name } => Some(name),
-        _ => None,
     }
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 use kiln_model::cause::Cause;
+use kiln_model::definition::order_by_parent;
 use kiln_model::name::ServerName;
 
 use crate::Illegal;
@@ -21,24 +22,25 @@ pub fn check(
     parents: &BTreeMap<ServerName, Option<ServerName>>,
     changed: &[ServerName],
 ) -> Result<(), (ServerName, Illegal)> {
+    if let Err(cycle) = order_by_parent(parents) {
+        let at_fault =
+            cycle.servers().iter().find(|server| changed.contains(server)).or(cycle.servers().first());
+        if let Some(server) = at_fault {
+            return Err((server.clone(), Illegal::Refused { reason: cycle.to_string() }));
+        }
+    }
     for start in changed {
         let refused = |reason: String| Err((start.clone(), Illegal::Refused { reason }));
-        let mut chain = vec![start];
-        let mut at = start;
+        let (mut at, mut above) = (start, 0);
         while let Some(Some(parent)) = parents.get(at) {
-            let circle = chain.contains(&parent);
-            chain.push(parent);
-            if circle {
-                let chain: Vec<_> = chain.iter().map(|name| name.as_str()).collect();
-                return refused(format!("`image.from.server` goes in a circle: {}", chain.join(" from ")));
-            }
             if !parents.contains_key(parent) {
                 return refused(format!(
                     "`image.from.server` of {at} names {parent}, and there is no such server: apply it first, or with \
                      this one"
                 ));
             }
-            if chain.len() > MAX_DEPTH {
+            above += 1;
+            if above > MAX_DEPTH {
                 return refused(format!("{start} has more than {MAX_DEPTH} servers above it"));
             }
             at = parent;

@@ -160,7 +160,7 @@ impl Server {
     /// What became of the signals among `causes`.
     pub(crate) fn settle(&mut self, causes: &[Cause], outcome: Outcome, now: Timestamp) {
         for handled in &mut self.handled {
-            if causes.iter().any(|cause| cause.id == handled.id.0.to_string()) {
+            if causes.iter().any(|cause| cause.id == handled.id.to_string()) {
                 handled.outcome = outcome;
                 handled.settled = Some(now);
             }

@@ -64,7 +64,7 @@ pub fn cause(signal: &Signal) -> Cause {
     let summary = signal.evidence.first().cloned().unwrap_or_else(|| signal.cause.as_str().replace('_', " "));
     Cause {
         kind: signal.cause,
-        id: signal.id.0.to_string(),
+        id: signal.id.to_string(),
         summary,
         actor: signal.reporter.clone(),
         time: signal.raised,

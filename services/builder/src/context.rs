@@ -1,0 +1,459 @@
+//! Definitions in a source: found, read, checked against the files they name, and kept by the digest of their content.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+
+use kiln_builder_core::definition::StoredDefinition;
+use kiln_model::definition::{
+    ContextEntry, Definition, EntryKind, ImageSpec, Source, Step, context_digest, parse_bytes,
+};
+use kiln_model::digest::Digest;
+use kiln_model::name::ServerName;
+use serde::Serialize;
+
+use crate::tree::{Node, Tree, link_target};
+
+const FILE: &str = "server.yaml";
+/// More servers in one source are several sources.
+const MAX_SERVERS: usize = 1000;
+
+/// A folder with a `server.yaml`, as it is in a source.
+#[derive(Debug, Clone)]
+pub struct Found {
+    /// Inside the source; `.` for its top.
+    pub folder: String,
+    pub read: Result<Readable, Faulty>,
+}
+
+/// One that can be taken.
+#[derive(Debug, Clone)]
+pub struct Readable {
+    pub stored: StoredDefinition,
+    /// `server.yaml` and the files it names, and nothing else: what lies beside them changes no digest.
+    pub files: Tree,
+}
+
+/// One that can't.
+#[derive(Debug, Clone)]
+pub struct Faulty {
+    /// As far as it can be made out.
+    pub name: Option<ServerName>,
+    /// Over the whole folder, since nobody knows what it names.
+    pub digest: Digest,
+    pub faults: Vec<Fault>,
+}
+
+/// One thing that is wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fault {
+    /// `web/server.yaml:3:5`
+    pub place: String,
+    pub why: String,
+}
+
+impl Faulty {
+    pub fn problem(&self) -> String {
+        let lines: Vec<_> =
+            self.faults.iter().map(|fault| format!("{}: {}", fault.place, fault.why)).collect();
+        lines.join("\n")
+    }
+}
+
+impl Found {
+    pub fn name(&self) -> Option<&ServerName> {
+        match &self.read {
+            Ok(readable) => Some(&readable.stored.definition.name),
+            Err(faulty) => faulty.name.as_ref(),
+        }
+    }
+
+    pub fn digest(&self) -> Digest {
+        match &self.read {
+            Ok(readable) => readable.stored.digest,
+            Err(faulty) => faulty.digest,
+        }
+    }
+}
+
+/// Every definition in a source, by folder.
+///
+/// # Errors
+/// Where there are too many, in words.
+pub fn find(tree: &Tree) -> Result<Vec<Found>, String> {
+    let folders: Vec<&str> = tree
+        .iter()
+        .filter_map(|(path, _)| path.strip_suffix(FILE))
+        .filter(|folder| folder.is_empty() || folder.ends_with('/'))
+        .collect();
+    if folders.len() > MAX_SERVERS {
+        return Err(format!(
+            "the source holds {} definitions, and at most {MAX_SERVERS} are taken",
+            folders.len()
+        ));
+    }
+    let mut found: Vec<Found> = folders.into_iter().map(|folder| read(tree, folder)).collect();
+    refuse_namesakes(&mut found);
+    Ok(found)
+}
+
+fn read(tree: &Tree, folder: &str) -> Found {
+    let file = format!("{folder}{FILE}");
+    let folder = if folder.is_empty() { "." } else { folder.trim_end_matches('/') };
+    let part = tree.folder(folder);
+    let read = take(&part, &file).map_err(|(name, faults)| Faulty { name, digest: digest_of(&part), faults });
+    Found { folder: folder.to_owned(), read }
+}
+
+type Refusal = (Option<ServerName>, Vec<Fault>);
+
+fn take(part: &Tree, file: &str) -> Result<Readable, Refusal> {
+    let text = match part.get(FILE) {
+        Some(Node::File { content, .. }) => content,
+        _ => {
+            return Err((
+                None,
+                vec![Fault { place: format!("{file}:1:1"), why: "is not a plain file".to_owned() }],
+            ));
+        }
+    };
+    let definition = parse_bytes(text, file).map_err(|errors| {
+        let faults = errors.problems().iter().map(|problem| {
+            let help = problem.help().map(|help| format!("; {help}")).unwrap_or_default();
+            Fault {
+                place: format!("{file}:{}:{}", problem.line(), problem.column()),
+                why: format!("{}{help}", problem.message()),
+            }
+        });
+        (guess_name(text), faults.collect())
+    })?;
+    let (files, missing) = named_files(part, &definition);
+    if !missing.is_empty() {
+        let text = String::from_utf8_lossy(text);
+        let faults = missing.into_iter().map(|(path, why)| {
+            let (line, column) = place_of(&text, &path);
+            Fault { place: format!("{file}:{line}:{column}"), why: format!("`{path}` {why}") }
+        });
+        return Err((Some(definition.name), faults.collect()));
+    }
+    let run_digest = definition.run.digest();
+    let image_context = image_context(&definition, &files);
+    match (run_digest, image_context) {
+        (Ok(run_digest), Ok(image_context)) => {
+            let stored =
+                StoredDefinition { digest: digest_of(&files), definition, image_context, run_digest };
+            Ok(Readable { stored, files })
+        }
+        (Err(error), _) | (_, Err(error)) => {
+            let fault = Fault { place: format!("{file}:1:1"), why: format!("has no digest: {error}") };
+            Err((Some(definition.name), vec![fault]))
+        }
+    }
+}
+
+/// A definition that can't be read still says whose it is, if it begins as they all do.
+fn guess_name(text: &[u8]) -> Option<ServerName> {
+    let text = std::str::from_utf8(text).ok()?;
+    let line = text.lines().take(200).find_map(|line| line.strip_prefix("name:"))?;
+    let value = line.split('#').next().unwrap_or_default().trim();
+    value.trim_matches(['"', '\'']).parse().ok()
+}
+
+/// `server.yaml`, what it names, and where its links lead; and what of it is missing or lies outside.
+fn named_files(part: &Tree, definition: &Definition) -> (Tree, Vec<(String, String)>) {
+    let mut missing = Vec::new();
+    let mut taken = BTreeSet::from([FILE.to_owned()]);
+    let mut wanted: Vec<(String, String)> =
+        named(&definition.image).into_iter().map(|path| (path.clone(), path)).collect();
+    // `asked` is the name in the text that led here: a link of a link is told by the first one.
+    while let Some((asked, path)) = wanted.pop() {
+        let path = normal(&path);
+        let mut any = false;
+        for (entry, node) in part.under(&path) {
+            any = true;
+            if !taken.insert(entry.to_owned()) {
+                continue;
+            }
+            if let Node::Symlink { target } = node {
+                match link_target(entry, target) {
+                    Some(inside) => wanted.push((asked.clone(), inside)),
+                    None => missing.push((
+                        asked.clone(),
+                        format!("holds a symbolic link out of the folder: {entry} -> {target}"),
+                    )),
+                }
+            }
+        }
+        if !any {
+            let why = if normal(&asked) == path {
+                "is not in the folder of the definition".to_owned()
+            } else {
+                format!("holds a symbolic link to {path}, which is not in the folder of the definition")
+            };
+            missing.push((asked, why));
+        }
+    }
+    let mut files = Tree::default();
+    for path in taken {
+        if let Some(node) = part.get(&path) {
+            // Each was accepted once, in the tree that it comes from.
+            if let Err(error) = files.insert(&path, node.clone()) {
+                missing.push((path, error.why));
+            }
+        }
+    }
+    missing.sort();
+    missing.dedup();
+    (files, missing)
+}
+
+fn named(image: &ImageSpec) -> Vec<String> {
+    let files = image.steps.iter().flat_map(|step| match step {
+        Step::Files(files) => files.as_slice(),
+        _ => &[],
+    });
+    let mut named: Vec<_> = files.map(|file| file.src.clone()).collect();
+    if let Source::Debian { archives, .. } = &image.from {
+        named
+            .extend(archives.iter().map(|archive| archive.signed_by.clone()).filter(|ring| !ring.is_empty()));
+    }
+    named
+}
+
+/// `site/` and `./site` are `site`.
+fn normal(path: &str) -> String {
+    let parts: Vec<_> = path.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
+    if parts.is_empty() { ".".to_owned() } else { parts.join("/") }
+}
+
+/// Where a definition names a path; its beginning where that can't be made out.
+fn place_of(text: &str, named: &str) -> (usize, usize) {
+    let is_part = |c: char| c.is_alphanumeric() || matches!(c, '.' | '_' | '-');
+    let places = text.lines().enumerate().flat_map(|(number, line)| {
+        let at = line.match_indices(named).filter(move |(at, _)| {
+            let before = line.get(..*at).and_then(|before| before.chars().next_back());
+            let after = line.get(at + named.len()..).and_then(|after| after.chars().next());
+            !before.is_some_and(|c| is_part(c) || c == '/') && !after.is_some_and(is_part)
+        });
+        at.map(move |(at, _)| {
+            (number + 1, line.get(..at).map_or(0, |before| before.chars().count()) + 1, line)
+        })
+    });
+    let mut places: Vec<_> = places.collect();
+    // A stable sort: the first line that speaks of files goes before the first of any kind.
+    places.sort_by_key(|(_, _, line)| !(line.contains("src") || line.contains("igned")));
+    places.first().map_or((1, 1), |(line, column, _)| (*line, *column))
+}
+
+fn entries(files: &Tree) -> Vec<ContextEntry> {
+    let kind = |node: &Node| match node {
+        Node::File { content, executable } => {
+            EntryKind::Regular { digest: Digest::of(content), executable: *executable }
+        }
+        Node::Symlink { target } => EntryKind::Symlink { target: target.clone() },
+    };
+    files.iter().map(|(path, node)| ContextEntry { path: path.to_owned(), kind: kind(node) }).collect()
+}
+
+fn digest_of(files: &Tree) -> Digest {
+    let entries = entries(files);
+    // The texts and digests of a listing always have a JSON form; the fallback names the same content as well.
+    context_digest(&entries).unwrap_or_else(|_| Digest::of(format!("{entries:?}").as_bytes()))
+}
+
+/// Over what goes into the image; see [`kiln_builder_core::definition::ImageContext`].
+fn image_context(definition: &Definition, files: &Tree) -> Result<Digest, serde_json::Error> {
+    #[derive(Serialize)]
+    struct Context<'a> {
+        image: ImageSpec,
+        files: Vec<ContextEntry>,
+        /// Templates can show it.
+        name: Option<&'a ServerName>,
+    }
+    let mut image = definition.image.clone();
+    image.tests.clear();
+    let is_template =
+        |step: &Step| matches!(step, Step::Files(files) if files.iter().any(|file| file.template));
+    let name = image.steps.iter().any(is_template).then_some(&definition.name);
+    let mut files = entries(files);
+    files.retain(|entry| entry.path != FILE);
+    Digest::of_json(&Context { image, files, name })
+}
+
+fn refuse_namesakes(found: &mut [Found]) {
+    let mut folders: BTreeMap<ServerName, Vec<String>> = BTreeMap::new();
+    for one in found.iter() {
+        if let Ok(readable) = &one.read {
+            folders.entry(readable.stored.definition.name.clone()).or_default().push(one.folder.clone());
+        }
+    }
+    for one in found.iter_mut() {
+        let Ok(readable) = &one.read else { continue };
+        let name = readable.stored.definition.name.clone();
+        let namesakes = folders.get(&name).map(Vec::as_slice).unwrap_or_default();
+        if namesakes.len() > 1 {
+            let file = if one.folder == "." { FILE.to_owned() } else { format!("{}/{FILE}", one.folder) };
+            let why = format!(
+                "the name `{name}` is given in several folders: {}; give each its own",
+                namesakes.join(", ")
+            );
+            let fault = Fault { place: format!("{file}:1:1"), why };
+            one.read = Err(Faulty { name: Some(name), digest: readable.stored.digest, faults: vec![fault] });
+        }
+    }
+}
+
+/// The folders of definitions, by their digests.
+#[derive(Debug, Clone)]
+pub struct Contexts {
+    root: PathBuf,
+}
+
+impl Contexts {
+    pub fn new(root: PathBuf) -> Self {
+        Self { root }
+    }
+
+    /// Where a definition's files lie.
+    pub fn folder(&self, digest: &Digest) -> PathBuf {
+        self.root.join(digest.hex())
+    }
+
+    /// Writes a definition's files, durably, unless they are there.
+    ///
+    /// # Errors
+    /// Input and output: a full disk. Nothing half is left under the digest.
+    pub async fn put(&self, readable: &Readable) -> std::io::Result<()> {
+        let (root, target) = (self.root.clone(), self.folder(&readable.stored.digest));
+        let files = readable.files.clone();
+        tokio::task::spawn_blocking(move || write(&root, &target, &files))
+            .await
+            .map_err(std::io::Error::other)?
+    }
+}
+
+fn write(root: &Path, target: &Path, files: &Tree) -> std::io::Result<()> {
+    if target.exists() {
+        return Ok(());
+    }
+    std::fs::create_dir_all(root)?;
+    // Removed when dropped, so a failure leaves nothing. Paths were checked when the tree was made: each is below this
+    // folder, and none goes through a link.
+    let aside = tempfile::Builder::new().prefix(".new-").tempdir_in(root)?;
+    for (path, node) in files.iter() {
+        let path = aside.path().join(path);
+        if let Some(parent) = path.parent() {
+            std::fs::create_dir_all(parent)?;
+        }
+        match node {
+            Node::File { content, executable } => {
+                let mode = if *executable { 0o755 } else { 0o644 };
+                let mut file =
+                    std::fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&path)?;
+                file.write_all(content)?;
+            }
+            Node::Symlink { target } => std::os::unix::fs::symlink(target, &path)?,
+        }
+    }
+    let handle = std::fs::File::open(aside.path())?;
+    // One flush for all files, before the name that promises them.
+    rustix::fs::syncfs(&handle)?;
+    match std::fs::rename(aside.path(), target) {
+        Ok(()) => {}
+        // Another call wrote the same content.
+        Err(_) if target.exists() => return Ok(()),
+        Err(error) => return Err(error),
+    }
+    std::fs::File::open(root)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WEB: &str = "apiVersion: kiln/v1\nname: web\nimage:\n  from: scratch\n  steps:\n    - files:\n        - { src: site/, dest: /var/www }\n  command: [serve]\n";
+
+    fn source(files: &[(&str, &str)]) -> Tree {
+        let mut tree = Tree::default();
+        for (path, content) in files {
+            let node = match content.strip_prefix("-> ") {
+                Some(target) => Node::Symlink { target: target.to_owned() },
+                None => Node::File { content: content.as_bytes().to_vec(), executable: false },
+            };
+            tree.insert(path, node).unwrap();
+        }
+        tree
+    }
+
+    fn only(files: &[(&str, &str)]) -> Result<Readable, String> {
+        let mut found = find(&source(files)).unwrap();
+        assert_eq!(found.len(), 1);
+        found.remove(0).read.map_err(|faulty| faulty.problem())
+    }
+
+    #[test]
+    fn only_what_is_named_counts() {
+        let one = only(&[("web/server.yaml", WEB), ("web/site/index.html", "Hello")]).unwrap();
+        let other = only(&[("server.yaml", WEB), ("site/index.html", "Hello"), ("README.md", "hi")]).unwrap();
+        assert_eq!(one.stored.digest, other.stored.digest);
+        let changed = only(&[("server.yaml", WEB), ("site/index.html", "Bye")]).unwrap();
+        assert_ne!(one.stored.digest, changed.stored.digest);
+        assert_ne!(one.stored.image_context, changed.stored.image_context);
+    }
+
+    #[test]
+    fn run_alone_leaves_the_image_context() {
+        let files =
+            |yaml: String| only(&[("server.yaml", &yaml), ("site/index.html", "Hello")]).unwrap().stored;
+        let one = files(WEB.to_owned());
+        let more = files(format!("{WEB}run: {{ replicas: 5 }}\n"));
+        assert_ne!(one.digest, more.digest);
+        assert_ne!(one.run_digest, more.run_digest);
+        assert_eq!(one.image_context, more.image_context);
+    }
+
+    #[test]
+    fn faults_name_their_place() {
+        let missing = only(&[("web/server.yaml", WEB)]).unwrap_err();
+        assert_eq!(missing, "web/server.yaml:7:18: `site` is not in the folder of the definition");
+        let out = only(&[("server.yaml", WEB), ("site/passwd", "-> ../../etc/passwd")]).unwrap_err();
+        assert!(out.starts_with("server.yaml:7:18: `site` holds a symbolic link out of the folder"), "{out}");
+        let dangling = only(&[("server.yaml", WEB), ("site/a", "-> b")]).unwrap_err();
+        assert!(dangling.contains("a symbolic link to site/b, which is not"), "{dangling}");
+        let linked = only(&[("server.yaml", WEB), ("site/a", "-> ../shared/b"), ("shared/b", "x")]).unwrap();
+        assert_eq!(
+            linked.files.iter().map(|(path, _)| path).collect::<Vec<_>>(),
+            ["server.yaml", "shared/b", "site/a"]
+        );
+        let wrong = find(&source(&[("server.yaml", "name: web\nreplicas: 3\n")])).unwrap().remove(0);
+        assert_eq!(wrong.name().map(ServerName::as_str), Some("web"));
+        assert!(wrong.read.unwrap_err().problem().starts_with("server.yaml:"));
+    }
+
+    #[test]
+    fn two_folders_can_not_be_one_server() {
+        let found = find(&source(&[
+            ("a/server.yaml", WEB),
+            ("a/site/x", "x"),
+            ("b/server.yaml", WEB),
+            ("b/site/x", "x"),
+        ]))
+        .unwrap();
+        assert!(found.iter().all(|one| one.read.is_err()));
+    }
+
+    #[tokio::test]
+    async fn a_definition_is_kept_whole_or_not_at_all() {
+        let folder = tempfile::tempdir().unwrap();
+        let contexts = Contexts::new(folder.path().join("contexts"));
+        let readable =
+            only(&[("server.yaml", WEB), ("site/index.html", "Hello"), ("site/l", "-> index.html")]).unwrap();
+        contexts.put(&readable).await.unwrap();
+        contexts.put(&readable).await.unwrap();
+        let kept = contexts.folder(&readable.stored.digest);
+        assert_eq!(std::fs::read_to_string(kept.join("site/l")).unwrap(), "Hello");
+        let names: Vec<_> = std::fs::read_dir(folder.path().join("contexts")).unwrap().collect();
+        assert_eq!(names.len(), 1, "nothing else is left");
+    }
+}
