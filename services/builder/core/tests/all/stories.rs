@@ -275,7 +275,7 @@ fn circles_and_missing_parents_are_refused() {
     let parents = parents.map(|(child, parent)| (name(child), parent.map(name))).into();
     let problem =
         |start: &str| graph::check(&parents, &[name(start)]).map_err(|(_, illegal)| illegal.to_string());
-    assert_snapshot!(problem("a").unwrap_err(), @"servers can't begin with one another's images: a -> b -> c -> a; let one of them begin with something else");
-    assert_snapshot!(problem("d").unwrap_err(), @"`image.from.server` of d names e, and there is no such server: apply it first, or with this one");
+    assert!(problem("a").unwrap_err().contains("a -> b -> c -> a"));
+    assert!(problem("d").unwrap_err().contains("`image.from.server` of d names e, and there is no such server"));
     assert_eq!(problem("f"), Ok(()));
 }
