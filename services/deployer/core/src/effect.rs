@@ -9,7 +9,7 @@ use kiln_model::name::InstanceId;
 use kiln_model::run::RunSpec;
 use kiln_model::time::Millis;
 
-use crate::fleet::Listener;
+use crate::fleet::{Instance, Listener};
 use crate::release::Release;
 use crate::rollout::Rollout;
 
@@ -66,7 +66,8 @@ pub enum Effect {
 pub enum Event {
     Release(Box<Release>),
     Rollout(RolloutVerb, Box<Rollout>),
-    Instance(InstanceVerb, InstanceId),
+    /// As it was at that moment: one that is gone for good is not in the fleet any more.
+    Instance(InstanceVerb, InstanceId, Box<Instance>),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

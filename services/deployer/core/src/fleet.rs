@@ -60,6 +60,8 @@ pub struct Instance {
     pub health: HealthState,
     /// It was healthy once: it may stand on the edge.
     pub passed: bool,
+    /// The node had it on the edge (or it has no ports): an old one may leave for it.
+    pub served: bool,
     pub address: String,
     pub created: Timestamp,
     pub launched: Option<Timestamp>,

@@ -25,7 +25,10 @@ pub(crate) fn judge(work: &mut Work<'_>, view: &View) {
     let Some(rollout) = &work.fleet.rollout else { return };
     let Some(target) = work.target() else { return };
     if !rollout.is_forward() {
-        if let Some(failed) = failed_instance(work, rollout).or_else(|| overdue(work, rollout, target)) {
+        let failed = failed_instance(work, rollout)
+            .or_else(|| unroutable(work, view))
+            .or_else(|| overdue(work, rollout, target, view));
+        if let Some(failed) = failed {
             fail_for_good(work, failed, view);
         }
         return;
@@ -47,7 +50,8 @@ pub(crate) fn judge(work: &mut Work<'_>, view: &View) {
     let Some(rollout) = &work.fleet.rollout else { return };
     let failed = unverified
         .or_else(|| failed_instance(work, rollout))
-        .or_else(|| if rollout.state == RolloutState::Held { None } else { overdue(work, rollout, target) });
+        .or_else(|| unroutable(work, view))
+        .or_else(|| overdue(work, rollout, target, view).filter(|_| rollout.state != RolloutState::Held));
     match failed {
         Some(failed) => {
             let evidence = failed.instance.map(|id| failure(work, view, id));
@@ -85,10 +89,16 @@ fn failed_instance(work: &Work<'_>, rollout: &Rollout) -> Option<Failed> {
     })
 }
 
-fn overdue(work: &Work<'_>, rollout: &Rollout, target: &Release) -> Option<Failed> {
+fn unroutable(work: &Work<'_>, view: &View) -> Option<Failed> {
+    let (_, why) = view.unroutable.as_ref().filter(|(generation, _)| *generation == work.fleet.generation)?;
+    Some(Failed { reason: format!("the node refuses to put it on the edge: {why}"), instance: None })
+}
+
+fn overdue(work: &Work<'_>, rollout: &Rollout, target: &Release, view: &View) -> Option<Failed> {
     let deadline = target.policy().deadline;
     // Old instances that only wait for their connections to end make nobody wait.
-    let decided = plan::done(work) == target.replicas() && plan::leavers(work).is_empty();
+    let settled = plan::done(work) == target.replicas() && plan::leavers(work).is_empty();
+    let decided = settled && work.acknowledged(view);
     if rollout.elapsed < deadline || decided {
         return None;
     }

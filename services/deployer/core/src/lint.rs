@@ -89,7 +89,7 @@ impl Lint<'_> {
             .filter(|(id, i)| i.state != InstanceState::Draining && self.well(id))
             .map(|(id, _)| id)
             .collect();
-        let healthy = self.after.instances.values().filter(|i| i.is_up()).count();
+        let healthy = self.after.instances.values().filter(|i| i.is_up() && i.served).count();
         if !served.is_empty() && healthy < least && !given_up {
             let what = format!("{} left, {healthy} healthy remain, {least} needed", served[0]);
             self.wrong(1, what);
@@ -97,7 +97,7 @@ impl Lint<'_> {
     }
 
     fn well(&self, id: &InstanceId) -> bool {
-        self.after.instances.get(id).is_some_and(|i| i.passed && i.health == HealthState::Healthy)
+        self.after.instances.get(id).is_some_and(|i| i.served && i.health == HealthState::Healthy)
     }
 
     fn gave_up(&self) -> bool {

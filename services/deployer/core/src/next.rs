@@ -106,7 +106,7 @@ impl<'a> Work<'a> {
         self.fleet.rollout = Some(rollout);
     }
 
-    fn acknowledged(&self, view: &View) -> bool {
+    pub(crate) fn acknowledged(&self, view: &View) -> bool {
         self.fleet.generation == 0 || view.routed == Some(self.fleet.generation)
     }
 }
@@ -131,6 +131,8 @@ pub fn next(fleet: &Fleet, releases: &Releases, view: &View, now: Now) -> Decisi
 
     observe::engine(&mut work, engine, view);
     observe::health(&mut work, view);
+    let acknowledged = work.acknowledged(view);
+    observe::edge(&mut work, acknowledged);
     observe::evidence(&mut work, view);
     if let Some(routed) = view.routed.filter(|routed| *routed > work.fleet.generation) {
         // Our store is older than what the node remembers (it was restored): step past it, or nothing is accepted.

@@ -1,8 +1,9 @@
 //! What was seen of the outside becomes state: time, what runs, what is healthy.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use jiff::Timestamp;
 use kiln_model::name::InstanceId;
 use kiln_model::run::HealthPolicy;
 use kiln_model::signal::HealthState;
@@ -93,55 +94,65 @@ pub(crate) fn engine(work: &mut Work<'_>, engine: &BTreeMap<InstanceId, Seen>, v
     let now = work.now;
     for (id, instance) in &mut work.fleet.instances {
         let seen = engine.get(id);
-        let state = seen.map(|seen| seen.state);
-        let mut tell = |verb| work.events.push(Event::Instance(verb, id.clone()));
-        match (instance.state, state) {
-            (InstanceState::Launching, Some(SeenState::Running)) => {
-                take(instance, seen, InstanceState::Running);
-                instance.launched = instance.launched.or(Some(now));
-                tell(InstanceVerb::Launched);
-            }
-            (InstanceState::Launching, Some(SeenState::Failed)) => {
-                take(instance, seen, InstanceState::Failed);
-                tell(InstanceVerb::Failed);
-            }
-            (InstanceState::Launching, Some(SeenState::Retiring | SeenState::Retired)) => {
-                take(instance, seen, InstanceState::Failed);
-                "the node has retired this id".clone_into(&mut instance.detail);
-                tell(InstanceVerb::Failed);
-            }
-            (InstanceState::Launching, None | Some(SeenState::Launching)) => {
-                if let Some(reason) = view.refused.get(id) {
-                    instance.state = InstanceState::Failed;
-                    instance.detail.clone_from(reason);
-                    tell(InstanceVerb::Failed);
-                }
-            }
-            (InstanceState::Launching | InstanceState::Running, Some(SeenState::Exited))
-            | (InstanceState::Running, Some(SeenState::Failed | SeenState::Retiring | SeenState::Retired)) => {
-                take(instance, seen, InstanceState::Exited);
-                tell(InstanceVerb::Exited);
-            }
-            (InstanceState::Running, None) => {
-                take(instance, seen, InstanceState::Exited);
-                "the node does not know it any more".clone_into(&mut instance.detail);
-                tell(InstanceVerb::Exited);
-            }
-            (InstanceState::Draining, seen_state) => {
-                // That the node does not have it says nothing of one that it was never seen to have: its launch may
-                // still be on the way there, until the retirement is confirmed.
-                let gone = seen_state == Some(SeenState::Retired)
-                    || seen_state.is_none() && instance.launched.is_some();
-                if gone || view.retired.contains(id) {
-                    take(instance, seen, InstanceState::Retired);
-                    tell(InstanceVerb::Retired);
-                }
-            }
-            _ => {}
-        }
+        let Some(verb) = advance(id, instance, seen, view, now) else { continue };
         if !instance.takes_room() && instance.ended.is_none() {
             instance.ended = seen.and_then(|seen| seen.ended).or(Some(now));
         }
+        work.events.push(Event::Instance(verb, id.clone(), Box::new(instance.clone())));
+    }
+}
+
+/// Brings one instance to what was seen of it; gives what happened to it.
+fn advance(
+    id: &InstanceId,
+    instance: &mut Instance,
+    seen: Option<&Seen>,
+    view: &View,
+    now: Timestamp,
+) -> Option<InstanceVerb> {
+    match (instance.state, seen.map(|seen| seen.state)) {
+        (InstanceState::Launching, Some(SeenState::Running)) => {
+            take(instance, seen, InstanceState::Running);
+            instance.launched = instance.launched.or(Some(now));
+            Some(InstanceVerb::Launched)
+        }
+        (InstanceState::Launching, Some(SeenState::Failed)) => {
+            take(instance, seen, InstanceState::Failed);
+            Some(InstanceVerb::Failed)
+        }
+        (InstanceState::Launching, Some(SeenState::Retiring | SeenState::Retired)) => {
+            take(instance, seen, InstanceState::Failed);
+            "the node has retired this id".clone_into(&mut instance.detail);
+            Some(InstanceVerb::Failed)
+        }
+        (InstanceState::Launching, None | Some(SeenState::Launching)) => {
+            let reason = view.refused.get(id)?;
+            take(instance, seen, InstanceState::Failed);
+            instance.detail.clone_from(reason);
+            Some(InstanceVerb::Failed)
+        }
+        (InstanceState::Launching | InstanceState::Running, Some(SeenState::Exited))
+        | (InstanceState::Running, Some(SeenState::Failed | SeenState::Retiring | SeenState::Retired)) => {
+            take(instance, seen, InstanceState::Exited);
+            Some(InstanceVerb::Exited)
+        }
+        (InstanceState::Running, None) => {
+            take(instance, seen, InstanceState::Exited);
+            "the node does not know it any more".clone_into(&mut instance.detail);
+            Some(InstanceVerb::Exited)
+        }
+        (InstanceState::Draining, state) => {
+            // That the node does not have it says nothing of one that it was never seen to have: its launch may still
+            // be on the way there, until the retirement is confirmed.
+            let never_came = state.is_none() && instance.launched.is_none();
+            let gone = matches!(state, None | Some(SeenState::Retired)) && !never_came;
+            if !gone && !view.retired.contains(id) {
+                return None;
+            }
+            take(instance, seen, InstanceState::Retired);
+            Some(InstanceVerb::Retired)
+        }
+        _ => None,
     }
 }
 
@@ -175,6 +186,18 @@ pub(crate) fn health(work: &mut Work<'_>, view: &View) {
             },
         };
         instance.passed |= instance.health == HealthState::Healthy;
+    }
+}
+
+/// Takes over that the node has the edge as it was wanted last.
+pub(crate) fn edge(work: &mut Work<'_>, acknowledged: bool) {
+    let releases = work.releases;
+    let fleet = &mut work.fleet;
+    let on_edge = fleet.edge.iter().flat_map(|listener| &listener.backends).map(|backend| &backend.instance);
+    let on_edge: BTreeSet<&InstanceId> = on_edge.filter(|_| acknowledged).collect();
+    for (id, instance) in &mut fleet.instances {
+        let portless = releases.get(&id.release).is_some_and(|release| release.revision.run.ports.is_empty());
+        instance.served |= instance.passed && (portless || on_edge.contains(id));
     }
 }
 

@@ -69,7 +69,7 @@ fn rank(instance: &Instance) -> (bool, bool, bool) {
 
 /// Through its gate: an old one may leave for it.
 fn is_available(work: &Work<'_>, target: &Release, instance: &Instance) -> bool {
-    instance.is_up() && (!work.fleet.is_forward() || instance.soaked >= target.soak())
+    instance.is_up() && instance.served && (!work.fleet.is_forward() || instance.soaked >= target.soak())
 }
 
 /// Instances of the target that are through their gate.
@@ -127,7 +127,7 @@ pub(crate) fn people(work: &mut Work<'_>) {
 /// What never served and is not wanted any more serves nobody by staying.
 fn drop_unproven(work: &mut Work<'_>) {
     for id in leavers(work) {
-        if let Some(instance) = work.fleet.instances.get_mut(&id).filter(|i| !i.passed) {
+        if let Some(instance) = work.fleet.instances.get_mut(&id).filter(|i| !i.served) {
             drain(instance);
         }
     }
@@ -171,6 +171,7 @@ fn launch(work: &mut Work<'_>, target: &Release, bounds: &Bounds) -> usize {
             state: InstanceState::Launching,
             health: HealthState::Starting,
             passed: false,
+            served: false,
             address: String::new(),
             created: work.now,
             launched: None,

@@ -19,6 +19,8 @@ pub struct View {
     pub retired: BTreeSet<InstanceId>,
     /// The generation of what the node has on the edge.
     pub routed: Option<u64>,
+    /// An edge that the node refuses and goes on refusing: its generation, and why.
+    pub unroutable: Option<(u64, String)>,
     pub health: BTreeMap<InstanceId, Told>,
     pub checks: BTreeMap<InstanceId, OwnChecks>,
     pub verdicts: BTreeMap<Digest, Verdict>,

@@ -364,3 +364,13 @@ fn soak_is_counted_across_a_crash() {
     assert!((30_000..60_000).contains(&took), "{took} ms for three soaks of ten seconds");
     assert_eq!(world.outages, 0);
 }
+
+#[test]
+fn a_port_that_somebody_else_holds_turns_back() {
+    let mut world = standing();
+    world.refuse_edge_with = Some(9090);
+    world.revise(&Made::new("second", "two").with(|run| run.ports[0].listen = 9090));
+    world.play(120_000);
+    assert_snapshot!(world.told());
+    assert_eq!((world.fleet.release, world.outages), (1, 0));
+}

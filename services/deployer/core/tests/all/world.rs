@@ -108,6 +108,8 @@ pub(crate) struct World {
     told_at: BTreeMap<InstanceId, u64>,
     checked_at: BTreeMap<InstanceId, u64>,
     committed_at: u64,
+    /// A port that somebody else holds.
+    pub(crate) refuse_edge_with: Option<u16>,
     generation: u64,
     pub(crate) story: Vec<String>,
     /// Requests that find nobody, from the first time on that somebody answered.
@@ -150,6 +152,7 @@ impl World {
             told_at: BTreeMap::new(),
             checked_at: BTreeMap::new(),
             committed_at: 0,
+            refuse_edge_with: None,
             generation: 0,
             story: Vec::new(),
             outages: 0,
@@ -264,7 +267,7 @@ impl World {
                     format!("rollout {} {}", r.id, verb.as_str())
                 }
                 Event::Rollout(verb, r) => format!("rollout {} {}: {}", r.id, verb.as_str(), r.problem),
-                Event::Instance(verb, id) => format!("{id} {}", verb.as_str()),
+                Event::Instance(verb, id, _) => format!("{id} {}", verb.as_str()),
             };
             self.say(line);
         }
@@ -430,6 +433,11 @@ impl World {
             }
             Effect::Route { listeners, generation, .. } => {
                 assert!(generation >= self.edge.0, "a stale route");
+                if let Some(port) = self.refuse_edge_with.filter(|p| listeners.iter().any(|l| l.listen == *p))
+                {
+                    self.view.unroutable = Some((generation, format!("port {port} is held by sshd")));
+                    return false;
+                }
                 let names: BTreeSet<String> = listeners
                     .iter()
                     .flat_map(|l| {
