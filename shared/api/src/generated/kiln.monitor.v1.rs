@@ -329,7 +329,7 @@ pub mod monitor_service_client {
                 );
             self.inner.unary(req, path, codec).await
         }
-        /// Each change of an instance's health.
+        /// The health of each instance as it is, then each change, and each answer that changed nothing but `observed`.
         pub async fn watch_health(
             &mut self,
             request: impl tonic::IntoRequest<super::WatchHealthRequest>,
@@ -414,7 +414,7 @@ pub mod monitor_service_server {
             >
             + std::marker::Send
             + 'static;
-        /// Each change of an instance's health.
+        /// The health of each instance as it is, then each change, and each answer that changed nothing but `observed`.
         async fn watch_health(
             &self,
             request: tonic::Request<super::WatchHealthRequest>,
