@@ -1,1 +1,7 @@
-fn main() {}
+use std::process::ExitCode;
+
+use kiln_model::event::Service;
+
+fn main() -> ExitCode {
+    kiln_service::run::main(Service::Monitor, kiln_monitor::run)
+}

@@ -32,7 +32,8 @@ impl Terms {
                 timeout: ENGINE_INTERVAL,
                 healthy: 1,
                 unhealthy: 1,
-                start: Duration::ZERO,
+                // It is looked for often until the engine tells of it.
+                start: Duration::from_secs(10),
             },
             |policy| Self {
                 interval: policy.interval.as_duration().max(SHORTEST),

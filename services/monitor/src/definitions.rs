@@ -1,0 +1,304 @@
+//! Looks at the Git repositories that definitions come from: a branch that moved is inspected by the builder, and each
+//! definition that differs is a signal.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use kiln_api::builder::{InspectSourceResponse, InspectedServer, Source};
+use kiln_model::cause::CauseKind;
+use kiln_model::digest::Digest;
+use kiln_model::event::Service;
+use kiln_model::name::ServerName;
+use kiln_model::signal::Remedy;
+use kiln_monitor_core::signal::Observation;
+use kiln_service::clock::Clock;
+use kiln_service::shutdown;
+use kiln_store::{Error, Store};
+use tokio::sync::{Notify, Semaphore, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::metrics;
+use crate::ports::{Builder, Git, Listing, Problem};
+use crate::servers::Servers;
+use crate::signals::{Scope, Signals};
+
+/// Repositories that are asked at once: each is a process, and a connection.
+const AT_ONCE: usize = 8;
+
+/// A repository that fails is asked less often, up to this.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+/// How a repository was found at the last look.
+#[derive(Debug, Clone, Default)]
+pub struct Status {
+    pub polled: Option<Timestamp>,
+    pub problem: String,
+    /// What is wrong with single servers in it.
+    pub refused: BTreeMap<String, String>,
+}
+
+struct Watched {
+    url: String,
+    branch: String,
+    servers: BTreeSet<String>,
+    status: Status,
+    /// The head that the builder inspected last.
+    inspected: Option<String>,
+    ended: CancellationToken,
+    wake: Arc<Notify>,
+}
+
+/// Cheap to clone; every clone is the same.
+#[derive(Clone)]
+pub struct Definitions<S, C> {
+    git: Arc<dyn Git>,
+    builder: Arc<dyn Builder>,
+    servers: Servers<S>,
+    signals: Signals<S, C>,
+    clock: C,
+    period: Duration,
+    watched: Arc<Mutex<HashMap<String, Watched>>>,
+    permits: Arc<Semaphore>,
+}
+
+impl<S: Store, C: Clock> Definitions<S, C> {
+    pub fn new(
+        git: Arc<dyn Git>,
+        builder: Arc<dyn Builder>,
+        servers: Servers<S>,
+        signals: Signals<S, C>,
+        clock: C,
+        period: Duration,
+    ) -> Self {
+        let (watched, permits) = (Arc::default(), Arc::new(Semaphore::new(AT_ONCE)));
+        Self { git, builder, servers, signals, clock, period, watched, permits }
+    }
+
+    /// The last look at the repository of a server.
+    pub fn status(&self, source: &str) -> Option<Status> {
+        self.watched().get(source).map(|watched| watched.status.clone())
+    }
+
+    /// Watches these repositories, and no others.
+    pub fn take(&self, listing: Listing<Source>) {
+        let mut there = BTreeSet::new();
+        for source in listing.items {
+            let Some(git) = source.git else { continue };
+            // Nothing of it is deployed any more.
+            if source.servers.is_empty() {
+                continue;
+            }
+            there.insert(source.id.clone());
+            let servers: BTreeSet<String> = source.servers.into_iter().collect();
+            let mut watched = self.watched();
+            if let Some(known) = watched.get_mut(&source.id) {
+                if known.servers != servers {
+                    // Its head is compared with what is in force now.
+                    known.servers = servers;
+                    known.inspected = None;
+                    known.wake.notify_one();
+                }
+                continue;
+            }
+            let (ended, wake) = (CancellationToken::new(), Arc::new(Notify::new()));
+            watched.insert(
+                source.id.clone(),
+                Watched {
+                    url: git.url,
+                    branch: git.branch,
+                    servers,
+                    status: Status::default(),
+                    inspected: None,
+                    ended: ended.clone(),
+                    wake: wake.clone(),
+                },
+            );
+            drop(watched);
+            tokio::spawn(self.clone().attend(source.id, ended, wake));
+        }
+        self.watched().retain(|id, watched| {
+            if !there.contains(id) {
+                watched.ended.cancel();
+            }
+            there.contains(id)
+        });
+    }
+
+    /// Resolves signals whose definition is in force by now, or whose server is no more, at every change of a server
+    /// until told to stop.
+    pub async fn run(&self, mut stop: watch::Receiver<bool>) {
+        let mut changes = self.servers.changes();
+        while !*stop.borrow() {
+            changes.mark_unchanged();
+            if let Err(error) = self.settle().await {
+                tracing::warn!(%error, "signals could not be settled");
+            }
+            tokio::select! {
+                () = shutdown::requested(&mut stop) => break,
+                _ = changes.changed() => {}
+                () = self.clock.sleep(LONGEST_PAUSE) => {}
+            }
+        }
+        self.take(Listing { epoch: String::new(), items: Vec::new() });
+    }
+
+    async fn settle(&self) -> Result<(), Error> {
+        self.signals
+            .settle(|record| {
+                let signal = &record.signal;
+                let in_force = |digest: Digest| digest.to_string() == signal.fingerprint;
+                match self.servers.get(&signal.server) {
+                    Some(server) => {
+                        signal.cause == CauseKind::DefinitionChanged
+                            && server.definition.is_some_and(in_force)
+                    }
+                    // What is removed needs no update. Its instances' signals end with them.
+                    None => signal.remedy == Remedy::Rebuild,
+                }
+            })
+            .await?;
+        let open =
+            self.signals.live().into_iter().filter(|record| record.signal.cause == CauseKind::Reported);
+        for record in open {
+            if let Some(server) = self.servers.get(&record.signal.server) {
+                self.signals.answered(&server.name, "", server.generation).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn attend(self, source: String, ended: CancellationToken, wake: Arc<Notify>) {
+        let mut failures = 0_u32;
+        loop {
+            let looked = tokio::select! {
+                () = ended.cancelled() => return,
+                looked = self.look(&source) => looked,
+            };
+            metrics::polled("git", looked.is_ok());
+            let pause = match &looked {
+                Ok(()) => {
+                    failures = 0;
+                    self.period
+                }
+                Err(problem) => {
+                    if failures == 0 {
+                        tracing::warn!(source, %problem, "a repository could not be looked at");
+                    }
+                    failures = failures.saturating_add(1);
+                    (self.period * 2_u32.saturating_pow(failures.min(8))).min(LONGEST_PAUSE).max(self.period)
+                }
+            };
+            self.note(&source, looked.err());
+            tokio::select! {
+                () = ended.cancelled() => return,
+                () = wake.notified() => {}
+                () = self.clock.sleep(pause) => {}
+            }
+        }
+    }
+
+    fn note(&self, source: &str, problem: Option<Problem>) {
+        let now = self.clock.now().wall;
+        if let Some(watched) = self.watched().get_mut(source) {
+            watched.status.polled = Some(now);
+            watched.status.problem = problem.map(|problem| problem.0).unwrap_or_default();
+        }
+    }
+
+    async fn look(&self, source: &str) -> Result<(), Problem> {
+        let Some((url, branch, inspected)) = self
+            .watched()
+            .get(source)
+            .map(|watched| (watched.url.clone(), watched.branch.clone(), watched.inspected.clone()))
+        else {
+            return Ok(());
+        };
+        // Never closed.
+        let _permit = self.permits.acquire().await;
+        let head = self.git.head(&url, &branch).await?;
+        if inspected.as_ref() == Some(&head) {
+            return Ok(());
+        }
+        let seen = self.clock.now().wall;
+        let inspection = self.builder.inspect(source).await?;
+        // What the builder saw may be newer than what was seen here; then the next look finds out.
+        let commit = if inspection.commit.is_empty() { head } else { inspection.commit.clone() };
+        let refused = self.raise(source, &commit, seen, inspection).await.map_err(|error| {
+            Problem(format!("the signals of the repository could not be written: {error}"))
+        })?;
+        if let Some(watched) = self.watched().get_mut(source) {
+            watched.inspected = Some(commit);
+            watched.status.refused = refused;
+        }
+        Ok(())
+    }
+
+    /// Makes the signals of a source's servers what an inspection calls for; gives what is wrong with single ones.
+    async fn raise(
+        &self,
+        source: &str,
+        commit: &str,
+        seen: Timestamp,
+        inspection: InspectSourceResponse,
+    ) -> Result<BTreeMap<String, String>, Error> {
+        let mut refused = BTreeMap::new();
+        let mut inspected: BTreeMap<ServerName, InspectedServer> = BTreeMap::new();
+        for server in inspection.servers {
+            if !server.problem.is_empty() {
+                refused.insert(server.name.clone(), server.problem.clone());
+            }
+            if let Ok(name) = server.name.parse() {
+                inspected.insert(name, server);
+            }
+        }
+        let servers = self.watched().get(source).map(|watched| watched.servers.clone()).unwrap_or_default();
+        for name in servers.iter().filter_map(|name| name.parse::<ServerName>().ok()) {
+            let observed = inspected.get(&name).and_then(|server| self.changed(&name, server, commit, seen));
+            let scope = Scope::Cause(name, CauseKind::DefinitionChanged);
+            self.signals.see(&scope, observed.as_slice()).await?;
+        }
+        Ok(refused)
+    }
+
+    /// Whether a server's definition at the head is another one than the builder took.
+    fn changed(
+        &self,
+        name: &ServerName,
+        server: &InspectedServer,
+        commit: &str,
+        seen: Timestamp,
+    ) -> Option<Observation> {
+        // One that can't be taken is told of as a problem; one that was never applied, or was removed, is not ours.
+        let differs = server.problem.is_empty()
+            && !server.current_digest.is_empty()
+            && server.current_digest != server.definition_digest;
+        let digest: Digest = server.definition_digest.parse().ok()?;
+        let known = self.servers.get(name);
+        // Taken while it was inspected.
+        let in_force = known.as_ref().is_some_and(|known| known.definition == Some(digest));
+        if !differs || in_force {
+            return None;
+        }
+        let current =
+            server.current_digest.parse::<Digest>().map(|digest| digest.short()).unwrap_or_default();
+        let short = commit.get(..12).unwrap_or(commit);
+        Some(Observation {
+            server: name.clone(),
+            cause: CauseKind::DefinitionChanged,
+            fingerprint: digest.to_string(),
+            remedy: Remedy::Rebuild,
+            evidence: vec![format!("commit {short}: definition {current} -> {}", digest.short())],
+            instance: None,
+            since: seen,
+            reporter: Service::Monitor.to_string(),
+            generation: known.map_or(0, |known| known.generation),
+        })
+    }
+
+    fn watched(&self) -> MutexGuard<'_, HashMap<String, Watched>> {
+        // No code that can panic runs under the lock.
+        self.watched.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

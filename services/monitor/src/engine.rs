@@ -1,0 +1,177 @@
+//! What the engine says of instances: an exit is known as soon as it happens, and its view counts only while it
+//! answers.
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures::StreamExt;
+use kiln_api::engine::{Instance, InstanceState, WatchInstancesResponse};
+use kiln_model::name::InstanceId;
+use kiln_service::clock::Clock;
+use kiln_service::shutdown;
+use kiln_store::Store;
+use tokio::sync::watch;
+
+use crate::ports::{Engine, Problem};
+use crate::watcher::Watcher;
+
+/// Between two questions whether the engine still answers.
+const PING: Duration = Duration::from_secs(1);
+
+/// So long after its last answer the engine's view is no fact any more.
+const FRESH: Duration = Duration::from_millis(2500);
+
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+
+/// Which instances run, as far as the engine said.
+#[derive(Debug, Default)]
+pub struct View {
+    seen: Mutex<SeenByEngine>,
+}
+
+#[derive(Debug, Default)]
+struct SeenByEngine {
+    running: HashSet<InstanceId>,
+    /// Monotonic time of the last answer; none while the view is not whole.
+    confirmed: Option<Duration>,
+}
+
+impl View {
+    /// Whether an instance runs; none where nobody knows.
+    pub fn runs(&self, id: &InstanceId, now: Duration) -> Option<bool> {
+        let seen = self.seen();
+        let confirmed = seen.confirmed?;
+        (now.saturating_sub(confirmed) <= FRESH).then(|| seen.running.contains(id))
+    }
+
+    fn note(&self, id: &InstanceId, runs: bool) {
+        let mut seen = self.seen();
+        if runs {
+            seen.running.insert(id.clone());
+        } else {
+            seen.running.remove(id);
+        }
+    }
+
+    fn confirm(&self, now: Duration) {
+        self.seen().confirmed = Some(now);
+    }
+
+    fn lose(&self) {
+        *self.seen() = SeenByEngine::default();
+    }
+
+    fn seen(&self) -> MutexGuard<'_, SeenByEngine> {
+        // No code that can panic runs under the lock.
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Follows the engine until told to stop, whenever it is there.
+pub async fn follow<S: Store, C: Clock>(
+    engine: Arc<dyn Engine>,
+    view: Arc<View>,
+    watcher: Watcher<S, C>,
+    clock: C,
+    mut stop: watch::Receiver<bool>,
+) {
+    let mut pause = FIRST_PAUSE;
+    let mut lost = false;
+    while !*stop.borrow() {
+        let problem = tokio::select! {
+            () = shutdown::requested(&mut stop) => return,
+            problem = once(&*engine, &view, &watcher, &clock, &mut pause) => problem,
+        };
+        view.lose();
+        if lost {
+            tracing::debug!(%problem, "the engine is still away");
+        } else {
+            tracing::warn!(%problem, "the engine is not watched for now");
+        }
+        lost = pause > FIRST_PAUSE;
+        tokio::select! {
+            () = shutdown::requested(&mut stop) => return,
+            () = clock.sleep(pause) => {}
+        }
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+/// Follows one stream to its end, and says why it ended.
+async fn once<S: Store, C: Clock>(
+    engine: &dyn Engine,
+    view: &View,
+    watcher: &Watcher<S, C>,
+    clock: &C,
+    pause: &mut Duration,
+) -> Problem {
+    let before = watcher.launched();
+    let mut stream = match engine.watch().await {
+        Ok(stream) => stream,
+        Err(problem) => return problem,
+    };
+    let pings = async {
+        loop {
+            clock.sleep(PING).await;
+            tokio::select! {
+                answer = engine.ping() => match answer {
+                    Ok(()) => {
+                        let now = clock.now().monotonic;
+                        // Not before it was whole.
+                        if view.seen().confirmed.is_some() {
+                            view.confirm(now);
+                        }
+                    }
+                    Err(problem) => return problem,
+                },
+                () = clock.sleep(FRESH) => return Problem("the engine does not answer".to_owned()),
+            }
+        }
+    };
+    tokio::pin!(pings);
+    let mut there: HashSet<InstanceId> = HashSet::new();
+    loop {
+        let message = tokio::select! {
+            biased;
+            message = stream.next() => message,
+            problem = &mut pings => return problem,
+        };
+        let Some(WatchInstancesResponse { instance, synced }) = message else {
+            return Problem("the engine ended its stream".to_owned());
+        };
+        if let Some(instance) = instance {
+            there.extend(take(instance, view, watcher));
+        }
+        if synced {
+            view.confirm(clock.now().monotonic);
+            *pause = FIRST_PAUSE;
+            // Launched before the engine was asked, and the engine does not know them.
+            for id in before.difference(&there) {
+                watcher.gone(id, "is not known to the engine any more");
+            }
+            there = HashSet::new();
+        }
+    }
+}
+
+fn take<S: Store, C: Clock>(instance: Instance, view: &View, watcher: &Watcher<S, C>) -> Option<InstanceId> {
+    let id: InstanceId = instance.spec.as_ref()?.id.parse().ok()?;
+    let state = InstanceState::try_from(instance.state).unwrap_or(InstanceState::Unspecified);
+    view.note(&id, state == InstanceState::Running);
+    let detail = |what: String| match instance.detail.as_str() {
+        "" => what,
+        detail => format!("{what}: {detail}"),
+    };
+    match (state, instance.exit_code) {
+        (InstanceState::Exited, Some(code)) => {
+            watcher.gone(&id, &detail(format!("exited with status {code}")))
+        }
+        (InstanceState::Exited, None) => watcher.gone(&id, &detail("exited".to_owned())),
+        (InstanceState::Failed, _) => watcher.gone(&id, &detail("could not be launched".to_owned())),
+        (InstanceState::Retiring | InstanceState::Retired, _) => watcher.leaves(&id),
+        _ => {}
+    }
+    Some(id)
+}

@@ -1,0 +1,170 @@
+//! The monitor's loops, put together: generic over what they stand on, and with the real thing below them.
+
+use std::sync::Arc;
+
+use kiln_api::monitor::monitor_service_server::MonitorServiceServer;
+use kiln_bus::{Bus, NatsBus, User};
+use kiln_model::event::Service;
+use kiln_service::clock::{Clock, SystemClock};
+use kiln_service::config::Poll;
+use kiln_service::run::{Failure, Start};
+use kiln_service::server::{self, ServerOptions};
+use kiln_service::{client, relay, resync as loops};
+use kiln_store::{Error, SqliteStore, Store};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::sync::{Notify, watch};
+use tonic::service::Routes;
+
+use crate::definitions::Definitions;
+use crate::download::AptHelper;
+use crate::engine::{self, View};
+use crate::events::{Events, INTERESTS};
+use crate::eyes::Probes;
+use crate::grpc::Api;
+use crate::packages::Packages;
+use crate::peers::{BuilderPeer, DeployerPeer, EnginePeer};
+use crate::ports::{Archive, Builder, Deployer, Engine, Eyes, Git};
+use crate::remote::LocalGit;
+use crate::resync::{self, Answers};
+use crate::servers::Servers;
+use crate::signals::Signals;
+use crate::watcher::Watcher;
+
+/// Under which the bus knows this service.
+const DURABLE: &str = "monitor";
+
+/// What the monitor stands on.
+#[derive(Clone)]
+pub struct Ports {
+    pub deployer: Arc<dyn Deployer>,
+    pub builder: Arc<dyn Builder>,
+    pub engine: Arc<dyn Engine>,
+    pub git: Arc<dyn Git>,
+    pub archive: Arc<dyn Archive>,
+}
+
+/// A monitor whose state was read, and whose instances are looked at; the other loops begin with [`Monitor::run`].
+pub struct Monitor<S, C> {
+    store: S,
+    clock: C,
+    ports: Ports,
+    poll: Poll,
+    view: Arc<View>,
+    events: Events<S, C>,
+    definitions: Definitions<S, C>,
+    packages: Packages<S, C>,
+}
+
+impl<S: Store, C: Clock> Monitor<S, C> {
+    /// # Errors
+    /// Where the store can't be read.
+    pub async fn load(store: S, clock: C, ports: Ports, poll: Poll) -> Result<Self, Error> {
+        let view = Arc::new(View::default());
+        let eyes: Arc<dyn Eyes> = Arc::new(Probes::new(ports.engine.clone(), view.clone(), clock.clone()));
+        let servers = Servers::load(store.clone()).await?;
+        let signals = Signals::load(store.clone(), clock.clone(), servers.clone()).await?;
+        let watcher = Watcher::load(store.clone(), clock.clone(), eyes, signals.clone()).await?;
+        let definitions = Definitions::new(
+            ports.git.clone(),
+            ports.builder.clone(),
+            servers.clone(),
+            signals.clone(),
+            clock.clone(),
+            poll.git,
+        );
+        let packages = Packages::new(
+            ports.archive.clone(),
+            ports.builder.clone(),
+            servers.clone(),
+            signals.clone(),
+            clock.clone(),
+            poll.archive,
+        );
+        let events =
+            Events { watcher, servers, signals, clock: clock.clone(), builder_changed: Arc::default() };
+        Ok(Self { store, clock, ports, poll, view, events, definitions, packages })
+    }
+
+    pub fn api(&self, stop: watch::Receiver<bool>) -> Api<S, C> {
+        Api {
+            store: self.store.clone(),
+            clock: self.clock.clone(),
+            watcher: self.events.watcher.clone(),
+            servers: self.events.servers.clone(),
+            signals: self.events.signals.clone(),
+            definitions: self.definitions.clone(),
+            packages: self.packages.clone(),
+            stop,
+        }
+    }
+
+    /// Runs every loop until told to stop.
+    ///
+    /// # Errors
+    /// Where the bus is unsuitable.
+    pub async fn run<B: Bus>(&self, bus: &B, stop: watch::Receiver<bool>) -> Result<(), kiln_bus::Error> {
+        let Events { watcher, servers, signals, builder_changed, .. } = &self.events;
+        let handler = Arc::new(self.events.clone());
+        let period = self.poll.resync;
+        let answers = Answers::default();
+        let instances = || resync::instances(&*self.ports.deployer, watcher);
+        let from_builder = || resync::builder(&*self.ports.builder, servers, &self.definitions);
+        let housekeeping = || async {
+            let now = self.clock.now().wall;
+            answers.find(&*self.ports.builder, signals, now, period).await?;
+            signals.forget().await.map_err(|error| crate::ports::Problem(error.to_string()))
+        };
+        let engine = self.ports.engine.clone();
+        let (consumed, reported, ..) = tokio::join!(
+            bus.consume(DURABLE, &INTERESTS, handler.clone(), stop.clone()),
+            bus.consume_reports(DURABLE, handler, stop.clone()),
+            loops::every(period, stop.clone(), Arc::new(Notify::new()), instances),
+            loops::every(period, stop.clone(), builder_changed.clone(), from_builder),
+            loops::every(period, stop.clone(), Arc::new(Notify::new()), housekeeping),
+            engine::follow(engine, self.view.clone(), watcher.clone(), self.clock.clone(), stop.clone()),
+            self.definitions.run(stop.clone()),
+            self.packages.run(stop.clone()),
+            signals.run(stop.clone()),
+            relay::run(self.store.clone(), bus.clone(), stop),
+        );
+        consumed.and(reported)
+    }
+}
+
+/// The monitor of a site.
+///
+/// # Errors
+/// Where its store, socket or bus can't be had.
+pub async fn run(start: Start) -> Result<(), Failure> {
+    let Start { site, stop } = start;
+    more_files();
+    let paths = site.paths();
+    let folder = paths.service(Service::Monitor);
+    std::fs::create_dir_all(&folder)?;
+    let store = SqliteStore::open(&paths.store(Service::Monitor)).await?;
+    let bus = NatsBus::connect(site.nats(User::Monitor)?).await?;
+    let ports = Ports {
+        deployer: Arc::new(DeployerPeer::new(client::channel(&paths.socket(Service::Deployer)))),
+        builder: Arc::new(BuilderPeer::new(client::channel(&paths.socket(Service::Builder)))),
+        engine: Arc::new(EnginePeer::new(client::channel(&paths.socket(Service::Node)))),
+        git: Arc::new(LocalGit::new(&folder)?),
+        archive: Arc::new(AptHelper::new(&folder)),
+    };
+    let monitor = Monitor::load(store, SystemClock::new(), ports, site.poll).await?;
+    let routes = Routes::new(MonitorServiceServer::new(monitor.api(stop.clone())));
+    let served = server::serve(ServerOptions::new(Service::Monitor, &site), routes, stop.clone());
+    tokio::try_join!(async { served.await.map_err(Failure::from) }, async {
+        Box::pin(monitor.run(&bus, stop)).await.map_err(Failure::from)
+    })?;
+    Ok(())
+}
+
+/// Each look may hold a socket: the soft limit of 1,024 files is for programs that use select(2).
+fn more_files() {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current != maximum
+        && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })
+    {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
+}

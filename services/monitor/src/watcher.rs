@@ -1,0 +1,349 @@
+//! The instances that are watched: a task for each that looks, keeps what it saw, and says what changed.
+
+mod tracked;
+
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use kiln_api::{deployer, monitor};
+use kiln_model::name::{InstanceId, ServerName};
+use kiln_monitor_core::health::Fact;
+use kiln_service::clock::Clock;
+use kiln_service::trace;
+use kiln_store::{Batch, Change, Error, Store, Watermark};
+use tokio::sync::{Semaphore, broadcast};
+use tracing::Instrument;
+
+use crate::documents::{self, HEALTH, Seen, Watched};
+use crate::metrics;
+use crate::ports::{Eyes, Listing};
+use crate::signals::{Scope, Signals};
+
+use tracked::{Facts, Tracked, read};
+pub use tracked::{Told, health_of};
+
+/// Looks under way at once. Each may hold a socket for its whole timeout.
+const LOOKS: usize = 1024;
+
+/// Changes that a slow listener may lag behind before it is given the whole state again.
+const LAG: usize = 4096;
+
+/// Without an address, on its way out, or gone: nothing is looked at until something wakes the task.
+const IDLE: Duration = Duration::from_secs(3600);
+
+/// A state that could not be written is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Names the deployer's instances among the watermarks.
+const SOURCE: &str = "deployer.instance";
+
+/// Cheap to clone; every clone is the same.
+#[derive(Clone)]
+pub struct Watcher<S, C> {
+    store: S,
+    clock: C,
+    eyes: Arc<dyn Eyes>,
+    signals: Signals<S, C>,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    tracked: Mutex<HashMap<InstanceId, Arc<Tracked>>>,
+    told: broadcast::Sender<Told>,
+    looks: Semaphore,
+}
+
+impl<S: Store, C: Clock> Watcher<S, C> {
+    /// Goes on watching what was watched before.
+    ///
+    /// # Errors
+    /// Where the store can't be read.
+    pub async fn load(
+        store: S,
+        clock: C,
+        eyes: Arc<dyn Eyes>,
+        signals: Signals<S, C>,
+    ) -> Result<Self, Error> {
+        let watched: Vec<(u64, Watched)> = documents::load(&store, HEALTH).await?;
+        let shared = Shared {
+            tracked: Mutex::default(),
+            told: broadcast::Sender::new(LAG),
+            looks: Semaphore::new(LOOKS),
+        };
+        let watcher = Self { store, clock, eyes, signals, shared: Arc::new(shared) };
+        let now = watcher.clock.now();
+        for (version, watched) in watched {
+            let tracked = Arc::new(Tracked::resume(watched, version, now));
+            let first = tracked.first_after_restart();
+            watcher.tracked().insert(tracked.id.clone(), tracked.clone());
+            watcher.attend(tracked, first);
+        }
+        Ok(watcher)
+    }
+
+    /// Each change and each answer from now on.
+    pub fn listen(&self) -> broadcast::Receiver<Told> {
+        self.shared.told.subscribe()
+    }
+
+    /// The health of a server's instances, or of all, by id.
+    pub fn health(&self, server: Option<&ServerName>) -> Vec<monitor::Health> {
+        let tracked = self.tracked();
+        let wanted =
+            tracked.values().filter(|tracked| server.is_none_or(|server| tracked.id.server == *server));
+        let mut wanted: Vec<&Arc<Tracked>> = wanted.collect();
+        wanted.sort_by(|a, b| a.id.cmp(&b.id));
+        wanted.into_iter().map(|tracked| tracked.message()).collect()
+    }
+
+    /// The newest answers of one instance, which the store does not have.
+    pub fn newest(&self, id: &InstanceId) -> Option<monitor::Health> {
+        self.find(id).map(|tracked| tracked.message())
+    }
+
+    pub fn is_watched(&self, id: &InstanceId) -> bool {
+        self.tracked().contains_key(id)
+    }
+
+    /// An instance as the deployer told of it in an event.
+    ///
+    /// # Errors
+    /// Where the store can't be written.
+    pub async fn tell(&self, epoch: &str, message: deployer::Instance) -> Result<(), Error> {
+        let (id, version) = (message.id.clone(), message.version);
+        match read(epoch, message, self.clock.now().wall) {
+            Ok(facts) => self.take(facts).await,
+            Err(invalid) => {
+                tracing::warn!(instance = id, version, %invalid, "the deployer told of an instance that can't be read");
+                Ok(())
+            }
+        }
+    }
+
+    /// All instances that the deployer has: what is not among them is retired.
+    ///
+    /// # Errors
+    /// Where the store can't be written.
+    pub async fn tell_all(
+        &self,
+        listing: Listing<deployer::Instance>,
+        before: &HashSet<InstanceId>,
+    ) -> Result<(), Error> {
+        let there: HashSet<String> = listing.items.iter().map(|instance| instance.id.clone()).collect();
+        for instance in listing.items {
+            self.tell(&listing.epoch, instance).await?;
+        }
+        for id in before.iter().filter(|id| !there.contains(&id.to_string())) {
+            self.forget(id, None).await?;
+        }
+        self.judge_all().await
+    }
+
+    /// Those that are watched now.
+    pub fn ids(&self) -> HashSet<InstanceId> {
+        self.tracked().keys().cloned().collect()
+    }
+
+    /// Those that were launched, as far as the deployer told.
+    pub fn launched(&self) -> HashSet<InstanceId> {
+        let tracked = self.tracked();
+        tracked
+            .values()
+            .filter(|tracked| tracked.target().is_some())
+            .map(|tracked| tracked.id.clone())
+            .collect()
+    }
+
+    /// The engine says that an instance does not run any more.
+    pub fn gone(&self, id: &InstanceId, detail: &str) {
+        if let Some(tracked) = self.find(id)
+            && tracked.learn(Fact::Gone, detail, self.clock.now())
+        {
+            tracked.wake.notify_one();
+        }
+    }
+
+    /// The engine lets an instance end: what it answers meanwhile says nothing.
+    pub fn leaves(&self, id: &InstanceId) {
+        if let Some(tracked) = self.find(id) {
+            tracked.leave();
+            tracked.wake.notify_one();
+        }
+    }
+
+    async fn take(&self, facts: Facts) -> Result<(), Error> {
+        let known = self.find(&facts.id);
+        match known {
+            Some(tracked) if !facts.seen.is_newer_than(&tracked.seen()) => Ok(()),
+            Some(_) if facts.retired => self.forget(&facts.id, Some(&facts.seen)).await,
+            Some(tracked) => {
+                if tracked.update(facts, self.clock.now()) {
+                    tracked.wake.notify_one();
+                }
+                self.keep(&tracked).await
+            }
+            None if facts.retired || self.was_handled(&facts).await? => Ok(()),
+            None => {
+                let tracked = Arc::new(Tracked::new(facts, self.clock.now()));
+                // Looked at before it is written: a launch is seen as early as it can be.
+                self.tracked().insert(tracked.id.clone(), tracked.clone());
+                self.attend(tracked.clone(), Duration::ZERO);
+                self.keep(&tracked).await
+            }
+        }
+    }
+
+    async fn was_handled(&self, facts: &Facts) -> Result<bool, Error> {
+        let mark = watermark(&facts.id, &facts.seen);
+        Ok(self.store.watermark(&mark.source_kind, &mark.source_id).await? >= mark.version)
+    }
+
+    /// It is retired: nothing of it is kept but that it was handled.
+    async fn forget(&self, id: &InstanceId, seen: Option<&Seen>) -> Result<(), Error> {
+        let Some(tracked) = self.find(id) else { return Ok(()) };
+        let _writing = tracked.writing.lock().await;
+        tracked.end();
+        let version = tracked.version();
+        let delete = Change::Delete { kind: HEALTH.to_owned(), id: id.to_string(), expected: version };
+        let mut batch = Batch { changes: vec![delete], ..Batch::default() };
+        batch.watermarks.extend(seen.map(|seen| watermark(id, seen)));
+        match self.store.commit(batch).await {
+            Ok(_) | Err(Error::Stale { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        self.tracked().remove(id);
+        self.signals.settle(|record| record.signal.instance.as_ref() == Some(id)).await
+    }
+
+    /// Looks at an instance until it is forgotten.
+    fn attend(&self, tracked: Arc<Tracked>, first: Duration) {
+        let watcher = self.clone();
+        tokio::spawn(async move {
+            let mut pause = first;
+            loop {
+                tokio::select! {
+                    biased;
+                    () = tracked.ended.cancelled() => return,
+                    () = tracked.wake.notified() => {}
+                    () = watcher.clock.sleep(pause) => {}
+                }
+                // On the heap, and only while it looks: thousands of tasks wait most of their time.
+                pause = Box::pin(watcher.attend_once(&tracked)).await;
+            }
+        });
+    }
+
+    /// Writes what is not written, and looks; gives the pause until the next time.
+    async fn attend_once(&self, tracked: &Arc<Tracked>) -> Duration {
+        let written = self.keep(tracked).await;
+        if let Err(error) = &written {
+            tracing::warn!(instance = %tracked.id, %error, "the health of an instance could not be written");
+        }
+        let Some((target, interval)) = tracked.target() else {
+            return if written.is_ok() { IDLE } else { RETRY };
+        };
+        let look = async {
+            // Never closed.
+            let _permit = self.shared.looks.acquire().await;
+            self.eyes.look(&target).await
+        };
+        let result = tokio::select! {
+            biased;
+            () = tracked.ended.cancelled() => return IDLE,
+            // It is gone, leaves, or is elsewhere: what would be answered counts no more.
+            () = tracked.wake.notified() => return Duration::ZERO,
+            result = look => result,
+        };
+        let now = self.clock.now();
+        let Some(result) = result else { return tracked.gap(now.monotonic) };
+        metrics::looked(result.passed, result.took.as_duration());
+        let changed = tracked.answer(result, now);
+        if changed && let Err(error) = self.keep(tracked).await {
+            tracing::warn!(instance = %tracked.id, %error, "the health of an instance could not be written");
+            return interval.min(RETRY);
+        }
+        if !changed && self.shared.told.receiver_count() > 0 {
+            // Nobody may listen any more by now.
+            let _ = self.shared.told.send(Told::new(tracked.message()));
+        }
+        tracked.gap(now.monotonic)
+    }
+
+    /// Writes an instance's state with its event, and makes its signals what the state calls for.
+    async fn keep(&self, tracked: &Arc<Tracked>) -> Result<(), Error> {
+        if !tracked.is_unwritten() {
+            return Ok(());
+        }
+        let span = trace::span_under(&tracked.traceparent(), "health");
+        let (written, judged) =
+            async { tokio::join!(self.write(tracked), self.judge(tracked)) }.instrument(span).await;
+        written.and(judged)
+    }
+
+    async fn write(&self, tracked: &Arc<Tracked>) -> Result<(), Error> {
+        let _writing = tracked.writing.lock().await;
+        loop {
+            let Some(draft) = tracked.draft() else { return Ok(()) };
+            let now = self.clock.now().wall;
+            let id = tracked.id.to_string();
+            let mut batch = Batch {
+                changes: vec![documents::put(HEALTH, &id, draft.expected, &draft.watched)?],
+                events: draft.event(now).into_iter().collect(),
+                ..Batch::default()
+            };
+            batch.watermarks.extend(draft.news.as_ref().map(|seen| watermark(&tracked.id, seen)));
+            match self.store.commit(batch).await {
+                Ok(_) => {
+                    tracked.written(&draft);
+                    if draft.changed {
+                        tracing::info!(instance = id, state = ?draft.watched.state, "an instance's health changed");
+                    }
+                    // Nobody may listen.
+                    let _ = self.shared.told.send(Told::new(tracked.message()));
+                }
+                // Handled before a restart that forgot it, or by another replica.
+                Err(Error::Stale { .. }) => tracked.no_news(&draft),
+                Err(Error::Conflict { .. }) => {
+                    let document = self.store.get(HEALTH, &id).await?;
+                    tracked.found(document.map_or(0, |document| document.version));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    async fn judge(&self, tracked: &Arc<Tracked>) -> Result<(), Error> {
+        let observed = tracked.observations();
+        self.signals.see(&Scope::Health(tracked.id.clone()), &observed).await
+    }
+
+    /// Raises and resolves what a crash between two commits left.
+    async fn judge_all(&self) -> Result<(), Error> {
+        let open: HashSet<InstanceId> =
+            self.signals.live().into_iter().filter_map(|record| record.signal.instance).collect();
+        let all: Vec<Arc<Tracked>> = self.tracked().values().cloned().collect();
+        for tracked in all.iter().filter(|tracked| tracked.is_bad() || open.contains(&tracked.id)) {
+            self.judge(tracked).await?;
+        }
+        let retired = |id: &InstanceId| !self.is_watched(id);
+        self.signals.settle(|record| record.signal.instance.as_ref().is_some_and(retired)).await
+    }
+
+    fn find(&self, id: &InstanceId) -> Option<Arc<Tracked>> {
+        self.tracked().get(id).cloned()
+    }
+
+    fn tracked(&self) -> MutexGuard<'_, HashMap<InstanceId, Arc<Tracked>>> {
+        // No code that can panic runs under the lock.
+        self.shared.tracked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn watermark(id: &InstanceId, seen: &Seen) -> Watermark {
+    Watermark {
+        source_kind: SOURCE.to_owned(),
+        source_id: format!("{}/{id}", seen.epoch),
+        version: seen.version,
+    }
+}
