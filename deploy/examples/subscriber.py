@@ -37,7 +37,7 @@ async def main(folder: pathlib.Path, count: int | None) -> None:
         if count is not None and len(seen) >= count:
             done.set()
 
-    await connection.subscribe(f"kiln.v1.{site['site']}.>", cb=show)
+    await connection.subscribe(f"kiln.v1.{site['name']}.>", cb=show)
     await connection.flush()
     print("listening", file=sys.stderr, flush=True)
     await done.wait()

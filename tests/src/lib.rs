@@ -1,0 +1,17 @@
+//! What the scenario tests stand on: a real site made by `kiln up`, Git repositories, a small Debian archive of their
+//! own, load from this machine, and waits with a bound.
+
+pub mod archive;
+pub mod command;
+pub mod docker;
+pub mod load;
+pub mod netns;
+pub mod otlp;
+pub mod repo;
+pub mod server;
+pub mod site;
+pub mod wait;
+
+/// What went wrong, with where; tests show it and stop.
+pub type Error = Box<dyn std::error::Error + Send + Sync>;
+pub type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Runs one benchmark against its peer, both on the same work in turn, and prints one JSON line last.
+#
+#   tests/bench.sh launch | replace | cold-bake | rebake-nothing
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+case "${1:-}" in
+    launch | replace | cold-bake | rebake-nothing) ;;
+    *)
+        echo "usage: tests/bench.sh launch | replace | cold-bake | rebake-nothing" >&2
+        exit 2
+        ;;
+esac
+
+deploy/prerequisites.sh --tests >&2
+cargo build --quiet --release --workspace --bins --locked >&2
+exec target/release/kiln-bench "$1"

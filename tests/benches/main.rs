@@ -1,0 +1,77 @@
+//! `kiln-bench NAME`: one piece of work by Kiln and by a peer, in turn, in one run. Prints each time on standard error
+//! and one JSON line with the medians on standard output.
+
+mod cold_bake;
+mod launch;
+mod rebake_nothing;
+mod replace;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let name = std::env::args().nth(1).unwrap_or_default();
+    let measured = match name.as_str() {
+        "launch" => launch::run().await,
+        "replace" => replace::run().await,
+        "cold-bake" => cold_bake::run().await,
+        "rebake-nothing" => rebake_nothing::run().await,
+        _ => Err("usage: kiln-bench launch | replace | cold-bake | rebake-nothing".into()),
+    };
+    match measured {
+        Ok(pairs) => {
+            println!("{}", pairs.json(&name));
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("kiln-bench {name}: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Times of the same work, taken in turn so that both sides meet the same machine.
+struct Pairs {
+    peer: &'static str,
+    kiln: Vec<Duration>,
+    theirs: Vec<Duration>,
+}
+
+impl Pairs {
+    fn new(peer: &'static str) -> Self {
+        Self { peer, kiln: Vec::new(), theirs: Vec::new() }
+    }
+
+    fn add(&mut self, kiln: Duration, theirs: Duration) {
+        eprintln!("kiln {:.3} s, {} {:.3} s", kiln.as_secs_f64(), self.peer, theirs.as_secs_f64());
+        self.kiln.push(kiln);
+        self.theirs.push(theirs);
+    }
+
+    fn json(&self, name: &str) -> serde_json::Value {
+        let (kiln, theirs) = (median(&self.kiln), median(&self.theirs));
+        serde_json::json!({
+            "name": name,
+            "kiln_s": round(kiln),
+            "peer": self.peer,
+            "peer_s": round(theirs),
+            "ratio": round(kiln / theirs),
+            "rounds": self.kiln.len(),
+        })
+    }
+}
+
+fn median(times: &[Duration]) -> f64 {
+    let mut seconds: Vec<f64> = times.iter().map(Duration::as_secs_f64).collect();
+    seconds.sort_by(f64::total_cmp);
+    match seconds.len() {
+        0 => f64::NAN,
+        n if n % 2 == 1 => seconds[n / 2],
+        n => f64::midpoint(seconds[n / 2 - 1], seconds[n / 2]),
+    }
+}
+
+fn round(seconds: f64) -> f64 {
+    (seconds * 10_000.0).round() / 10_000.0
+}

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Runs every check and every test, from nothing but Rust, gcc and Python on Debian 12.
+#
+#   tests/run.sh          what a change must pass; long tests are sampled
+#   tests/run.sh --full   the same with full counts
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+case "${1:-}" in
+    "") ;;
+    --full) export KILN_TEST_FULL=1 ;;
+    *)
+        echo "tests/run.sh: unknown argument '$1'; there is --full" >&2
+        exit 2
+        ;;
+esac
+
+started=$SECONDS
+step() {
+    echo
+    echo "== $1 ($((SECONDS - started)) s)"
+}
+
+step "what the tests need"
+deploy/prerequisites.sh --tests
+tests/tools.sh
+export PATH="$PWD/target/tools:$PATH"
+
+step "format, protocol, dependencies"
+cargo fmt --all --check
+(cd proto && buf lint)
+cargo deny --log-level error check bans licenses sources
+
+step "lints"
+cargo clippy --quiet --release --workspace --all-targets --locked -- -D warnings
+
+step "build"
+cargo build --quiet --release --workspace --bins --locked
+
+step "tests"
+cargo nextest run --release --workspace --locked
+
+step "the quickstart's own check"
+deploy/quickstart.sh --check
+
+step "done"

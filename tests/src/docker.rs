@@ -1,0 +1,81 @@
+//! A Docker daemon of the test's own, for what other tools make of an image and for comparisons.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::Result;
+use crate::command::run;
+
+/// Ends with this value, and takes its networks and rules with it.
+pub struct Docker {
+    daemon: Child,
+    folder: PathBuf,
+}
+
+impl Docker {
+    /// # Errors
+    /// Where the daemon does not answer within a minute, with its log's place.
+    pub fn start(folder: &Path) -> Result<Self> {
+        std::fs::create_dir_all(folder)?;
+        let log = std::fs::File::create(folder.join("log"))?;
+        let daemon = Command::new("dockerd")
+            .arg("--data-root")
+            .arg(folder.join("data"))
+            .arg("--exec-root")
+            .arg(folder.join("exec"))
+            .arg("--pidfile")
+            .arg(folder.join("pid"))
+            .arg("--host")
+            .arg(format!("unix://{}", folder.join("sock").display()))
+            .args(["--userland-proxy=false", "--shutdown-timeout=5"])
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()?;
+        let docker = Self { daemon, folder: folder.to_path_buf() };
+        let start = Instant::now();
+        while let Err(error) = docker.run(&["version"]) {
+            if start.elapsed() > Duration::from_secs(60) {
+                return Err(format!("dockerd does not answer, see {}/log: {error}", folder.display()).into());
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        Ok(docker)
+    }
+
+    /// A `docker` that talks to this daemon.
+    pub fn command(&self) -> Command {
+        let mut docker = Command::new("docker");
+        docker.arg("--host").arg(format!("unix://{}", self.folder.join("sock").display()));
+        docker
+    }
+
+    /// # Errors
+    /// Where docker's exit status is not 0.
+    pub fn run(&self, arguments: &[&str]) -> Result<String> {
+        run(self.command().args(arguments))
+    }
+
+    /// Gives the daemon the image of an OCI layout.
+    ///
+    /// # Errors
+    /// Where skopeo or the daemon refuses it.
+    pub fn load(&self, layout: &Path, name: &str) -> Result<()> {
+        let socket = format!("unix://{}", self.folder.join("sock").display());
+        run(Command::new("skopeo")
+            .args(["--insecure-policy", "copy", "--quiet", "--dest-daemon-host", &socket])
+            .arg(format!("oci:{}", layout.display()))
+            .arg(format!("docker-daemon:{name}")))
+        .map(drop)
+    }
+}
+
+impl Drop for Docker {
+    fn drop(&mut self) {
+        let pid = i32::try_from(self.daemon.id()).ok().and_then(rustix::process::Pid::from_raw);
+        if let Some(pid) = pid {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        }
+        let _ = self.daemon.wait();
+    }
+}

@@ -1,0 +1,274 @@
+//! A real site on this machine: `kiln up` in a folder of its own, reached by the command line and by gRPC.
+
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use kiln_api::builder::builder_service_client::BuilderServiceClient;
+use kiln_api::deployer::deployer_service_client::DeployerServiceClient;
+use kiln_api::deployer::{Fleet, GetFleetRequest, InstanceState};
+use kiln_api::engine::engine_service_client::EngineServiceClient;
+use kiln_api::monitor::monitor_service_client::MonitorServiceClient;
+use kiln_api::types::HealthState;
+use kiln_model::event::Service;
+use kiln_service::client::{Channel, channel};
+
+use crate::command::{binary, both};
+use crate::wait::until;
+use crate::{Error, Result};
+
+/// Settings of `site.toml` that make waits short; what the tests measure is not in here.
+const QUICK: [&str; 3] = ["poll.git=300ms", "poll.archive=500ms", "poll.resync=5s"];
+
+/// A site that is taken down when this value goes, also after a failed test.
+pub struct Site {
+    home: tempfile::TempDir,
+    name: String,
+    down: bool,
+}
+
+impl Site {
+    /// Starts a site whose package store and layer cache are shared with the other tests.
+    ///
+    /// # Errors
+    /// What `kiln up` said.
+    pub fn up(name: &str) -> Result<Self> {
+        Self::up_with(name, &[])
+    }
+
+    /// As [`Site::up`], with more settings of `site.toml`, as in `builder.workers=2`.
+    ///
+    /// # Errors
+    /// What `kiln up` said.
+    pub fn up_with(name: &str, settings: &[&str]) -> Result<Self> {
+        let cache = cache_folder()?;
+        let home = tempfile::Builder::new().prefix("kiln-").tempdir()?;
+        let site = Self { home, name: name.to_owned(), down: false };
+        let mut arguments = vec!["up".to_owned()];
+        let shared = [
+            format!("builder.packages={}", cache.join("packages").display()),
+            format!("builder.layers={}", cache.join("layers").display()),
+        ];
+        let all = QUICK.iter().map(|text| (*text).to_owned()).chain(shared);
+        for setting in all.chain(settings.iter().map(|text| (*text).to_owned())) {
+            arguments.extend(["--set".to_owned(), setting]);
+        }
+        site.kiln(&arguments.iter().map(String::as_str).collect::<Vec<_>>())?;
+        Ok(site)
+    }
+
+    pub fn home(&self) -> &Path {
+        self.home.path()
+    }
+
+    /// Runs `kiln` on this site, whatever comes of it.
+    ///
+    /// # Errors
+    /// Where it can't be started.
+    pub fn try_kiln(&self, arguments: &[&str]) -> Result<Output> {
+        let mut kiln = Command::new(binary("kiln")?);
+        kiln.arg("--home").arg(self.home.path()).args(["--site", &self.name]).args(arguments);
+        Ok(kiln.output()?)
+    }
+
+    /// Runs `kiln` on this site, and gives what it printed.
+    ///
+    /// # Errors
+    /// Where its exit status is not 0, with everything that it printed.
+    pub fn kiln(&self, arguments: &[&str]) -> Result<String> {
+        let output = self.try_kiln(arguments)?;
+        if output.status.success() {
+            return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+        }
+        Err(format!("kiln {} ended with {}:\n{}", arguments.join(" "), output.status, both(&output)).into())
+    }
+
+    /// Runs `kiln -o json`.
+    ///
+    /// # Errors
+    /// Where it fails, or prints something else.
+    pub fn json(&self, arguments: &[&str]) -> Result<serde_json::Value> {
+        let mut all = vec!["-o", "json"];
+        all.extend(arguments);
+        let text = self.kiln(&all)?;
+        serde_json::from_str(&text).map_err(|error| format!("{error} in:\n{text}").into())
+    }
+
+    fn channel(&self, service: Service) -> Channel {
+        channel(&self.home.path().join(format!("run/{service}.sock")))
+    }
+
+    pub fn builder(&self) -> BuilderServiceClient<Channel> {
+        BuilderServiceClient::new(self.channel(Service::Builder))
+    }
+
+    pub fn deployer(&self) -> DeployerServiceClient<Channel> {
+        DeployerServiceClient::new(self.channel(Service::Deployer))
+    }
+
+    pub fn monitor(&self) -> MonitorServiceClient<Channel> {
+        MonitorServiceClient::new(self.channel(Service::Monitor))
+    }
+
+    pub fn engine(&self) -> EngineServiceClient<Channel> {
+        EngineServiceClient::new(self.channel(Service::Node))
+    }
+
+    /// The fleet of a server as it is.
+    ///
+    /// # Errors
+    /// Where there is none, or the deployer is away.
+    pub async fn fleet(&self, server: &str) -> Result<Fleet> {
+        let request = GetFleetRequest { server: server.to_owned() };
+        let answer = self.deployer().get_fleet(request).await?.into_inner();
+        answer.fleet.ok_or_else(|| format!("{server} has no fleet").into())
+    }
+
+    /// Waits until a fleet is whole: on `release`, each replica healthy and on the edge, nothing else left, no rollout
+    /// under way.
+    ///
+    /// # Errors
+    /// When the bound is over, with what is missing.
+    pub async fn settled(&self, server: &str, release: u64, bound: Duration) -> Result<Fleet> {
+        let what = format!("{server} to settle on release {release}");
+        until(&what, bound, async || {
+            let fleet = self.fleet(server).await?;
+            settled(&fleet, release)?;
+            Ok(fleet)
+        })
+        .await
+    }
+
+    /// The process of a service, or of the broker (`nats`).
+    ///
+    /// # Errors
+    /// Where it has left no pid file.
+    pub fn pid(&self, process: &str) -> Result<u32> {
+        let path = self.home.path().join(format!("run/{process}.pid"));
+        let text = std::fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        Ok(text.trim().parse()?)
+    }
+
+    /// Sends a signal to a service, or to the broker.
+    ///
+    /// # Errors
+    /// Where it does not run.
+    pub fn signal(&self, process: &str, signal: rustix::process::Signal) -> Result<()> {
+        let pid = i32::try_from(self.pid(process)?).ok().and_then(rustix::process::Pid::from_raw);
+        rustix::process::kill_process(pid.ok_or("no process id")?, signal).map_err(Error::from)
+    }
+
+    /// The id that marks everything the site makes on this machine.
+    ///
+    /// # Errors
+    /// Where `site.toml` can't be read.
+    pub fn id(&self) -> Result<String> {
+        Ok(kiln_service::config::Site::load(self.home.path())?.id.to_string())
+    }
+
+    /// Everything of the site that is on this machine, a line each.
+    ///
+    /// # Errors
+    /// Where the machine can't be looked at.
+    pub fn on_machine(&self) -> Result<Vec<String>> {
+        let output = Command::new(binary("kiln-node")?)
+            .arg("--home")
+            .arg(self.home.path())
+            .arg("--leftovers")
+            .output()?;
+        if !output.status.success() {
+            return Err(format!("kiln-node --leftovers: {}", both(&output)).into());
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect())
+    }
+
+    /// Takes the site down, and fails where anything of it is left.
+    ///
+    /// # Errors
+    /// What `kiln down` said, or what is left.
+    pub fn down(mut self) -> Result<()> {
+        self.down = true;
+        self.kiln(&["down"])?;
+        let left = self.on_machine()?;
+        if left.is_empty() { Ok(()) } else { Err(format!("left over: {}", left.join("; ")).into()) }
+    }
+}
+
+impl Drop for Site {
+    fn drop(&mut self) {
+        if self.down {
+            return;
+        }
+        // The test failed: what the services wrote may say why.
+        if let Some(keep) = std::env::var_os("KILN_TEST_KEEP_LOGS") {
+            let _ = Command::new("cp").arg("-rT").arg(self.home.path()).arg(keep).status();
+        }
+        let _ = self.try_kiln(&["down"]);
+    }
+}
+
+/// # Errors
+/// What keeps a fleet from being whole on a release.
+pub fn settled(fleet: &Fleet, release: u64) -> Result<()> {
+    let live: Vec<_> = fleet
+        .instances
+        .iter()
+        .filter(|instance| !matches!(instance.state(), InstanceState::Retired | InstanceState::Failed))
+        .collect();
+    let good = live
+        .iter()
+        .filter(|instance| {
+            instance.release == release
+                && instance.state() == InstanceState::Running
+                && instance.health() == HealthState::Healthy
+                && instance.on_edge
+        })
+        .count();
+    let wanted = usize::try_from(fleet.replicas)?;
+    if fleet.release == release && fleet.rollout.is_none() && good == wanted && live.len() == wanted {
+        return Ok(());
+    }
+    let shown: Vec<_> = live
+        .iter()
+        .map(|i| format!("{} {:?} {:?} edge={}", i.id, i.state(), i.health(), i.on_edge))
+        .collect();
+    let rollout = fleet.rollout.as_ref().map(|r| format!("{} {:?} {}", r.id, r.state(), r.problem));
+    Err(format!(
+        "release {}, rollout {rollout:?}, {good} of {wanted}: {}; {}",
+        fleet.release,
+        shown.join(", "),
+        fleet.problem
+    )
+    .into())
+}
+
+/// A port of loopback that nobody has now.
+///
+/// # Errors
+/// Where there is none.
+pub fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
+/// Where users reach a port of the edge.
+pub fn edge(port: u16) -> SocketAddr {
+    SocketAddr::from((Ipv4Addr::LOCALHOST, port))
+}
+
+/// Kept between runs: packages and layers, both named by their content.
+fn cache_folder() -> Result<PathBuf> {
+    let folder = binary("kiln")?.with_file_name("kiln-test-cache");
+    std::fs::create_dir_all(&folder)?;
+    Ok(folder)
+}
+
+/// A definition of the examples, by its folder's name.
+pub fn example(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/examples").join(name)
+}
+
+/// Full counts are asked for, by `tests/run.sh --full`.
+pub fn full() -> bool {
+    std::env::var_os("KILN_TEST_FULL").is_some()
+}

@@ -1,0 +1,12 @@
+//! What Kiln promises, shown on the real thing: the real binaries, a real nats-server, runc, CNI and nftables, and Debian
+//! packages from the archive. One driver, so that it is linked once.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod definitions;
+mod events;
+mod faults;
+mod images;
+mod immutable;
+mod packages;
+mod rollback;
+mod rollout;
