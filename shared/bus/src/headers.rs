@@ -14,7 +14,7 @@ pub(crate) const MESSAGE_ID: &str = "Nats-Msg-Id";
 const CONTENT_TYPE: &str = "application/protobuf";
 
 /// The message of `kiln.events.v1` that the payload of an event is.
-fn schema(kind: &EventType) -> Option<&'static str> {
+pub fn schema(kind: &EventType) -> Option<&'static str> {
     Some(match (kind.service, kind.entity.as_str()) {
         (Service::Builder, "definition") => "kiln.events.v1.DefinitionChanged",
         (Service::Builder, "build") => "kiln.events.v1.BuildChanged",

@@ -8,7 +8,7 @@ mod memory;
 mod nats;
 mod subjects;
 
-pub use headers::{decode, headers};
+pub use headers::{decode, headers, schema};
 pub use memory::{DeadLetter, MemoryBus};
 pub use nats::{Follow, NatsBus, NatsOptions, NewKey, User, new_key, users_section};
 

@@ -181,6 +181,14 @@ impl NatsBus {
         Follow::open(self).await
     }
 
+    /// Events of the site that the broker keeps from a moment on.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] where it is away or refuses, [`Error::Undecodable`] for a message that is no event.
+    pub async fn past(&self, since: jiff::Timestamp) -> Result<Vec<Event>, Error> {
+        follow::past(self, since).await
+    }
+
     /// True while the connection stands.
     pub fn connected(&self) -> bool {
         self.inner.client.connection_state() == State::Connected

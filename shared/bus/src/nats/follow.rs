@@ -1,7 +1,9 @@
 //! Looking on: events as they pass, for people and programs that keep no place of their own.
 
 use async_nats::Subscriber;
+use async_nats::jetstream::message::StreamMessage;
 use futures::StreamExt as _;
+use jiff::Timestamp;
 use kiln_model::event::Event;
 
 use super::NatsBus;
@@ -31,4 +33,32 @@ impl Follow {
         let headers = message.headers.unwrap_or_default();
         Some(decode(message.subject.as_str(), &headers, &message.payload))
     }
+}
+
+/// What the broker still has from `since` on, in its order. Read message by message, which needs no consumer: whoever
+/// looks back leaves nothing behind.
+pub(super) async fn past(bus: &NatsBus, since: Timestamp) -> Result<Vec<Event>, Error> {
+    let failed = |error: &dyn std::fmt::Display| bus.unavailable("read past events", error);
+    let name = Stream::Events.name(&bus.inner.site);
+    let stream = bus.inner.context.get_stream(name).await.map_err(|error| failed(&error))?;
+    let (first, last) = (stream.cached_info().state.first_sequence, stream.cached_info().state.last_sequence);
+    let get = async |sequence| stream.get_raw_message(sequence).await.map_err(|error| failed(&error));
+    let is_before = |message: &StreamMessage| message.time.unix_timestamp_nanos() < since.as_nanosecond();
+
+    // Nothing is ever deleted between the first and the last, so the place of a moment is found by halving.
+    let (mut low, mut high) = (first.max(1), last + 1);
+    while low < high {
+        let middle = low + (high - low) / 2;
+        if is_before(&get(middle).await?) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    let mut found = Vec::new();
+    for sequence in low..=last {
+        let message = get(sequence).await?;
+        found.push(decode(message.subject.as_str(), &message.headers, &message.payload)?);
+    }
+    Ok(found)
 }

@@ -49,7 +49,14 @@ impl User {
             Self::Monitor => self.service(site, &[Stream::Events, Stream::Reports]),
             // It is told everything by gRPC, and its facts come to light there.
             Self::Node => vec![format!("kiln.v1.{site}.node.>")],
-            Self::Cli => vec![Stream::Reports.subjects(site)],
+            Self::Cli => {
+                let stream = Stream::Events.name(site);
+                vec![
+                    Stream::Reports.subjects(site),
+                    format!("$JS.API.STREAM.INFO.{stream}"),
+                    format!("$JS.API.STREAM.MSG.GET.{stream}"),
+                ]
+            }
             Self::Reader => Vec::new(),
             Self::Admin => {
                 let verbs = ["CREATE", "UPDATE", "INFO"];
