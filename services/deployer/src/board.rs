@@ -1,0 +1,268 @@
+//! What is known of the outside, for all servers: filled by the watches, the resyncs and the results of effects, read as
+//! a [`View`] by whoever decides. Nothing here is stored.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use kiln_api::convert::{self, Invalid};
+use kiln_api::{engine, monitor, types};
+use kiln_deployer_core::{Evidence, Fleet, OwnChecks, Seen, SeenState, Told, Verdict, View};
+use kiln_model::check::CheckResult;
+use kiln_model::digest::Digest;
+use kiln_model::name::{InstanceId, ServerName};
+use kiln_model::signal::HealthState;
+use kiln_model::time::Now;
+use tokio::sync::Notify;
+
+use crate::wire;
+
+/// An edge that was refused so often, over some seconds, stays refused: an instance that had just ended would have been
+/// taken out of the plan by then.
+const REFUSALS: u32 = 5;
+
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Board {
+    shared: Arc<Mutex<Known>>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    /// The node told everything, and its watch stands.
+    synced: bool,
+    servers: HashMap<ServerName, Server>,
+}
+
+#[derive(Debug, Default)]
+struct Server {
+    /// Woken at each change.
+    wake: Arc<Notify>,
+    engine: BTreeMap<InstanceId, Held>,
+    refused: BTreeMap<InstanceId, String>,
+    retired: BTreeSet<InstanceId>,
+    routed: Option<u64>,
+    refusals: (u64, u32, String),
+    health: BTreeMap<InstanceId, Heard>,
+    checks: BTreeMap<InstanceId, (OwnChecks, Duration)>,
+    verdicts: BTreeMap<Digest, Verdict>,
+    evidence: BTreeMap<InstanceId, Evidence>,
+    held: Option<BTreeSet<Digest>>,
+}
+
+#[derive(Debug)]
+struct Held {
+    seen: Seen,
+    version: u64,
+    at: Duration,
+}
+
+#[derive(Debug)]
+struct Heard {
+    state: HealthState,
+    last_checks: Vec<CheckResult>,
+    observed: Timestamp,
+    /// How old it was when it came, and when that was: from then on the steady clock counts, so a wall clock that is set
+    /// makes nothing older or younger.
+    age: Duration,
+    at: Duration,
+}
+
+impl Board {
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        // A panic elsewhere leaves the maps whole: each change is one insertion or removal.
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change<T>(&self, server: &ServerName, change: impl FnOnce(&mut Server) -> T) -> T {
+        let mut known = self.lock();
+        let server = known.servers.entry(server.clone()).or_default();
+        let changed = change(server);
+        server.wake.notify_one();
+        changed
+    }
+
+    /// What wakes those who decide on this server.
+    pub(crate) fn waker(&self, server: &ServerName) -> Arc<Notify> {
+        self.lock().servers.entry(server.clone()).or_default().wake.clone()
+    }
+
+    pub(crate) fn wake(&self, server: &ServerName) {
+        self.waker(server).notify_one();
+    }
+
+    fn wake_all(known: &Known) {
+        for server in known.servers.values() {
+            server.wake.notify_one();
+        }
+    }
+
+    /// Takes over one instance as the node has it. What is older than what is known is left out: answers and changes may
+    /// overtake each other.
+    pub(crate) fn engine(&self, instance: engine::Instance, at: Duration) -> Result<(), Invalid> {
+        let version = instance.version;
+        let Some((id, seen)) = wire::seen(instance)? else { return Ok(()) };
+        self.change(&id.server.clone(), |server| {
+            if server.engine.get(&id).is_none_or(|held| held.version <= version) {
+                server.engine.insert(id, Held { seen, version, at });
+            }
+        });
+        Ok(())
+    }
+
+    /// Takes over everything that the node has, as it was asked for at `since`: what it did not name, and what nobody
+    /// told of since, is not there.
+    pub(crate) fn listing(&self, listing: crate::ports::Listing, since: Duration, at: Duration) {
+        for instance in listing.instances {
+            if let Err(invalid) = self.engine(instance, at) {
+                tracing::warn!(error = %invalid, "the node lists an instance that makes no sense");
+            }
+        }
+        let mut known = self.lock();
+        for server in known.servers.values_mut() {
+            server.engine.retain(|_, held| held.at >= since);
+        }
+        let routes = listing
+            .routes
+            .into_iter()
+            .filter_map(|route| Some((route.server.parse::<ServerName>().ok()?, route.generation)));
+        let routes: HashMap<ServerName, u64> = routes.collect();
+        for (name, server) in &mut known.servers {
+            server.routed = routes.get(name).copied();
+        }
+        for (name, generation) in routes {
+            known.servers.entry(name).or_default().routed = Some(generation);
+        }
+        known.synced = true;
+        Self::wake_all(&known);
+    }
+
+    /// The node's watch broke: until it stands again nothing is known of what runs.
+    pub(crate) fn node_away(&self) {
+        self.lock().synced = false;
+    }
+
+    pub(crate) fn is_synced(&self) -> bool {
+        self.lock().synced
+    }
+
+    /// Takes over what the monitor says of an instance.
+    pub(crate) fn health(&self, health: monitor::Health, now: Now) -> Result<(), Invalid> {
+        let id: InstanceId = convert::text("instance", &health.instance)?;
+        // It knows of the instance, and has not looked at it yet.
+        let Some(observed) = convert::from_optional_timestamp("observed", health.observed)? else {
+            return Ok(());
+        };
+        let state = convert::enumeration::<types::HealthState, HealthState>("state", health.state)?;
+        let checks = health.last_checks.into_iter().map(CheckResult::try_from);
+        let last_checks = checks.collect::<Result<Vec<_>, _>>()?;
+        let age = Duration::try_from(now.wall.duration_since(observed)).unwrap_or_default();
+        self.change(&id.server.clone(), |server| {
+            if server.health.get(&id).is_none_or(|heard| heard.observed <= observed) {
+                let at = now.monotonic;
+                server.health.insert(id, Heard { state, last_checks, observed, age, at });
+            }
+        });
+        Ok(())
+    }
+
+    pub(crate) fn refused(&self, id: &InstanceId, why: String) {
+        self.change(&id.server, |server| server.refused.insert(id.clone(), why));
+    }
+
+    pub(crate) fn retired(&self, id: &InstanceId) {
+        self.change(&id.server, |server| server.retired.insert(id.clone()));
+    }
+
+    pub(crate) fn routed(&self, name: &ServerName, generation: u64) {
+        self.change(name, |server| {
+            server.routed = Some(generation);
+            server.refusals = Default::default();
+        });
+    }
+
+    pub(crate) fn route_refused(&self, name: &ServerName, generation: u64, why: String) {
+        self.change(name, |server| {
+            let times = if server.refusals.0 == generation { server.refusals.1 + 1 } else { 1 };
+            server.refusals = (generation, times, why);
+        });
+    }
+
+    pub(crate) fn checked(&self, id: &InstanceId, result: CheckResult, at: Duration) {
+        self.change(&id.server, |server| {
+            let before = server.checks.get(id).map_or((0, 0), |(own, _)| (own.passes, own.failures));
+            let (passes, failures) =
+                if result.passed { (before.0 + 1, 0) } else { (0, before.1.saturating_add(1)) };
+            let own = OwnChecks { passes, failures, last: result, age: Duration::ZERO };
+            server.checks.insert(id.clone(), (own, at));
+        });
+    }
+
+    pub(crate) fn verdict(&self, name: &ServerName, image: Digest, verdict: Verdict) {
+        self.change(name, |server| server.verdicts.insert(image, verdict));
+    }
+
+    pub(crate) fn evidence(&self, id: &InstanceId, lines: Vec<String>) {
+        self.change(&id.server, |server| server.evidence.insert(id.clone(), Evidence { lines }));
+    }
+
+    pub(crate) fn held(&self, name: &ServerName, images: BTreeSet<Digest>) {
+        self.change(name, |server| server.held = Some(images));
+    }
+
+    /// What is known of a server at this moment. `started` is when this process began to listen.
+    pub(crate) fn view(&self, name: &ServerName, now: Now, started: Duration, elapsed: Duration) -> View {
+        let since = |at: Duration| now.monotonic.saturating_sub(at);
+        let mut known = self.lock();
+        let synced = known.synced;
+        let server = known.servers.entry(name.clone()).or_default();
+        let (generation, times, why) = &server.refusals;
+        View {
+            engine: synced
+                .then(|| server.engine.iter().map(|(id, held)| (id.clone(), held.seen.clone())).collect()),
+            refused: server.refused.clone(),
+            retired: server.retired.clone(),
+            routed: server.routed,
+            unroutable: (*times >= REFUSALS).then(|| (*generation, why.clone())),
+            health: server
+                .health
+                .iter()
+                .map(|(id, heard)| {
+                    let age = heard.age + since(heard.at);
+                    let last_checks = heard.last_checks.clone();
+                    (id.clone(), Told { state: heard.state, age, last_checks })
+                })
+                .collect(),
+            checks: server
+                .checks
+                .iter()
+                .map(|(id, (own, at))| (id.clone(), OwnChecks { age: since(*at), ..own.clone() }))
+                .collect(),
+            verdicts: server.verdicts.clone(),
+            evidence: server.evidence.clone(),
+            held: server.held.clone(),
+            watching: since(started),
+            elapsed,
+        }
+    }
+
+    /// Forgets what no decision on this fleet can need any more.
+    pub(crate) fn prune(&self, fleet: &Fleet) {
+        let mut known = self.lock();
+        let Some(server) = known.servers.get_mut(&fleet.server) else { return };
+        let meant = |id: &InstanceId| fleet.instances.contains_key(id);
+        server.engine.retain(|id, held| meant(id) || held.seen.state != SeenState::Retired);
+        let present: BTreeSet<InstanceId> = server.engine.keys().cloned().collect();
+        server.retired.retain(|id| meant(id) || present.contains(id));
+        server.refused.retain(|id, _| meant(id));
+        server.health.retain(|id, _| meant(id) || present.contains(id));
+        server.checks.retain(|id, _| meant(id));
+        let failures = fleet.rollout.iter().chain(&fleet.finished).filter_map(|r| r.failure.as_ref());
+        let failed: BTreeSet<&InstanceId> = failures.map(|failure| &failure.instance).collect();
+        server.evidence.retain(|id, _| failed.contains(id));
+        if fleet.rollout.is_none() {
+            // What was wrong once is looked at anew the next time.
+            server.verdicts.clear();
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! The loop: load a fleet, decide, commit, act, and learn of the results. One for each server, woken by facts, and
+//! ticking only while something is due.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use kiln_deployer_core::{Decision, next};
+use kiln_model::name::ServerName;
+use kiln_service::clock::Clock;
+use kiln_service::shutdown::requested;
+use kiln_store::{Error, Store};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use crate::board::Board;
+use crate::effects::{Hands, Peers};
+use crate::store::{Loaded, Outcome, batch, load};
+
+/// After a failure of the store.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// What all loops share. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Deployer<S, C> {
+    pub(crate) store: S,
+    pub(crate) clock: C,
+    pub(crate) peers: Peers,
+    pub(crate) board: Board,
+    /// When this process began to listen to the others.
+    started: Duration,
+    loops: Arc<Mutex<Loops>>,
+    stop: watch::Receiver<bool>,
+}
+
+#[derive(Default)]
+struct Loops {
+    known: HashMap<ServerName, tokio::task::AbortHandle>,
+    tasks: JoinSet<()>,
+}
+
+impl<S: Store, C: Clock> Deployer<S, C> {
+    pub(crate) fn new(store: S, clock: C, peers: Peers, stop: watch::Receiver<bool>) -> Self {
+        let started = clock.now().monotonic;
+        Self { store, clock, peers, board: Board::default(), started, loops: Arc::default(), stop }
+    }
+
+    pub(crate) fn stop(&self) -> watch::Receiver<bool> {
+        self.stop.clone()
+    }
+
+    /// Sees to it that a server's loop runs, and that it looks again.
+    pub(crate) fn look_after(&self, server: &ServerName) {
+        let mut loops = self.loops.lock().unwrap_or_else(PoisonError::into_inner);
+        let runs = loops.known.get(server).is_some_and(|handle| !handle.is_finished());
+        if !runs {
+            let handle = loops.tasks.spawn(reconcile(self.clone(), server.clone()));
+            loops.known.insert(server.clone(), handle);
+        }
+        drop(loops);
+        self.board.wake(server);
+    }
+}
+
+/// One server's loop, until it is time to stop.
+async fn reconcile<S: Store, C: Clock>(deployer: Deployer<S, C>, server: ServerName) {
+    let waker = deployer.board.waker(&server);
+    let mut stop = deployer.stop();
+    let mut hands =
+        Hands::new(server.clone(), deployer.peers.clone(), deployer.board.clone(), deployer.clock.clone());
+    let mut desk = Desk { deployer: &deployer, server: &server, held: None, committed: Duration::ZERO };
+    while !*stop.borrow() {
+        let wake_in = match desk.look(&mut hands).await {
+            Ok(Looked::Again) => continue,
+            Ok(Looked::Rest(wake_in)) => wake_in,
+            Err(error) => {
+                tracing::warn!(%server, %error, "a fleet could not be seen to");
+                desk.held = None;
+                Some(RETRY)
+            }
+        };
+        let timer = async {
+            match wake_in {
+                Some(wait) => deployer.clock.sleep(wait).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = requested(&mut stop) => return,
+            () = waker.notified() => {}
+            () = hands.ended() => {}
+            () = timer => {}
+        }
+    }
+}
+
+enum Looked {
+    /// Something was committed: what follows from it is decided at once.
+    Again,
+    Rest(Option<Duration>),
+}
+
+/// The fleet as it was last seen.
+struct Desk<'a, S, C> {
+    deployer: &'a Deployer<S, C>,
+    server: &'a ServerName,
+    held: Option<Loaded>,
+    /// When it was last committed, by whomever.
+    committed: Duration,
+}
+
+impl<S: Store, C: Clock> Desk<'_, S, C> {
+    async fn look(&mut self, hands: &mut Hands<C>) -> Result<Looked, Error> {
+        let loaded = self.fresh().await?;
+        let now = self.deployer.clock.now();
+        let elapsed = now.monotonic.saturating_sub(self.committed);
+        let view = self.deployer.board.view(self.server, now, self.deployer.started, elapsed);
+        let decision = next(&loaded.fleet, &loaded.releases, &view, now);
+        let changed = decision.fleet != loaded.fleet;
+        if changed && !self.commit(&loaded, &decision, now).await? {
+            return Ok(Looked::Again);
+        }
+        self.deployer.board.prune(&decision.fleet);
+        let Decision { effects, wake_in, fleet, .. } = decision;
+        let retry_in = hands.begin(effects, fleet.generation);
+        Ok(if changed { Looked::Again } else { Looked::Rest(wake_in.into_iter().chain(retry_in).min()) })
+    }
+
+    /// The fleet as it is stored. What was read before is used again where nobody wrote since: each write of what
+    /// belongs to a fleet writes the fleet too.
+    async fn fresh(&mut self) -> Result<Loaded, Error> {
+        let document = self.deployer.store.get(crate::record::FLEET, self.server.as_str()).await?;
+        let version = document.map_or(0, |document| document.version);
+        if let Some(held) = self.held.take().filter(|held| held.version == version) {
+            self.held = Some(held.clone());
+            return Ok(held);
+        }
+        let loaded = load(&self.deployer.store, self.server).await?;
+        self.committed = self.deployer.clock.now().monotonic;
+        self.held = Some(loaded.clone());
+        Ok(loaded)
+    }
+
+    /// False where somebody else wrote in between.
+    async fn commit(
+        &mut self,
+        loaded: &Loaded,
+        decision: &Decision,
+        now: kiln_model::time::Now,
+    ) -> Result<bool, Error> {
+        let outcome = Outcome {
+            fleet: &decision.fleet,
+            releases: &decision.releases,
+            events: &decision.events,
+            now: now.wall,
+        };
+        let batch = batch(&self.deployer.store, loaded, &outcome).await?;
+        match self.deployer.store.commit(batch).await {
+            Ok(_) => {}
+            Err(Error::Conflict { .. }) => {
+                self.held = None;
+                return Ok(false);
+            }
+            Err(error) => return Err(error),
+        }
+        let mut releases = loaded.releases.clone();
+        releases.extend(decision.releases.iter().map(|release| (release.number, release.clone())));
+        self.held = Some(Loaded { fleet: decision.fleet.clone(), version: loaded.version + 1, releases });
+        self.committed = now.monotonic;
+        Ok(true)
+    }
+}
