@@ -2,6 +2,8 @@
 //!
 //! State is the truth and events are hints: a lost event costs time, never correctness.
 
+#[cfg(test)]
+mod conformance;
 mod delivery;
 mod headers;
 mod memory;

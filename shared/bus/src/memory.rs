@@ -266,3 +266,42 @@ impl Bus for MemoryBus {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conformance::{Harness, conformance};
+
+    struct Memory(MemoryBus);
+
+    impl Harness for Memory {
+        type Bus = MemoryBus;
+
+        fn bus(&self) -> MemoryBus {
+            self.0.clone()
+        }
+
+        async fn send(&self, subject: &str, headers: HeaderMap, payload: &[u8]) {
+            self.0.publish_raw(subject, headers, payload).unwrap();
+        }
+
+        async fn dead(&self) -> Vec<(String, Vec<u8>)> {
+            self.0.dead_letters().into_iter().map(|letter| (letter.subject, letter.payload)).collect()
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_keeps_every_promise() {
+        conformance(async || Memory(MemoryBus::new("home".parse().unwrap()))).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn while_it_is_away_nothing_is_stored_or_delivered() {
+        let bus = MemoryBus::new("home".parse().unwrap());
+        bus.set_away(true);
+        let refused = bus.publish_raw("kiln.v1.home.monitor.server.settled._", HeaderMap::new(), &[]);
+        assert!(matches!(refused, Err(Error::Unavailable { .. })));
+        bus.set_away(false);
+        assert_eq!(bus.published(), []);
+    }
+}

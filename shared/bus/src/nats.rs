@@ -3,6 +3,8 @@
 mod consumer;
 mod follow;
 mod streams;
+#[cfg(test)]
+mod tests;
 mod users;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,6 +29,7 @@ pub use users::{NewKey, User, new_key, users_section};
 
 /// Older ones forget settings that they do not know, without a word.
 const OLDEST: (u64, u64) = (2, 10);
+const ACK_WAIT: Duration = Duration::from_secs(30);
 /// Bound on one question to the broker.
 const ASK: Duration = Duration::from_secs(5);
 /// How long `connect` waits for a broker before it goes on without.
@@ -57,6 +60,9 @@ struct Inner {
     context: Context,
     /// The broker's version was looked at.
     suitable: AtomicBool,
+    /// A message whose handler died comes again after this time. A living one says every third of it that it is at
+    /// work.
+    ack_wait: Duration,
     signs: Arc<Signs>,
 }
 
@@ -100,6 +106,10 @@ impl NatsBus {
     /// # Errors
     /// [`Error::Unsuitable`] for a broker that is too old, or a seed that is none.
     pub async fn connect(options: NatsOptions) -> Result<Self, Error> {
+        Self::connect_with(options, ACK_WAIT).await
+    }
+
+    async fn connect_with(options: NatsOptions, ack_wait: Duration) -> Result<Self, Error> {
         let NatsOptions { url, site, user, seed } = options;
         let unsuitable = |reason: String| Error::Unsuitable { place: url.clone(), reason };
         let (connected, mut connections) = watch::channel(0);
@@ -131,7 +141,15 @@ impl NatsBus {
         let mut context = jetstream::new(client.clone());
         context.set_timeout(ASK);
         let bus = Self {
-            inner: Arc::new(Inner { site, url, client, context, suitable: AtomicBool::new(false), signs }),
+            inner: Arc::new(Inner {
+                site,
+                url,
+                client,
+                context,
+                suitable: AtomicBool::new(false),
+                ack_wait,
+                signs,
+            }),
         };
         // Either it is there now, which is the rule, or the first use finds out.
         let _ = tokio::time::timeout(FIRST_CONNECT, connections.wait_for(|count| *count > 0)).await;

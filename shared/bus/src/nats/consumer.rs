@@ -17,20 +17,20 @@ use crate::headers::MESSAGE_ID;
 use crate::subjects::{Stream, dead_letter};
 use async_nats::HeaderMap;
 
-/// A message whose handler died comes again after this time. A living one says every third of it that it is at work.
-const ACK_WAIT: Duration = Duration::from_secs(30);
 const MAX_ACK_PENDING: i64 = 256;
 /// A request for the next message waits this long at the broker.
 const POLL: Duration = Duration::from_secs(30);
+/// Bound on a clean end; a broker that is away needs none.
+const FLUSH: Duration = Duration::from_millis(300);
 /// A message that failed comes again after this time, so that its attempts are not used up within a moment.
 const RETRY: Duration = Duration::from_secs(1);
 
-fn wanted(durable: &str, filters: Vec<String>) -> Config {
+fn wanted(durable: &str, filters: Vec<String>, ack_wait: Duration) -> Config {
     Config {
         durable_name: Some(durable.to_owned()),
         deliver_policy: DeliverPolicy::All,
         ack_policy: AckPolicy::Explicit,
-        ack_wait: ACK_WAIT,
+        ack_wait,
         // Unlimited: its end would be an advisory and nothing more. The attempts are counted here.
         max_deliver: -1,
         filter_subjects: filters,
@@ -60,7 +60,7 @@ fn compare(wanted: &Config, found: &Config) -> Result<(), String> {
     if names.is_empty() { Ok(()) } else { Err(names.join(", ")) }
 }
 
-async fn bind(
+pub(super) async fn bind(
     bus: &NatsBus,
     stream: Stream,
     durable: &str,
@@ -68,7 +68,7 @@ async fn bind(
 ) -> Result<PullConsumer, Error> {
     bus.check_version()?;
     let stream = streams::bind(bus, stream).await?;
-    let wanted = wanted(durable, filters.to_vec());
+    let wanted = wanted(durable, filters.to_vec(), bus.inner.ack_wait);
     let made = stream.create_consumer(wanted.clone()).await;
     let consumer: PullConsumer = made.map_err(|error| bus.unavailable("make a consumer", &error))?;
     let found = &consumer.cached_info().config;
@@ -150,7 +150,13 @@ impl Consumer<'_> {
             let message = tokio::select! {
                 biased;
                 message = request.next() => message,
-                () = stopped(&mut self.stop) => return None,
+                () = stopped(&mut self.stop) => {
+                    // The broker takes the request back before anything else is sent to it.
+                    drop(request);
+                    let flushed = tokio::time::timeout(FLUSH, self.bus.flush()).await;
+                    tracing::debug!(durable = self.durable, ?flushed, "consuming ends");
+                    return None;
+                }
                 // The broker forgot the request with the old connection.
                 _ = connected.changed() => return None,
             };
@@ -175,6 +181,7 @@ impl Consumer<'_> {
             (info.stream_sequence, u64::try_from(info.delivered).unwrap_or(1))
         };
         let key = format!("{}:{sequence}", self.stream.name(&self.bus.inner.site));
+        let ack_wait = self.bus.inner.ack_wait;
         let empty = HeaderMap::new();
         let parts = Message {
             subject: message.subject.as_str(),
@@ -184,7 +191,7 @@ impl Consumer<'_> {
             attempt,
         };
         loop {
-            match at_work(message, self.target.deliver(&parts)).await {
+            match at_work(message, ack_wait, self.target.deliver(&parts)).await {
                 Verdict::Acknowledge => {
                     self.backoff.reset();
                     return acknowledge(message, AckKind::Ack).await;
@@ -196,7 +203,7 @@ impl Consumer<'_> {
                 // Held, not given back: the broker counts every delivery.
                 Verdict::Pause(reason) => {
                     tracing::info!(subject = parts.subject, reason, "consuming is paused");
-                    if !at_work(message, self.pause()).await {
+                    if !at_work(message, ack_wait, self.pause()).await {
                         return Ok(());
                     }
                 }
@@ -233,9 +240,9 @@ async fn acknowledge(message: &Delivered, kind: AckKind) -> Result<(), String> {
 }
 
 /// Tells the broker that the message is being worked on for as long as that takes.
-async fn at_work<T>(message: &Delivered, work: impl Future<Output = T>) -> T {
+async fn at_work<T>(message: &Delivered, ack_wait: Duration, work: impl Future<Output = T>) -> T {
     tokio::pin!(work);
-    let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + ACK_WAIT / 3, ACK_WAIT / 3);
+    let mut ticks = tokio::time::interval_at(tokio::time::Instant::now() + ack_wait / 3, ack_wait / 3);
     loop {
         tokio::select! {
             biased;

@@ -1,0 +1,299 @@
+mod server;
+
+use std::time::Instant;
+
+use async_nats::jetstream::stream::Config;
+use kiln_model::event::{EventType, Service};
+use server::Server;
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::TcpListener;
+
+use super::*;
+use crate::conformance::{Harness, conformance, consume, event};
+use crate::subjects::Stream;
+use crate::{Handled, MAX_ATTEMPTS};
+
+const LONG: Duration = Duration::from_secs(60);
+
+struct Nats {
+    server: Server,
+    monitor: NatsBus,
+    root: Client,
+}
+
+impl Nats {
+    async fn start() -> Self {
+        let server = Server::start();
+        NatsBus::ensure_streams(server.options(User::Admin)).await.unwrap();
+        let monitor =
+            NatsBus::connect_with(server.options(User::Monitor), Duration::from_secs(2)).await.unwrap();
+        let root = server.root().await;
+        Self { server, monitor, root }
+    }
+
+    async fn letters(&self) -> Vec<(HeaderMap, Vec<u8>)> {
+        let stream = jetstream::new(self.root.clone());
+        let stream = stream.get_stream("KILN_DEAD_HOME").await.unwrap();
+        let mut letters = Vec::new();
+        for sequence in 1..=stream.cached_info().state.last_sequence {
+            let message = stream.get_raw_message(sequence).await.unwrap();
+            letters.push((message.headers, message.payload.to_vec()));
+        }
+        letters
+    }
+}
+
+impl Harness for Nats {
+    type Bus = NatsBus;
+
+    fn bus(&self) -> NatsBus {
+        self.monitor.clone()
+    }
+
+    async fn send(&self, subject: &str, headers: HeaderMap, payload: &[u8]) {
+        let context = jetstream::new(self.root.clone());
+        let sent = context.publish_with_headers(subject.to_owned(), headers, payload.to_vec().into()).await;
+        sent.unwrap().await.unwrap();
+    }
+
+    async fn dead(&self) -> Vec<(String, Vec<u8>)> {
+        let letters = self.letters().await.into_iter();
+        letters
+            .map(|(headers, payload)| (headers.get("kiln-dead-subject").unwrap().to_string(), payload))
+            .collect()
+    }
+}
+
+#[tokio::test]
+async fn it_keeps_every_promise() {
+    conformance(Nats::start).await;
+}
+
+#[tokio::test]
+async fn an_event_is_stored_once_with_its_headers() {
+    let nats = Nats::start().await;
+    let event = event("server", 7);
+    nats.monitor.publish(&event).await.unwrap();
+    nats.monitor.publish(&event).await.unwrap();
+    let stream = jetstream::new(nats.root.clone()).get_stream("KILN_HOME").await.unwrap();
+    assert_eq!(stream.cached_info().state.messages, 1);
+    let stored = stream.get_raw_message(1).await.unwrap();
+    assert_eq!(stored.subject.as_str(), "kiln.v1.home.monitor.server.changed.web");
+    let header = |name: &str| stored.headers.get(name).unwrap().to_string();
+    assert_eq!(header("ce-type"), "kiln.monitor.server.changed.v1");
+    assert_eq!(header("ce-source"), "kiln/home/monitor");
+    assert_eq!(header("ce-sequence"), "7");
+    assert_eq!(header("ce-dataschema"), "kiln.events.v1.NeedsUpdate");
+    assert_eq!(header("Nats-Msg-Id"), event.id.to_string());
+    assert_eq!(header("traceparent"), event.event.traceparent);
+    assert_eq!(stored.payload, event.event.payload);
+}
+
+/// Several that fail on one message: it lies in the dead letters once, and says why.
+#[tokio::test]
+async fn a_dead_letter_lies_there_once() {
+    let nats = Nats::start().await;
+    let builder = NatsBus::connect(nats.server.options(User::Builder)).await.unwrap();
+    nats.send("kiln.v1.home.monitor.server.changed.web", HeaderMap::new(), b"garbage").await;
+    nats.monitor.publish(&event("server", 1)).await.unwrap();
+    let mut consuming = [
+        consume(nats.monitor.clone(), "monitor", "server", |_, _| Handled::Done),
+        consume(builder, "builder", "server", |_, _| Handled::Done),
+    ];
+    for consuming in &mut consuming {
+        assert_eq!(consuming.next().await, (1, 1));
+    }
+    for consuming in consuming {
+        consuming.stop().await;
+    }
+    let letters = nats.letters().await;
+    assert_eq!(letters.len(), 1, "{letters:?}");
+    let header = |name: &str| letters[0].0.get(name).unwrap().to_string();
+    assert_eq!(header("Nats-Msg-Id"), "KILN_HOME:1");
+    assert_eq!(header("kiln-dead-attempts"), "1");
+    assert!(header("kiln-dead-reason").contains("ce-specversion"));
+}
+
+#[tokio::test]
+async fn a_broker_that_is_killed_and_comes_back_is_used_again() {
+    let mut nats = Nats::start().await;
+    let mut consuming = consume(nats.monitor.clone(), "monitor", "server", |_, _| Handled::Done);
+    nats.monitor.publish(&event("server", 1)).await.unwrap();
+    assert_eq!(consuming.next().await, (1, 1));
+    nats.server.kill();
+    let refused = nats.monitor.publish(&event("server", 2)).await.unwrap_err();
+    assert!(
+        matches!(&refused, Error::Unavailable { .. }) && refused.to_string().contains("away"),
+        "{refused}"
+    );
+    nats.server.run();
+    // As the relay does.
+    let begin = Instant::now();
+    while nats.monitor.publish(&event("server", 2)).await.is_err() {
+        assert!(begin.elapsed() < LONG);
+    }
+    // An acknowledgement just before the kill can be lost: the first may come again.
+    while consuming.next().await.0 != 2 {}
+    nats.monitor.publish(&event("server", 3)).await.unwrap();
+    assert_eq!(consuming.next().await, (3, 1));
+    consuming.stop().await;
+}
+
+#[tokio::test]
+async fn a_broker_whose_data_was_wiped_is_used_again() {
+    let mut nats = Nats::start().await;
+    let mut consuming = consume(nats.monitor.clone(), "monitor", "server", |_, _| Handled::Done);
+    nats.monitor.publish(&event("server", 1)).await.unwrap();
+    assert_eq!(consuming.next().await, (1, 1));
+    nats.server.kill();
+    nats.server.wipe();
+    nats.server.run();
+    NatsBus::ensure_streams(nats.server.options(User::Admin)).await.unwrap();
+    let begin = Instant::now();
+    while nats.monitor.publish(&event("server", 2)).await.is_err() {
+        assert!(begin.elapsed() < LONG);
+    }
+    assert_eq!(consuming.next().await, (2, 1));
+    consuming.stop().await;
+}
+
+/// It is not there when the service starts, and is found when it comes.
+#[tokio::test]
+async fn a_broker_that_comes_late_is_waited_for() {
+    let mut server = Server::start();
+    NatsBus::ensure_streams(server.options(User::Admin)).await.unwrap();
+    server.kill();
+    let bus = NatsBus::connect(server.options(User::Monitor)).await.unwrap();
+    let mut consuming = consume(bus.clone(), "monitor", "server", |_, _| Handled::Done);
+    assert!(bus.publish(&event("server", 1)).await.is_err());
+    server.run();
+    let begin = Instant::now();
+    while bus.publish(&event("server", 2)).await.is_err() {
+        assert!(begin.elapsed() < LONG);
+    }
+    // The first may have been sent from the client's buffer after all.
+    while consuming.next().await.0 != 2 {}
+    consuming.stop().await;
+}
+
+#[tokio::test]
+async fn nobody_may_do_another_s_work() {
+    let nats = Nats::start().await;
+    let mut foreign = event("server", 1);
+    foreign.event.kind = EventType::new(Service::Deployer, "rollout", "started");
+    let refused = nats.monitor.publish(&foreign).await.unwrap_err().to_string();
+    assert!(refused.contains("ermissions") && refused.contains("kiln.v1.home.deployer"), "{refused}");
+
+    // A consumer in another's name, a stream, another site.
+    let filters = [Stream::Events.subjects(&"home".parse().unwrap())];
+    assert!(consumer::bind(&nats.monitor, Stream::Events, "builder", &filters).await.is_err());
+    assert!(consumer::bind(&nats.monitor, Stream::DeadLetters, "monitor", &filters).await.is_err());
+    consumer::bind(&nats.monitor, Stream::Events, "monitor", &filters).await.unwrap();
+    let builder = NatsBus::connect(nats.server.options(User::Builder)).await.unwrap();
+    assert!(consumer::bind(&builder, Stream::Reports, "builder", &filters).await.is_err());
+    assert!(streams::ensure(&builder, Stream::Events).await.is_err());
+
+    let reader = NatsBus::connect(nats.server.options(User::Reader)).await.unwrap();
+    assert!(reader.publish(&event("server", 2)).await.is_err());
+    assert!(reader.report("report", "1", Vec::new(), "").await.is_err());
+}
+
+#[tokio::test]
+async fn those_who_look_on_see_events_and_the_cli_may_report() {
+    let nats = Nats::start().await;
+    for user in [User::Reader, User::Cli] {
+        let bus = NatsBus::connect(nats.server.options(user)).await.unwrap();
+        let mut follow = bus.follow().await.unwrap();
+        let event = event("server", user as u64);
+        nats.monitor.publish(&event).await.unwrap();
+        let seen = tokio::time::timeout(LONG, follow.next()).await.unwrap().unwrap().unwrap();
+        assert_eq!(seen, event);
+    }
+    let cli = NatsBus::connect(nats.server.options(User::Cli)).await.unwrap();
+    cli.report("report", "scan-1", b"x".to_vec(), "").await.unwrap();
+    let other = async_nats::ConnectOptions::new().nkey(nats.server.seed(User::Cli));
+    let other = other.connect(nats.server.url()).await.unwrap();
+    let mut spy = other.subscribe("_INBOX.monitor.>").await.unwrap();
+    other.flush().await.unwrap();
+    nats.monitor.publish(&event("server", 90)).await.unwrap();
+    let heard = tokio::time::timeout(Duration::from_millis(500), futures::StreamExt::next(&mut spy)).await;
+    assert!(!matches!(heard, Ok(Some(_))), "another's inbox can be read");
+}
+
+#[tokio::test]
+async fn a_stream_with_other_settings_is_not_used() {
+    let nats = Nats::start().await;
+    let context = jetstream::new(nats.root.clone());
+    let found = context.get_stream("KILN_HOME").await.unwrap().cached_info().config.clone();
+    let changed = Config { max_age: Duration::from_secs(3600), ..found };
+    context.update_stream(changed).await.unwrap();
+    let consuming = consume(nats.monitor.clone(), "monitor", "server", |_, _| Handled::Done);
+    let ended = tokio::time::timeout(LONG, consuming.task).await.unwrap().unwrap();
+    let Err(Error::Unsuitable { reason, .. }) = ended else { panic!("{ended:?}") };
+    assert!(reason.contains("max_age"), "{reason}");
+    // The admin brings it back.
+    NatsBus::ensure_streams(nats.server.options(User::Admin)).await.unwrap();
+    let mut consuming = consume(nats.monitor.clone(), "monitor", "server", |_, _| Handled::Done);
+    nats.monitor.publish(&event("server", 1)).await.unwrap();
+    assert_eq!(consuming.next().await, (1, 1));
+    consuming.stop().await;
+}
+
+/// A message that kills its process every time is given up without being handled once more.
+#[tokio::test]
+async fn deliveries_that_nobody_lived_to_count_are_counted() {
+    let nats = Nats::start().await;
+    nats.monitor.publish(&event("server", 1)).await.unwrap();
+    let filters = vec!["kiln.v1.home.monitor.server.>".to_owned()];
+    let pull = consumer::bind(&nats.monitor, Stream::Events, "monitor", &filters).await.unwrap();
+    for _ in 0..MAX_ATTEMPTS {
+        let mut batch = pull.batch().max_messages(1).expires(LONG).messages().await.unwrap();
+        let message = futures::StreamExt::next(&mut batch).await.unwrap().unwrap();
+        message.ack_with(jetstream::AckKind::Nak(None)).await.unwrap();
+    }
+    nats.monitor.publish(&event("server", 2)).await.unwrap();
+    let mut consuming = consume(nats.monitor.clone(), "monitor", "server", |_, _| Handled::Done);
+    assert_eq!(consuming.next().await, (2, 1));
+    let begin = Instant::now();
+    while nats.letters().await.is_empty() {
+        assert!(begin.elapsed() < LONG);
+        tokio::task::yield_now().await;
+    }
+    consuming.stop().await;
+    assert_eq!(nats.letters().await[0].1, b"server 1");
+}
+
+/// Speaks just enough of the protocol to be taken for an old server.
+#[tokio::test]
+async fn an_old_server_is_refused_in_words() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("nats://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        let (stream, _) = listener.accept().await.unwrap();
+        let (read, mut write) = stream.into_split();
+        let info =
+            r#"INFO {"server_id":"x","version":"2.9.10","proto":1,"max_payload":1048576,"headers":true}"#;
+        write.write_all(format!("{info}\r\n").as_bytes()).await.unwrap();
+        let mut lines = BufReader::new(read).lines();
+        while let Ok(Some(line)) = lines.next_line().await {
+            if line.starts_with("PING") {
+                write.write_all(b"PONG\r\n").await.unwrap();
+            }
+        }
+    });
+    let options = NatsOptions { url, site: "home".parse().unwrap(), user: User::Builder, seed: None };
+    let refused = NatsBus::connect(options).await.unwrap_err();
+    assert!(matches!(refused, Error::Unsuitable { .. }));
+    assert!(refused.to_string().contains("2.9.10") && refused.to_string().contains("2.10"), "{refused}");
+}
+
+#[tokio::test]
+async fn a_wrong_seed_is_told() {
+    let nats = Nats::start().await;
+    let options = |seed: String| NatsOptions { seed: Some(seed), ..nats.server.options(User::Builder) };
+    assert!(matches!(NatsBus::connect(options("nonsense".to_owned())).await, Err(Error::Unsuitable { .. })));
+    // A good one that the broker does not know: it may be about to be told of it, so this is tried again.
+    let stranger = NatsBus::connect(options(new_key().unwrap().seed)).await.unwrap();
+    let refused = stranger.publish(&event("server", 1)).await.unwrap_err().to_string();
+    assert!(refused.to_lowercase().contains("authorization"), "{refused}");
+}
