@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use kiln_builder_core::definition::StoredDefinition;
 use kiln_model::definition::{
-    ContextEntry, Definition, EntryKind, ImageSpec, Source, Step, context_digest, parse_bytes,
+    ContextEntry, Definition, DefinitionErrors, EntryKind, ImageSpec, Source, Step, WrongPath,
+    context_digest, parse, wrong_paths,
 };
 use kiln_model::digest::Digest;
 use kiln_model::name::ServerName;
@@ -118,24 +119,15 @@ fn take(part: &Tree, file: &str) -> Result<Readable, Refusal> {
             ));
         }
     };
-    let definition = parse_bytes(text, file).map_err(|errors| {
-        let faults = errors.problems().iter().map(|problem| {
-            let help = problem.help().map(|help| format!("; {help}")).unwrap_or_default();
-            Fault {
-                place: format!("{file}:{}:{}", problem.line(), problem.column()),
-                why: format!("{}{help}", problem.message()),
-            }
-        });
-        (guess_name(text), faults.collect())
-    })?;
+    let definition = parse(text, file).map_err(|errors| refusal(&errors))?;
     let (files, missing) = named_files(part, &definition);
     if !missing.is_empty() {
-        let text = String::from_utf8_lossy(text);
-        let faults = missing.into_iter().map(|(path, why)| {
-            let (line, column) = place_of(&text, &path);
-            Fault { place: format!("{file}:{line}:{column}"), why: format!("`{path}` {why}") }
+        let wrong = missing.into_iter().map(|(path, why)| WrongPath {
+            message: format!("`{path}` {why}"),
+            help: "put what is named into the folder, or correct the path".to_owned(),
+            path,
         });
-        return Err((Some(definition.name), faults.collect()));
+        return Err(refusal(&wrong_paths(text, file, wrong.collect())));
     }
     let run_digest = definition.run.digest();
     let image_context = image_context(&definition, &files);
@@ -152,12 +144,15 @@ fn take(part: &Tree, file: &str) -> Result<Readable, Refusal> {
     }
 }
 
-/// A definition that can't be read still says whose it is, if it begins as they all do.
-fn guess_name(text: &[u8]) -> Option<ServerName> {
-    let text = std::str::from_utf8(text).ok()?;
-    let line = text.lines().take(200).find_map(|line| line.strip_prefix("name:"))?;
-    let value = line.split('#').next().unwrap_or_default().trim();
-    value.trim_matches(['"', '\'']).parse().ok()
+fn refusal(errors: &DefinitionErrors) -> Refusal {
+    let faults = errors.problems().iter().map(|problem| {
+        let help = problem.help().map(|help| format!("; {help}")).unwrap_or_default();
+        Fault {
+            place: format!("{}:{}:{}", errors.file(), problem.line(), problem.column()),
+            why: format!("{}{help}", problem.message()),
+        }
+    });
+    (errors.server().cloned(), faults.collect())
 }
 
 /// `server.yaml`, what it names, and where its links lead; and what of it is missing or lies outside.
@@ -227,25 +222,6 @@ fn normal(path: &str) -> String {
     if parts.is_empty() { ".".to_owned() } else { parts.join("/") }
 }
 
-/// Where a definition names a path; its beginning where that can't be made out.
-fn place_of(text: &str, named: &str) -> (usize, usize) {
-    let is_part = |c: char| c.is_alphanumeric() || matches!(c, '.' | '_' | '-');
-    let places = text.lines().enumerate().flat_map(|(number, line)| {
-        let at = line.match_indices(named).filter(move |(at, _)| {
-            let before = line.get(..*at).and_then(|before| before.chars().next_back());
-            let after = line.get(at + named.len()..).and_then(|after| after.chars().next());
-            !before.is_some_and(|c| is_part(c) || c == '/') && !after.is_some_and(is_part)
-        });
-        at.map(move |(at, _)| {
-            (number + 1, line.get(..at).map_or(0, |before| before.chars().count()) + 1, line)
-        })
-    });
-    let mut places: Vec<_> = places.collect();
-    // A stable sort: the first line that speaks of files goes before the first of any kind.
-    places.sort_by_key(|(_, _, line)| !(line.contains("src") || line.contains("igned")));
-    places.first().map_or((1, 1), |(line, column, _)| (*line, *column))
-}
-
 fn entries(files: &Tree) -> Vec<ContextEntry> {
     let kind = |node: &Node| match node {
         Node::File { content, executable } => {
@@ -258,8 +234,7 @@ fn entries(files: &Tree) -> Vec<ContextEntry> {
 
 fn digest_of(files: &Tree) -> Digest {
     let entries = entries(files);
-    // The texts and digests of a listing always have a JSON form; the fallback names the same content as well.
-    context_digest(&entries).unwrap_or_else(|_| Digest::of(format!("{entries:?}").as_bytes()))
+    context_digest(&entries)
 }
 
 /// Over what goes into the image; see [`kiln_builder_core::definition::ImageContext`].
@@ -416,7 +391,8 @@ mod tests {
     #[test]
     fn faults_name_their_place() {
         let missing = only(&[("web/server.yaml", WEB)]).unwrap_err();
-        assert_eq!(missing, "web/server.yaml:7:18: `site` is not in the folder of the definition");
+        let wanted = "web/server.yaml:7:18: `site` is not in the folder of the definition; ";
+        assert!(missing.starts_with(wanted), "{missing}");
         let out = only(&[("server.yaml", WEB), ("site/passwd", "-> ../../etc/passwd")]).unwrap_err();
         assert!(out.starts_with("server.yaml:7:18: `site` holds a symbolic link out of the folder"), "{out}");
         let dangling = only(&[("server.yaml", WEB), ("site/a", "-> b")]).unwrap_err();

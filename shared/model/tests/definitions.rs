@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-use kiln_model::definition::{Definition, MAX_TEXT, parse, parse_bytes};
+use kiln_model::definition::{Definition, MAX_TEXT, WrongPath, parse, wrong_paths};
 use proptest::prelude::*;
 use proptest::sample::Index;
 
@@ -26,7 +26,7 @@ fn bad_definitions_are_refused_with_line_column_and_advice() {
         let text = String::from_utf8_lossy(&content);
         // `# line:column: message; help`, one line for each problem.
         let wanted: Vec<_> = text.lines().map_while(|line| line.strip_prefix("# ")).collect();
-        let found = match parse_bytes(&content, "server.yaml") {
+        let found = match parse(&content, "server.yaml") {
             Ok(_) => vec!["taken".to_owned()],
             Err(errors) => errors.problems().iter().map(ToString::to_string).collect(),
         };
@@ -49,24 +49,24 @@ fn good(name: &str) -> String {
 
 #[test]
 fn a_definition_with_everything_is_taken() {
-    let definition = parse(&good("full.yaml"), "server.yaml").expect("a good definition");
+    let definition = parse(good("full.yaml").as_bytes(), "server.yaml").expect("a good definition");
     insta::assert_json_snapshot!(definition);
 }
 
 #[test]
 fn a_definition_with_the_least_has_safe_defaults() {
-    let definition = parse(&good("least.yaml"), "server.yaml").expect("a good definition");
+    let definition = parse(good("least.yaml").as_bytes(), "server.yaml").expect("a good definition");
     insta::assert_json_snapshot!(definition);
 }
 
 #[test]
 fn an_alias_stands_for_its_anchor() {
-    let definition = parse(&good("aliases.yaml"), "server.yaml").expect("a good definition");
+    let definition = parse(good("aliases.yaml").as_bytes(), "server.yaml").expect("a good definition");
     assert_eq!(definition.run.env, definition.image.env);
     assert_eq!(definition.parent().map(ToString::to_string), Some("base".to_owned()));
     // A byte order mark, as some editors write one, is no part of the text.
     let marked = format!("\u{feff}{}", good("aliases.yaml"));
-    assert_eq!(parse(&marked, "server.yaml").ok(), Some(definition));
+    assert_eq!(parse(marked.as_bytes(), "server.yaml").ok(), Some(definition));
 }
 
 #[test]
@@ -74,7 +74,7 @@ fn counts_are_bounded() {
     let with_steps = |steps: &str| {
         let text =
             format!("name: web\nimage:\n  from: {{ debian: bookworm }}\n  command: [a]\n  steps:\n{steps}");
-        parse(&text, "server.yaml").map(|_| ()).map_err(|errors| errors.to_string())
+        parse(text.as_bytes(), "server.yaml").map(|_| ()).map_err(|errors| errors.to_string())
     };
     assert_eq!(with_steps(&"    - run: \"true\"\n".repeat(64)), Ok(()));
     assert_eq!(
@@ -89,14 +89,14 @@ fn counts_are_bounded() {
             .to_owned())
     );
     let long = format!("{}# {}\n", good("least.yaml"), "x".repeat(MAX_TEXT));
-    let errors = parse(&long, "server.yaml").expect_err("too long");
+    let errors = parse(long.as_bytes(), "server.yaml").expect_err("too long");
     assert!(errors.to_string().starts_with("server.yaml:1:1: this text has "), "{errors}");
 }
 
 #[test]
 fn people_see_the_lines_and_programs_a_list() {
     let text = "name: web\nimage:\n  from: { debain: bookworm }\n  command: [nginx]\nrun: { replicas: 0 }\n";
-    let errors = parse(text, "web/server.yaml").expect_err("two problems");
+    let errors = parse(text.as_bytes(), "web/server.yaml").expect_err("two problems");
     let mut drawn = String::new();
     let theme = miette::GraphicalTheme::unicode_nocolor();
     miette::GraphicalReportHandler::new_themed(theme)
@@ -113,6 +113,36 @@ fn people_see_the_lines_and_programs_a_list() {
         "help": "did you mean `debian`?",
     });
     assert_eq!((list.as_array().map(Vec::len), &list[0]), (Some(2), &wanted));
+}
+
+#[test]
+fn paths_that_the_folder_lacks_are_shown_where_they_are_named() {
+    let wrong = |path: &str| WrongPath {
+        path: path.to_owned(),
+        message: format!("`{path}` does not exist"),
+        help: "put it into the folder".to_owned(),
+    };
+    let errors = wrong_paths(
+        good("full.yaml").as_bytes(),
+        "server.yaml",
+        ["nginx.conf", "keys/archive.gpg", "site"].map(wrong).to_vec(),
+    );
+    assert_eq!(
+        errors.to_string(),
+        "server.yaml:8:104: `keys/archive.gpg` does not exist; put it into the folder\n\
+         server.yaml:12:18: `site` does not exist; put it into the folder\n\
+         server.yaml:13:18: `nginx.conf` does not exist; put it into the folder"
+    );
+    assert_eq!(errors.server().map(ToString::to_string), Some("web".to_owned()));
+}
+
+#[test]
+fn what_is_wrong_still_says_whose_it_is() {
+    let server =
+        |text: &str| parse(text.as_bytes(), "server.yaml").map_err(|errors| errors.server().cloned());
+    assert_eq!(server("name: web\nimage: {}"), Err("web".parse().ok()));
+    assert_eq!(server("name: Web\nimage: {}"), Err(None));
+    assert_eq!(server("name: [web\n"), Err(None));
 }
 
 /// Texts that would take minutes, or all memory, if they were unfolded.
@@ -145,7 +175,7 @@ fn bombs_do_not_take_long() {
     ];
     for bomb in bombs {
         let begin = std::time::Instant::now();
-        let result = parse(&bomb, "server.yaml");
+        let result = parse(bomb.as_bytes(), "server.yaml");
         let shown: String = bomb.chars().take(40).collect();
         assert!(result.is_err(), "{shown:?} was taken");
         // They take milliseconds; the bound leaves room for a busy machine.
@@ -158,12 +188,12 @@ proptest! {
 
     #[test]
     fn any_bytes_are_taken_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
-        let _ = parse_bytes(&bytes, "server.yaml");
+        let _ = parse(&bytes, "server.yaml");
     }
 
     #[test]
     fn any_text_of_yaml_is_taken_or_refused(text in "([a-z]{1,3}|name|image|run|[-:,?&*!|>'\"%@` \n\\[\\]{}#~.0-9]){0,60}") {
-        let _ = parse(&text, "server.yaml");
+        let _ = parse(text.as_bytes(), "server.yaml");
     }
 
     /// What is wrong lies in the text, is told in the order of the text, and has a message.
@@ -178,7 +208,7 @@ proptest! {
             text.splice(at..end, added.chars());
         }
         let text: String = text.into_iter().collect();
-        if let Err(errors) = parse(&text, "server.yaml") {
+        if let Err(errors) = parse(text.as_bytes(), "server.yaml") {
             prop_assert!(!errors.problems().is_empty());
             let mut last = (0, 0);
             for problem in errors.problems() {
@@ -197,7 +227,7 @@ proptest! {
     #[test]
     fn a_definition_comes_back_from_its_document(replicas in 1..1000_u32, soak in 0..200_u32) {
         let text = format!("{}run: {{ replicas: {replicas}, rollout: {{ soak: {soak}s }} }}\n", good("least.yaml"));
-        let definition = parse(&text, "server.yaml").map_err(|errors| TestCaseError::fail(errors.to_string()))?;
+        let definition = parse(text.as_bytes(), "server.yaml").map_err(|errors| TestCaseError::fail(errors.to_string()))?;
         let document = serde_json::to_string(&definition).map_err(|error| TestCaseError::fail(error.to_string()))?;
         prop_assert_eq!(serde_json::from_str::<Definition>(&document).ok(), Some(definition));
     }

@@ -5,6 +5,8 @@ use std::fmt;
 use miette::{Diagnostic, LabeledSpan, NamedSource, SourceCode, SourceSpan};
 use serde::{Serialize, Serializer};
 
+use crate::name::ServerName;
+
 /// A part of the text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Place {
@@ -87,18 +89,29 @@ pub struct DefinitionErrors {
     // Boxed, since this is the unlikely side of a Result.
     source: Box<NamedSource<String>>,
     problems: Vec<Problem>,
+    server: Option<ServerName>,
 }
 
 impl DefinitionErrors {
     /// What is wrong with an anchor's content shows at each of its aliases, and is said once.
-    pub(super) fn new(file: &str, text: &str, mut problems: Vec<Problem>) -> Self {
+    pub(super) fn new(
+        file: &str,
+        text: &str,
+        mut problems: Vec<Problem>,
+        server: Option<ServerName>,
+    ) -> Self {
         problems.sort_by_key(|problem| (problem.place.line, problem.place.column));
         problems.dedup();
-        Self { source: Box::new(NamedSource::new(file, text.to_owned())), problems }
+        Self { source: Box::new(NamedSource::new(file, text.to_owned())), problems, server }
     }
 
     pub fn file(&self) -> &str {
         self.source.name()
+    }
+
+    /// Whose definition it is, as far as that can be made out.
+    pub fn server(&self) -> Option<&ServerName> {
+        self.server.as_ref()
     }
 
     pub fn problems(&self) -> &[Problem] {
