@@ -35,6 +35,8 @@ pub struct Layer {
     pub size: u64,
     /// What made it, from the configuration's history.
     pub created_by: String,
+    /// RFC 3339: the youngest time that is stamped on what is in it.
+    pub created: String,
 }
 
 /// What a new image is made of, apart from the layers' contents.
@@ -67,7 +69,7 @@ impl ImageStore {
         let history: Vec<Value> = image
             .layers
             .iter()
-            .map(|layer| json!({"created": image.created, "created_by": layer.created_by}))
+            .map(|layer| json!({"created": layer.created, "created_by": layer.created_by}))
             .collect();
         let diff_ids: Vec<String> = image.layers.iter().map(|layer| layer.diff_id.to_string()).collect();
         let env: Vec<String> = image.env.iter().map(|(key, value)| format!("{key}={value}")).collect();
@@ -148,12 +150,10 @@ impl ImageStore {
                 diff_ids.len()
             )));
         }
-        let mut made = config
-            .history()
-            .iter()
-            .flatten()
-            .filter(|step| step.empty_layer() != Some(true))
-            .map(|step| step.created_by().clone().unwrap_or_default());
+        let mut made =
+            config.history().iter().flatten().filter(|step| step.empty_layer() != Some(true)).map(|step| {
+                (step.created_by().clone().unwrap_or_default(), step.created().clone().unwrap_or_default())
+            });
         let mut layers = Vec::new();
         for (descriptor, diff_id) in manifest.layers().iter().zip(diff_ids) {
             if descriptor.media_type().to_string() != LAYER_TYPE {
@@ -171,7 +171,8 @@ impl ImageStore {
             if size != descriptor.size() {
                 return Err(malformed(format!("layer {blob} has {size} bytes, not {}", descriptor.size())));
             }
-            layers.push(Layer { diff_id, size, created_by: made.next().unwrap_or_default() });
+            let (created_by, created) = made.next().unwrap_or_default();
+            layers.push(Layer { diff_id, size, created_by, created });
         }
         Ok(Image { digest: *digest, size: content_size(self, digest)?, config_digest, config, layers })
     }

@@ -27,14 +27,12 @@ pub enum Whiteouts {
 }
 
 /// How a tree is packed.
-pub struct Packer<'a> {
+pub struct Packer {
     pub whiteouts: Whiteouts,
     /// Seconds; what is younger gets this time.
     pub newest: i64,
     /// Owners in the tree are this much higher than in the layer.
     pub shift: u32,
-    /// Told the clean path of each entry; what it says yes to is left out, with all that is in it.
-    pub leave_out: &'a dyn Fn(&[u8]) -> bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,14 +43,14 @@ pub struct Packed {
 }
 
 struct Walk<'a> {
-    packer: &'a Packer<'a>,
+    packer: &'a Packer,
     writer: Writer<BufWriter<BlobWriter>>,
     /// First path of each file with several names.
     linked: HashMap<(u64, u64), Vec<u8>>,
     entries: u64,
 }
 
-impl Packer<'_> {
+impl Packer {
     /// Packs the tree into a blob of the store. Without an entry it is the empty tar.
     ///
     /// # Errors
@@ -92,16 +90,12 @@ impl Walk<'_> {
         }
         for name in &names {
             let below = join(path, name.to_bytes());
-            if !(self.packer.leave_out)(&below) {
-                self.item(folder, name, below).map_err(|error| match error.get_ref() {
-                    // Named where it happened, not again on the way up.
-                    Some(_) => error,
-                    None => io::Error::new(
-                        error.kind(),
-                        format!("/{}: {error}", String::from_utf8_lossy(&join(path, name.to_bytes()))),
-                    ),
-                })?;
-            }
+            let shown = String::from_utf8_lossy(&below).into_owned();
+            self.item(folder, name, below).map_err(|error| match error.raw_os_error() {
+                Some(_) => io::Error::new(error.kind(), format!("/{shown}: {error}")),
+                // Named where it happened, not again on the way up.
+                None => error,
+            })?;
         }
         Ok(())
     }

@@ -3,13 +3,34 @@
 //! `resolve` is the only part that asks archives what is in them; `bake` needs the network for nothing but packages that
 //! the lock names and the package store lacks.
 
+mod apt;
+mod cache;
+mod command;
+mod context;
+mod deb;
+mod deb822;
+mod dpkg;
 mod error;
+mod files;
+mod install;
+mod owners;
+mod packages;
+mod resolve;
+mod sandbox;
+mod seal;
+mod seccomp;
+mod sources;
+mod steps;
+mod tree;
+mod unpack;
+mod work;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use kiln_image::ImageStore;
 use kiln_model::definition::{ArchiveSpec, Definition};
 use kiln_model::digest::Digest;
 use kiln_model::lock::Lock;
@@ -184,18 +205,42 @@ impl Baker {
     /// # Errors
     /// Where a folder can't be made, or the signing key can't be read.
     pub fn new(config: BakeConfig) -> Result<Self, BakeError> {
+        std::fs::create_dir_all(&config.home).map_err(BakeError::io("make folder", &config.home))?;
+        ImageStore::open(&config.images)?;
+        packages::PackageStore::open(&config.packages)?;
+        cache::LayerCache::open(&config.layer_cache)?;
+        kiln_image::read_signing_key(&config.signing_key)?;
         Ok(Self { config: Arc::new(config) })
     }
-}
 
-impl Baker {
     /// Every input of the definition's image, exactly.
     ///
     /// # Errors
     /// What the definition asks for can't be had; an archive is not reachable or not to be trusted.
     pub async fn resolve(&self, request: ResolveRequest<'_>) -> Result<Resolution, BakeError> {
-        let _ = (&self.config, request);
-        Err(BakeError::Cancelled)
+        let config = Arc::clone(&self.config);
+        let ResolveRequest { definition, context, parent, timestamp, pinned, log } = request;
+        let (definition, context) = (definition.clone(), context.to_owned());
+        let pinned = pinned.cloned();
+        let cancel = CancellationToken::new();
+        // A caller that gives up takes what runs with it.
+        let guard = cancel.clone().drop_guard();
+        let result = blocking(move || {
+            resolve::Resolver {
+                config: &config,
+                definition: &definition,
+                context: &context,
+                parent: parent.as_ref(),
+                timestamp,
+                pinned: pinned.as_ref(),
+                log: &log,
+                cancel: &cancel,
+            }
+            .resolve()
+        })
+        .await;
+        drop(guard);
+        result
     }
 
     /// Turns a lock into an image in the store. The same lock gives the same digest.
@@ -203,8 +248,11 @@ impl Baker {
     /// # Errors
     /// A step fails, a package can't be fetched, or the run is cancelled; nothing is left over then.
     pub async fn bake(&self, lock: &Lock, run: BakeRun) -> Result<BakedImage, BakeError> {
-        let _ = (lock, run);
-        Err(BakeError::Cancelled)
+        let (config, lock) = (Arc::clone(&self.config), lock.clone());
+        let guard = run.cancel.clone().drop_guard();
+        let result = blocking(move || steps::bake(&config, &lock, &run)).await;
+        guard.disarm();
+        result
     }
 
     /// Signs an image with the site's key, and gives the key's id.
@@ -212,8 +260,12 @@ impl Baker {
     /// # Errors
     /// The image is not in the store.
     pub async fn sign(&self, image: Digest) -> Result<String, BakeError> {
-        let _ = image;
-        Err(BakeError::Cancelled)
+        let config = Arc::clone(&self.config);
+        blocking(move || {
+            let key = kiln_image::read_signing_key(&config.signing_key)?;
+            Ok(ImageStore::open(&config.images)?.sign(&image, &key)?.to_string())
+        })
+        .await
     }
 
     /// Removes what bakes of this site left over: containers, mounts, cgroups, work trees. To be called at boot, before the
@@ -222,6 +274,17 @@ impl Baker {
     /// # Errors
     /// Something can't be removed.
     pub async fn sweep(&self) -> Result<(), BakeError> {
-        Ok(())
+        let config = Arc::clone(&self.config);
+        blocking(move || sandbox::sweep(&config)).await
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, BakeError> + Send + 'static,
+) -> Result<T, BakeError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        // The runtime is going down, or the work panicked, which has been logged.
+        Err(_) => Err(BakeError::Cancelled),
     }
 }

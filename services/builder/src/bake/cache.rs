@@ -1,0 +1,128 @@
+//! Which step on which layers gave which layer.
+//!
+//! A step's key covers every input up to it, so that a change of a later step leaves the earlier ones what they are.
+
+use std::fs;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+use kiln_image::ImageStore;
+use kiln_model::digest::Digest;
+use kiln_model::lock::{BUILDER_FORMAT, Lock, LockedBase, LockedStep};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::error::BakeError;
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Record {
+    pub(crate) diff_id: Digest,
+    pub(crate) size: u64,
+    /// Seconds: the youngest time in it and below it.
+    pub(crate) stamp: i64,
+    /// The layers that it was made on. A `run` step may give other bytes the next time, so the key alone does not tell.
+    pub(crate) below: Vec<Digest>,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct LayerCache {
+    root: PathBuf,
+}
+
+impl LayerCache {
+    pub(crate) fn open(root: &Path) -> Result<Self, BakeError> {
+        fs::create_dir_all(root).map_err(BakeError::io("make folder", root))?;
+        Ok(Self { root: root.to_owned() })
+    }
+
+    /// Nothing where the layer is no longer in the store: then it is baked anew.
+    pub(crate) fn get(&self, key: &Digest, below: &[Digest], store: &ImageStore) -> Option<Record> {
+        let text = fs::read(self.root.join(key.hex())).ok()?;
+        let record: Record = serde_json::from_slice(&text).ok()?;
+        (record.below == below && store.has_blob(&record.diff_id)).then_some(record)
+    }
+
+    pub(crate) fn put(&self, key: &Digest, record: &Record) -> Result<(), BakeError> {
+        let path = self.root.join(key.hex());
+        let failed = || BakeError::io("write", &path);
+        let text = serde_json::to_vec(record).map_err(|e| failed()(e.into()))?;
+        let mut file = tempfile::NamedTempFile::new_in(&self.root).map_err(failed())?;
+        // Not synced: an empty or cut record reads as none.
+        file.write_all(&text).map_err(failed())?;
+        file.persist(&path).map_err(|e| failed()(e.error))?;
+        Ok(())
+    }
+}
+
+/// The key of the base, then one for each step.
+pub(crate) fn keys(lock: &Lock) -> Result<Vec<Digest>, BakeError> {
+    let digest = |value: serde_json::Value| {
+        Digest::of_json(&value).map_err(|e| BakeError::io("write the key of", "a step")(e.into()))
+    };
+    let base = match &lock.base {
+        LockedBase::Scratch => json!("scratch"),
+        LockedBase::Debian { packages, .. } => json!({"packages": packages}),
+        LockedBase::Server { image_digest } => json!({"image": image_digest}),
+    };
+    let mut keys =
+        vec![digest(json!({"format": BUILDER_FORMAT, "architecture": lock.architecture, "base": base}))?];
+    for step in &lock.steps {
+        let content = match step {
+            // Not what was asked for, but what that gave.
+            LockedStep::Packages { packages, .. } => json!({"packages": packages}),
+            LockedStep::Files { files } => json!({"files": files, "timestamp": lock.timestamp}),
+            LockedStep::Run { script } => json!({"run": script, "env": lock.env}),
+        };
+        let above = keys.last().copied();
+        keys.push(digest(json!({"below": above, "step": content}))?);
+    }
+    Ok(keys)
+}
+
+#[cfg(test)]
+mod tests {
+    use kiln_model::lock::LockedPackage;
+
+    use super::*;
+
+    fn lock(script: &str, timestamp: i64) -> Lock {
+        let package = |name: &str| LockedPackage {
+            name: name.to_owned(),
+            version: "1".to_owned(),
+            architecture: "all".to_owned(),
+            sha256: Digest::of(name.as_bytes()),
+            size: 1,
+        };
+        Lock {
+            format: BUILDER_FORMAT,
+            architecture: "amd64".to_owned(),
+            base: LockedBase::Debian {
+                suite: "x".to_owned(),
+                variant: "minbase".to_owned(),
+                packages: vec![package("base-files")],
+            },
+            steps: vec![
+                LockedStep::Packages { requested: vec!["a".to_owned()], packages: vec![package("a")] },
+                LockedStep::Files { files: Vec::new() },
+                LockedStep::Run { script: script.to_owned() },
+            ],
+            env: [].into(),
+            user: "root".to_owned(),
+            command: Vec::new(),
+            timestamp: jiff::Timestamp::from_second(timestamp).unwrap(),
+        }
+    }
+
+    #[test]
+    fn a_change_leaves_the_steps_before_it() {
+        let before = keys(&lock("true", 1)).unwrap();
+        let other_script = keys(&lock("false", 1)).unwrap();
+        assert_eq!(before.len(), 4);
+        assert_eq!(before[..3], other_script[..3]);
+        assert_ne!(before[3], other_script[3]);
+        // A new commit stamps its files, and what comes after them; packages keep their layers.
+        let other_time = keys(&lock("true", 2)).unwrap();
+        assert_eq!(before[..2], other_time[..2]);
+        assert!(before[2] != other_time[2] && before[3] != other_time[3]);
+    }
+}

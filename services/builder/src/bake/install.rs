@@ -1,0 +1,230 @@
+//! Packages into a tree: unpacked from outside, configured inside.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+
+use kiln_model::lock::LockedPackage;
+use rustix::fs::FileType;
+
+use super::deb::Deb;
+use super::dpkg::Database;
+use super::error::BakeError;
+use super::packages::PackageStore;
+use super::sandbox::{Job, PATH, Sandbox};
+use super::tree::{SHIFT, Tree};
+use super::unpack::{Trouble, Unpacked, unpack};
+use super::work::mount_shifted;
+
+/// Without syncs: the tree lies in memory. A configuration file that a files step has put there stays.
+const DPKG: &str = "dpkg --force-unsafe-io --force-confdef --force-confold";
+const POLICY: &[u8] = b"usr/sbin/policy-rc.d";
+/// Where the sandbox sees the package files.
+const DEBS: &str = "/tmp/debs";
+
+pub(crate) struct Installer<'a> {
+    pub(crate) sandbox: &'a Sandbox<'a>,
+    pub(crate) store: &'a PackageStore,
+    pub(crate) architecture: &'a str,
+}
+
+impl Installer<'_> {
+    /// A whole system into an empty tree, which is mounted at `root` for the sandbox and stays so. Gives the time of its
+    /// youngest file.
+    pub(crate) fn base(
+        &self,
+        step: &str,
+        packages: &[LockedPackage],
+        tree_path: &Path,
+        root: &Path,
+    ) -> Result<i64, BakeError> {
+        let tree = Tree::open(tree_path, 0).map_err(BakeError::io("open", tree_path))?;
+        self.merge_usr(&tree)?;
+        let debs = self.open(packages)?;
+        let unpacked = unpack(&debs, &tree, self.sandbox.cancel).map_err(|trouble| match trouble {
+            Trouble::Failed(error) => error,
+            Trouble::Taken { package, path } => BakeError::Package {
+                package,
+                why: format!("it brings {path}, which another package of the base brings too"),
+            },
+        })?;
+        let database = Database::default();
+        database.add(&tree, &debs, &unpacked, self.architecture)?;
+        mount_shifted(tree_path, root, false)?;
+        let stamp = newest(&unpacked);
+        self.configure(step, &tree, root, &debs, &[], stamp)?;
+        Ok(stamp)
+    }
+
+    /// Packages on top of a system. `Err` is not a failure, but says why this is dpkg's work; the tree is spoilt then.
+    pub(crate) fn step(
+        &self,
+        step: &str,
+        packages: &[LockedPackage],
+        root: &Path,
+        stamp: i64,
+    ) -> Result<Result<i64, String>, BakeError> {
+        if packages.is_empty() {
+            return Ok(Ok(stamp));
+        }
+        let tree = Tree::open(root, SHIFT).map_err(BakeError::io("open", root))?;
+        let database = Database::read(&tree)?;
+        let debs = self.open(packages)?;
+        if let Some(why) = database.needs_dpkg(&debs) {
+            return Ok(Err(why));
+        }
+        let unpacked = match unpack(&debs, &tree, self.sandbox.cancel) {
+            Ok(unpacked) => unpacked,
+            Err(Trouble::Taken { package, path }) => {
+                return Ok(Err(format!("{package} brings {path}, which is there")));
+            }
+            Err(Trouble::Failed(error)) => return Err(error),
+        };
+        if let Some(why) = database.diverted(&tree, &unpacked)? {
+            return Ok(Err(why));
+        }
+        database.add(&tree, &debs, &unpacked, self.architecture)?;
+        let stamp = newest(&unpacked).max(stamp);
+        self.configure(step, &tree, root, &debs, &database.triggered(&unpacked), stamp)?;
+        Ok(Ok(stamp))
+    }
+
+    /// The slow way, for upgrades, diversions and files that change hands.
+    pub(crate) fn by_dpkg(
+        &self,
+        step: &str,
+        packages: &[LockedPackage],
+        root: &Path,
+        stamp: i64,
+    ) -> Result<i64, BakeError> {
+        let tree = Tree::open(root, SHIFT).map_err(BakeError::io("open", root))?;
+        let folder = self.sandbox.work.folder("debs", SHIFT)?;
+        let mut newest = stamp;
+        for (at, package) in packages.iter().enumerate() {
+            let from = self.store.path(&package.sha256);
+            let to = folder.join(format!("{at:05}.deb"));
+            fs::copy(&from, &to).map_err(BakeError::io("copy", &from))?;
+            let mut tar = Deb::open(&from, package)?.data()?;
+            while let Some(entry) = tar.next_entry().map_err(|problem| BakeError::Package {
+                package: package.name.clone(),
+                why: format!("data.tar: {problem}"),
+            })? {
+                newest = newest.max(entry.mtime);
+            }
+        }
+        // They come in an order that apt found good; what a package needs before it is unpacked may still be unconfigured.
+        let script = format!("{DPKG} --force-depends --unpack {DEBS}/*.deb\n{DPKG} --configure -a\n");
+        self.run(step, &tree, root, &script, newest, Some(&folder))?;
+        fs::remove_dir_all(&folder).map_err(BakeError::io("remove", &folder))?;
+        Ok(newest)
+    }
+
+    fn open(&self, packages: &[LockedPackage]) -> Result<Vec<Deb>, BakeError> {
+        packages.iter().map(|package| Deb::open(&self.store.path(&package.sha256), package)).collect()
+    }
+
+    /// /bin and its like as links, before the first package brings files below them.
+    fn merge_usr(&self, tree: &Tree) -> Result<(), BakeError> {
+        let links: &[&str] = match self.architecture {
+            "amd64" => &["bin", "sbin", "lib", "lib64"],
+            _ => &["bin", "sbin", "lib"],
+        };
+        for name in links {
+            let make = || -> std::io::Result<()> {
+                tree.folder(format!("usr/{name}").as_bytes())?;
+                std::os::unix::fs::symlink(format!("usr/{name}"), tree.path().join(name))
+            };
+            make().map_err(BakeError::io("make link", format!("/{name}")))?;
+        }
+        Ok(())
+    }
+
+    fn configure(
+        &self,
+        step: &str,
+        tree: &Tree,
+        root: &Path,
+        debs: &[Deb],
+        triggers: &[String],
+        stamp: i64,
+    ) -> Result<(), BakeError> {
+        let mut script = String::new();
+        for deb in debs.iter().filter(|deb| deb.control_file("preinst").is_some()) {
+            // Writing into a String can't fail.
+            let _ = writeln!(
+                script,
+                "DPKG_MAINTSCRIPT_NAME=preinst DPKG_MAINTSCRIPT_PACKAGE={} DPKG_MAINTSCRIPT_PACKAGE_REFCOUNT=1 \
+                 DPKG_MAINTSCRIPT_ARCH={} DPKG_ADMINDIR=/var/lib/dpkg DPKG_ROOT= /var/lib/dpkg/info/{}.preinst install",
+                deb.name,
+                deb.field("Architecture"),
+                deb.info_name(),
+            );
+        }
+        for trigger in triggers {
+            let quoted = trigger.replace('\'', r"'\''");
+            let _ = writeln!(script, "dpkg-trigger --by-package=dpkg --no-await '{quoted}'");
+        }
+        let _ = writeln!(script, "{DPKG} --configure -a");
+        self.run(step, tree, root, &script, stamp, None)
+    }
+
+    fn run(
+        &self,
+        step: &str,
+        tree: &Tree,
+        root: &Path,
+        script: &str,
+        stamp: i64,
+        folder: Option<&Path>,
+    ) -> Result<(), BakeError> {
+        forbid_services(tree)?;
+        let env: BTreeMap<String, String> = [
+            ("PATH", PATH),
+            ("HOME", "/root"),
+            ("TERM", "dumb"),
+            ("LC_ALL", "C.UTF-8"),
+            ("LANG", "C.UTF-8"),
+            ("LANGUAGE", "C.UTF-8"),
+            ("DEBIAN_FRONTEND", "noninteractive"),
+            ("DEBCONF_NONINTERACTIVE_SEEN", "true"),
+            ("SOURCE_DATE_EPOCH", &stamp.to_string()),
+        ]
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .collect();
+        self.sandbox.run(&Job {
+            step,
+            root,
+            script,
+            env: &env,
+            folder: folder.map(|folder| (folder, DEBS)),
+            hide_ischroot: hides_ischroot(tree)?,
+        })
+    }
+}
+
+fn newest(unpacked: &[Unpacked]) -> i64 {
+    unpacked.iter().map(|unpacked| unpacked.newest).max().unwrap_or(0)
+}
+
+/// `invoke-rc.d` asks this file whether it may start a service. Sealing takes it out again.
+pub(crate) fn forbid_services(tree: &Tree) -> Result<(), BakeError> {
+    let path = "/usr/sbin/policy-rc.d";
+    // A package's own is left alone; no image should have it.
+    if tree.stat_itself(POLICY).map_err(|e| BakeError::io("look at", path)(e.into()))?.is_some()
+        || tree.stat(b"usr/sbin").map_err(|e| BakeError::io("look at", path)(e.into()))?.is_none()
+    {
+        return Ok(());
+    }
+    tree.write(POLICY, 0o755, b"#!/bin/sh\nexit 101\n").map_err(BakeError::io("write", path))
+}
+
+pub(crate) fn hides_ischroot(tree: &Tree) -> Result<bool, BakeError> {
+    let is_file = |path: &[u8]| {
+        tree.stat_itself(path)
+            .map(|stat| stat.is_some_and(|s| FileType::from_raw_mode(s.st_mode) == FileType::RegularFile))
+            .map_err(|e| BakeError::io("look at", format!("/{}", String::from_utf8_lossy(path)))(e.into()))
+    };
+    Ok(is_file(b"usr/bin/ischroot")? && is_file(b"usr/bin/true")?)
+}

@@ -1,0 +1,162 @@
+//! The package store: `.deb` files by their sha256, shared by all builds and by several sites.
+//!
+//!     sha256/<hex>.deb     where/<hex>: the address it can be had from
+//!
+//! A file gets its name by a rename once its hash was checked, so two processes can put the same one.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use kiln_model::digest::Digest;
+use kiln_model::lock::LockedPackage;
+use sha2::{Digest as _, Sha256};
+use tokio_util::sync::CancellationToken;
+
+use super::LogSink;
+use super::apt::Solved;
+use super::command::{self, Stdout};
+use super::error::BakeError;
+
+const APT_HELPER: &str = "/usr/lib/apt/apt-helper";
+const TIME_LIMIT: Duration = Duration::from_secs(1800);
+/// Of files in one call, so that its arguments fit.
+const AT_ONCE: usize = 400;
+
+#[derive(Debug, Clone)]
+pub(crate) struct PackageStore {
+    root: PathBuf,
+}
+
+impl PackageStore {
+    pub(crate) fn open(root: &Path) -> Result<Self, BakeError> {
+        for part in ["sha256", "where"] {
+            let path = root.join(part);
+            fs::create_dir_all(&path).map_err(BakeError::io("make folder", &path))?;
+        }
+        Ok(Self { root: root.to_owned() })
+    }
+
+    pub(crate) fn path(&self, sha256: &Digest) -> PathBuf {
+        self.root.join("sha256").join(format!("{}.deb", sha256.hex()))
+    }
+
+    fn has(&self, package: &LockedPackage) -> bool {
+        fs::metadata(self.path(&package.sha256)).is_ok_and(|found| found.len() == package.size)
+    }
+
+    /// Remembers where packages can be had, for those that are not here.
+    pub(crate) fn remember(&self, solved: &[Solved]) -> Result<(), BakeError> {
+        for Solved { package, url } in solved {
+            if !self.has(package) {
+                let path = self.root.join("where").join(package.sha256.hex());
+                let temporary = tempfile::NamedTempFile::new_in(self.root.join("where"))
+                    .map_err(BakeError::io("make a file for", &path))?;
+                fs::write(temporary.path(), url).map_err(BakeError::io("write", &path))?;
+                temporary.persist(&path).map_err(|e| BakeError::io("name", &path)(e.error))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Fetches what is missing, by apt's own transports.
+    pub(crate) fn fetch<'a>(
+        &self,
+        packages: impl Iterator<Item = &'a LockedPackage>,
+        log: &LogSink,
+        cancel: &CancellationToken,
+    ) -> Result<(), BakeError> {
+        let missing: HashMap<Digest, &LockedPackage> =
+            packages.filter(|package| !self.has(package)).map(|package| (package.sha256, package)).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let began = Instant::now();
+        let bytes: u64 = missing.values().map(|package| package.size).sum();
+        let folder = tempfile::Builder::new()
+            .prefix("fetch-")
+            .tempdir_in(&self.root)
+            .map_err(BakeError::io("make a folder in", &self.root))?;
+        let missing: Vec<_> = missing.into_values().collect();
+        for some in missing.chunks(AT_ONCE) {
+            self.fetch_into(folder.path(), some, log, cancel)?;
+        }
+        log(&format!(
+            "fetched {} packages, {bytes} bytes ({} ms)",
+            missing.len(),
+            began.elapsed().as_millis()
+        ));
+        Ok(())
+    }
+
+    fn fetch_into(
+        &self,
+        folder: &Path,
+        missing: &[&LockedPackage],
+        log: &LogSink,
+        cancel: &CancellationToken,
+    ) -> Result<(), BakeError> {
+        let mut command = Command::new(APT_HELPER);
+        command.env("LC_ALL", "C.UTF-8").args(["-q", "-o", "APT::Sandbox::User=root", "download-file"]);
+        for package in missing {
+            let path = self.root.join("where").join(package.sha256.hex());
+            let url = fs::read_to_string(&path).map_err(|_| BakeError::Definition {
+                what: format!("package {} {}", package.name, package.version),
+                why:
+                    "the lock names it, but the package store has lost it, and no archive is known to have it"
+                        .to_owned(),
+                remedy: "resolve the packages anew: build without pinning".to_owned(),
+            })?;
+            // `file:` gives a link to the archive's own file, `copy:` a copy.
+            let url = url.strip_prefix("file:").map_or(url.clone(), |path| format!("copy:{path}"));
+            command
+                .arg(url)
+                .arg(folder.join(package.sha256.hex()))
+                .arg(format!("SHA256:{}", package.sha256.hex()));
+        }
+        let outcome = command::run(&mut command, Stdout::Keep, log, cancel, TIME_LIMIT)?;
+        if !outcome.succeeded() {
+            return Err(BakeError::Archive {
+                archive: "of the lock's packages".to_owned(),
+                why: format!("{}: {}", outcome.why(TIME_LIMIT), outcome.last_lines.join("; ")),
+                remedy: "see that this machine reaches it; where the archive has newer packages by now, build without pinning"
+                    .to_owned(),
+            });
+        }
+        for package in missing {
+            self.put(&folder.join(package.sha256.hex()), package)?;
+        }
+        Ok(())
+    }
+
+    fn put(&self, fetched: &Path, package: &LockedPackage) -> Result<(), BakeError> {
+        let mut file = File::open(fetched).map_err(BakeError::io("open", fetched))?;
+        let mut hasher = Sha256::new();
+        let mut buffer = vec![0; 1 << 17];
+        let mut size = 0;
+        loop {
+            match file.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(n) => {
+                    hasher.update(&buffer[..n]);
+                    size += n as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(BakeError::io("read", fetched)(error)),
+            }
+        }
+        if Digest::from_bytes(hasher.finalize().into()) != package.sha256 || size != package.size {
+            return Err(BakeError::Archive {
+                archive: format!("of package {} {}", package.name, package.version),
+                why: "what it gives is not what its signed lists say".to_owned(),
+                remedy: "try again; if it stays, the archive or the way to it is broken".to_owned(),
+            });
+        }
+        let path = self.path(&package.sha256);
+        file.sync_data().map_err(BakeError::io("sync", fetched))?;
+        fs::rename(fetched, &path).map_err(BakeError::io("name", &path))
+    }
+}

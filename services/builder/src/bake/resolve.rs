@@ -1,0 +1,270 @@
+//! A definition's inputs, exactly: the lock.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use jiff::Timestamp;
+use kiln_image::ImageStore;
+use kiln_model::definition::{DebianVariant, Definition, Source, Step};
+use kiln_model::digest::Digest;
+use kiln_model::lock::{BUILDER_FORMAT, Lock, LockedBase, LockedPackage, LockedStep};
+use tokio_util::sync::CancellationToken;
+
+use super::apt::{Apt, Solved, is_request};
+use super::context::{Contents, Context};
+use super::error::BakeError;
+use super::packages::PackageStore;
+use super::tree::Tree;
+use super::{BakeConfig, DebianRoot, LogSink, ParentImage, Resolution, dpkg, sources};
+
+pub(crate) struct Resolver<'a> {
+    pub(crate) config: &'a BakeConfig,
+    pub(crate) definition: &'a Definition,
+    pub(crate) context: &'a Path,
+    pub(crate) parent: Option<&'a ParentImage>,
+    pub(crate) timestamp: Timestamp,
+    pub(crate) pinned: Option<&'a Lock>,
+    pub(crate) log: &'a LogSink,
+    pub(crate) cancel: &'a CancellationToken,
+}
+
+/// The packages of the base, and those of each `packages` step.
+struct Packages {
+    base: Vec<LockedPackage>,
+    steps: Vec<Vec<LockedPackage>>,
+}
+
+impl Resolver<'_> {
+    pub(crate) fn resolve(&self) -> Result<Resolution, BakeError> {
+        let requested = self.requested()?;
+        let (packages, release_files) = match self.pinned_packages(&requested) {
+            Some(packages) => (packages, None),
+            None => {
+                let (packages, release_files) = self.solve(&requested)?;
+                (packages, Some(release_files))
+            }
+        };
+        let image = &self.definition.image;
+        let base = match &image.from {
+            Source::Scratch => LockedBase::Scratch,
+            Source::Debian { suite, variant, .. } => LockedBase::Debian {
+                suite: suite.to_string(),
+                variant: variant_name(*variant).to_owned(),
+                packages: packages.base,
+            },
+            Source::Server { name } => LockedBase::Server { image_digest: self.parent_image(name)?.digest },
+        };
+        let contents = Contents::open(self.config.home.join("files"))?;
+        let context = Context::open(self.context, &contents, &self.definition.name, &image.env)?;
+        let mut added = packages.steps.into_iter();
+        let steps = image
+            .steps
+            .iter()
+            .map(|step| {
+                Ok(match step {
+                    Step::Packages(requested) => LockedStep::Packages {
+                        requested: requested.clone(),
+                        packages: added.next().unwrap_or_default(),
+                    },
+                    Step::Files(specs) => LockedStep::Files { files: context.files(specs)? },
+                    Step::Run(script) => LockedStep::Run { script: script.clone() },
+                })
+            })
+            .collect::<Result<Vec<_>, BakeError>>()?;
+        let lock = Lock {
+            format: BUILDER_FORMAT,
+            architecture: architecture()?.to_owned(),
+            base,
+            steps,
+            env: image.env.clone(),
+            user: image.user.clone(),
+            command: image.command.clone(),
+            timestamp: self.timestamp,
+        };
+        Ok(Resolution { lock, release_files })
+    }
+
+    fn requested(&self) -> Result<Vec<&Vec<String>>, BakeError> {
+        let lists: Vec<_> = self
+            .definition
+            .image
+            .steps
+            .iter()
+            .filter_map(|step| if let Step::Packages(list) = step { Some(list) } else { None })
+            .collect();
+        match lists.iter().flat_map(|list| list.iter()).find(|name| !is_request(name)) {
+            None => Ok(lists),
+            Some(name) => Err(BakeError::Definition {
+                what: format!("package `{}`", name.escape_debug()),
+                why: "it is not a package's name".to_owned(),
+                remedy: "write `name`, or `name=version`".to_owned(),
+            }),
+        }
+    }
+
+    fn parent_image(&self, name: &impl std::fmt::Display) -> Result<&ParentImage, BakeError> {
+        self.parent.ok_or_else(|| BakeError::Definition {
+            what: format!("from server {name}"),
+            why: "it has no image yet".to_owned(),
+            remedy: "apply it, and wait for its first build".to_owned(),
+        })
+    }
+
+    /// Those of the pinned lock, where base and lists are what they were, so that solving would begin at the same place.
+    fn pinned_packages(&self, requested: &[&Vec<String>]) -> Option<Packages> {
+        let pinned = self.pinned.filter(|lock| lock.format == BUILDER_FORMAT)?;
+        let base = match (&pinned.base, &self.definition.image.from) {
+            (LockedBase::Scratch, Source::Scratch) => Vec::new(),
+            (
+                LockedBase::Debian { suite, variant, packages },
+                Source::Debian { suite: s, variant: v, .. },
+            ) if *suite == s.to_string() && variant == variant_name(*v) => packages.clone(),
+            // On another parent image other packages may be missing.
+            (LockedBase::Server { image_digest }, Source::Server { .. })
+                if requested.is_empty() || Some(*image_digest) == self.parent.map(|parent| parent.digest) =>
+            {
+                Vec::new()
+            }
+            _ => return None,
+        };
+        let locked: Vec<_> = pinned
+            .steps
+            .iter()
+            .filter_map(|step| match step {
+                LockedStep::Packages { requested, packages } => Some((requested, packages)),
+                LockedStep::Files { .. } | LockedStep::Run { .. } => None,
+            })
+            .collect();
+        let same = locked.iter().map(|(list, _)| *list).eq(requested.iter().copied());
+        same.then(|| Packages {
+            base,
+            steps: locked.into_iter().map(|(_, packages)| packages.clone()).collect(),
+        })
+    }
+
+    fn solve(&self, requested: &[&Vec<String>]) -> Result<(Packages, Vec<super::ReleaseFile>), BakeError> {
+        let (root, base_wanted, status) = match &self.definition.image.from {
+            Source::Scratch => return self.nothing_to_solve(requested, "the source is scratch"),
+            Source::Debian { suite, variant, archives } => {
+                let root = DebianRoot {
+                    suite: suite.to_string(),
+                    archives: archives.clone(),
+                    context: self.context.to_owned(),
+                };
+                let mut wanted = vec!["?essential".to_owned()];
+                if *variant == DebianVariant::Minbase {
+                    // What debootstrap and mmdebstrap call minbase.
+                    wanted.extend(["?priority(required)".to_owned(), "apt".to_owned()]);
+                }
+                (root, wanted, None)
+            }
+            Source::Server { name } => {
+                let parent = self.parent_image(name)?;
+                let Some(root) = &parent.debian else {
+                    return self.nothing_to_solve(requested, "its first parent is from scratch");
+                };
+                if requested.is_empty() {
+                    return self.nothing_to_solve(requested, "");
+                }
+                (root.clone(), Vec::new(), Some(self.parent_status(&parent.digest)?))
+            }
+        };
+        let keys = self.config.home.join("apt/keys");
+        let archives = sources::archives(&root, &self.config.archives, &keys)?;
+        let apt = Apt::open(&self.config.home, architecture()?, &archives, self.log)?;
+        apt.update(self.cancel)?;
+        let release_files = apt.release_files(self.cancel)?;
+
+        let began = Instant::now();
+        let mut all: Vec<Solved> = Vec::new();
+        let mut solve = |wanted: &[String]| -> Result<Vec<LockedPackage>, BakeError> {
+            if wanted.is_empty() {
+                return Ok(Vec::new());
+            }
+            // What an earlier step has stays what it is.
+            let mut wanted_now: Vec<String> =
+                all.iter().map(|s| format!("{}={}", s.package.name, s.package.version)).collect();
+            wanted_now.extend_from_slice(wanted);
+            let known: BTreeSet<&str> = all.iter().map(|s| s.package.name.as_str()).collect();
+            let mut new = apt.solve(&wanted_now, status.as_deref(), self.cancel)?;
+            new.retain(|solved| !known.contains(solved.package.name.as_str()));
+            let packages = new.iter().map(|solved| solved.package.clone()).collect();
+            all.extend(new);
+            Ok(packages)
+        };
+        let base = solve(&base_wanted)?;
+        let steps = requested.iter().map(|list| solve(list)).collect::<Result<Vec<_>, _>>()?;
+        PackageStore::open(&self.config.packages)?.remember(&all)?;
+        (self.log)(&format!("resolved {} packages ({} ms)", all.len(), began.elapsed().as_millis()));
+        Ok((Packages { base, steps }, release_files))
+    }
+
+    fn nothing_to_solve(
+        &self,
+        requested: &[&Vec<String>],
+        why: &str,
+    ) -> Result<(Packages, Vec<super::ReleaseFile>), BakeError> {
+        if requested.iter().all(|list| list.is_empty()) {
+            let steps = requested.iter().map(|_| Vec::new()).collect();
+            return Ok((Packages { base: Vec::new(), steps }, Vec::new()));
+        }
+        Err(BakeError::Definition {
+            what: "packages".to_owned(),
+            why: format!("there is no archive to take them from: {why}"),
+            remedy: "begin with `from: { debian: … }`, or leave the packages out".to_owned(),
+        })
+    }
+
+    /// dpkg's status in the parent's image, for apt to solve on top of.
+    fn parent_status(&self, digest: &Digest) -> Result<PathBuf, BakeError> {
+        let folder = self.config.home.join("apt/parents");
+        let path = folder.join(digest.hex());
+        if path.is_file() {
+            return Ok(path);
+        }
+        fs::create_dir_all(&folder).map_err(BakeError::io("make folder", &folder))?;
+        let store = ImageStore::open(&self.config.images)?;
+        let image = store.image(digest)?;
+        let mut status = None;
+        for layer in image.layers.iter().rev() {
+            let tree = store.layer_tree(&layer.diff_id)?;
+            let tree = Tree::open(&tree, 0).map_err(BakeError::io("open", &tree))?;
+            status = tree.read(dpkg::STATUS).map_err(BakeError::io("read dpkg's status in", tree.path()))?;
+            if status.is_some() {
+                break;
+            }
+        }
+        let status = status.ok_or_else(|| BakeError::Definition {
+            what: format!("parent image {}", digest.short()),
+            why: "it holds no dpkg database, so no packages can be added".to_owned(),
+            remedy: "take another parent, or leave the packages out".to_owned(),
+        })?;
+        let file =
+            tempfile::NamedTempFile::new_in(&folder).map_err(BakeError::io("make a file in", &folder))?;
+        fs::write(file.path(), status).map_err(BakeError::io("write", &path))?;
+        file.persist(&path).map_err(|e| BakeError::io("name", &path)(e.error))?;
+        Ok(path)
+    }
+}
+
+pub(crate) fn architecture() -> Result<&'static str, BakeError> {
+    match std::env::consts::ARCH {
+        "x86_64" => Ok("amd64"),
+        "aarch64" => Ok("arm64"),
+        other => Err(BakeError::Machine {
+            what: format!("processor {other}"),
+            why: "images are made for the machine's own processor, and Kiln knows Debian's name for amd64 and arm64"
+                .to_owned(),
+            remedy: "run the builder on one of these".to_owned(),
+        }),
+    }
+}
+
+fn variant_name(variant: DebianVariant) -> &'static str {
+    match variant {
+        DebianVariant::Minbase => "minbase",
+        DebianVariant::Essential => "essential",
+    }
+}

@@ -1,0 +1,371 @@
+//! A lock into an image: each step in its tree, each tree into its layer.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::thread;
+use std::time::Instant;
+
+use jiff::Timestamp;
+use kiln_image::{ImageStore, Layer, NewImage, Packer, Whiteouts};
+use kiln_model::digest::Digest;
+use kiln_model::lock::{Lock, LockedBase, LockedPackage, LockedStep};
+
+use super::cache::{LayerCache, Record, keys};
+use super::context::Contents;
+use super::error::BakeError;
+use super::install::Installer;
+use super::packages::PackageStore;
+use super::sandbox::{Job, PATH, Sandbox};
+use super::seal::seal;
+use super::tree::{SHIFT, Tree};
+use super::work::{Work, mount_overlay, mount_shifted, unmount_below};
+use super::{BakeConfig, BakeRun, BakedImage, BakedLayer, Progress, StepReport, files};
+
+/// One layer to come: the base, or a step.
+enum Step<'a> {
+    Base(&'a [LockedPackage]),
+    Step(&'a LockedStep),
+}
+
+struct Plan<'a> {
+    name: String,
+    key: Digest,
+    step: Step<'a>,
+}
+
+/// A layer that is there, or that is being packed.
+#[derive(Clone)]
+struct Made {
+    digest: Digest,
+    size: u64,
+}
+
+pub(crate) fn bake(config: &BakeConfig, lock: &Lock, run: &BakeRun) -> Result<BakedImage, BakeError> {
+    let store = ImageStore::open(&config.images)?;
+    let cache = LayerCache::open(&config.layer_cache)?;
+    let mut below = parent_layers(lock, &store)?;
+    let plans = plan(lock)?;
+    (run.progress)(Progress::Steps { total: u32::try_from(plans.len()).unwrap_or(u32::MAX) });
+
+    let mut stamp = below.iter().map(|layer| seconds(&layer.created)).max().unwrap_or(0);
+    let mut reports = Vec::new();
+    let mut missing = plans.as_slice();
+    while let Some((plan, rest)) = missing.split_first() {
+        let digests: Vec<Digest> = below.iter().map(|layer| layer.diff_id).collect();
+        let began = Instant::now();
+        let Some(record) = cache.get(&plan.key, &digests, &store).filter(|_| run.use_layer_cache) else {
+            break;
+        };
+        stamp = record.stamp;
+        below.push(Layer {
+            diff_id: record.diff_id,
+            size: record.size,
+            created_by: plan.name.clone(),
+            created: rfc3339(stamp)?,
+        });
+        let millis = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let report = StepReport { name: plan.name.clone(), cached: true, millis };
+        tell(run, reports.len(), &report);
+        reports.push(report);
+        missing = rest;
+    }
+    if !missing.is_empty() {
+        let kitchen = Kitchen { config, lock, run, store: &store, cache: &cache };
+        kitchen.make(missing, &mut below, stamp, &mut reports)?;
+    }
+    let digest = store.put_image(&new_image(lock, &below)?)?;
+    let layers = below
+        .into_iter()
+        .map(|layer| BakedLayer { digest: layer.diff_id, size: layer.size, created_by: layer.created_by })
+        .collect();
+    Ok(BakedImage { digest, layers, steps: reports })
+}
+
+fn parent_layers(lock: &Lock, store: &ImageStore) -> Result<Vec<Layer>, BakeError> {
+    match &lock.base {
+        LockedBase::Server { image_digest } => Ok(store.image(image_digest)?.layers),
+        LockedBase::Scratch | LockedBase::Debian { .. } => Ok(Vec::new()),
+    }
+}
+
+fn plan(lock: &Lock) -> Result<Vec<Plan<'_>>, BakeError> {
+    let mut keys = keys(lock)?.into_iter();
+    let base_key = keys.next();
+    let mut plans = Vec::new();
+    if let (LockedBase::Debian { suite, variant, packages }, Some(key)) = (&lock.base, base_key) {
+        plans.push(Plan { name: format!("debian {suite} {variant}"), key, step: Step::Base(packages) });
+    }
+    for (step, key) in lock.steps.iter().zip(keys) {
+        let name = match step {
+            LockedStep::Packages { requested, .. } => format!("packages {}", requested.join(" ")),
+            LockedStep::Files { files } => match files.as_slice() {
+                [] => "files".to_owned(),
+                [one] => format!("files {}", one.dest),
+                [first, rest @ ..] => format!("files {} and {} more", first.dest, rest.len()),
+            },
+            LockedStep::Run { script } => format!("run {}", script.lines().next().unwrap_or_default()),
+        };
+        plans.push(Plan { name, key, step: Step::Step(step) });
+    }
+    Ok(plans)
+}
+
+fn tell(run: &BakeRun, step: usize, report: &StepReport) {
+    let step = u32::try_from(step).unwrap_or(u32::MAX);
+    if report.cached {
+        (run.progress)(Progress::Began { step, name: report.name.clone() });
+    }
+    let how = if report.cached { "cached" } else { "done" };
+    (run.log)(&format!("{}: {how} ({} ms)", report.name, report.millis));
+    (run.progress)(Progress::Ended { step, report: report.clone() });
+}
+
+fn new_image(lock: &Lock, layers: &[Layer]) -> Result<NewImage, BakeError> {
+    let mut env = lock.env.clone();
+    env.entry("PATH".to_owned()).or_insert_with(|| PATH.to_owned());
+    let key = lock.key().map_err(|e| BakeError::io("write", "the lock")(e.into()))?;
+    Ok(NewImage {
+        architecture: lock.architecture.clone(),
+        created: rfc3339(lock.timestamp.as_second())?,
+        env,
+        // An image from scratch has no file that says who root is.
+        user: if lock.user == "root" { "0".to_owned() } else { lock.user.clone() },
+        command: lock.command.clone(),
+        labels: BTreeMap::from([("kiln.lock".to_owned(), key.to_string())]),
+        layers: layers.to_vec(),
+    })
+}
+
+fn rfc3339(seconds: i64) -> Result<String, BakeError> {
+    Timestamp::from_second(seconds).map(|time| time.to_string()).map_err(|error| BakeError::Definition {
+        what: "the time that is stamped on files".to_owned(),
+        why: error.to_string(),
+        remedy: "a package's files are from an impossible time: leave it out".to_owned(),
+    })
+}
+
+fn seconds(created: &str) -> i64 {
+    created.parse::<Timestamp>().map_or(0, Timestamp::as_second)
+}
+
+/// Makes the layers that the cache lacks.
+struct Kitchen<'a> {
+    config: &'a BakeConfig,
+    lock: &'a Lock,
+    run: &'a BakeRun,
+    store: &'a ImageStore,
+    cache: &'a LayerCache,
+}
+
+impl Kitchen<'_> {
+    fn make(
+        &self,
+        plans: &[Plan<'_>],
+        below: &mut Vec<Layer>,
+        mut stamp: i64,
+        reports: &mut Vec<StepReport>,
+    ) -> Result<(), BakeError> {
+        let packages = PackageStore::open(&self.config.packages)?;
+        let wanted = plans.iter().flat_map(|plan| match &plan.step {
+            Step::Base(packages) => *packages,
+            Step::Step(LockedStep::Packages { packages, .. }) => packages.as_slice(),
+            Step::Step(_) => &[],
+        });
+        packages.fetch(wanted, &self.run.log, &self.run.cancel)?;
+        let work = Work::new(&self.config.site, &self.run.build, self.config.limits.tree)?;
+        let mut lowers = self.mount_below(&work, below)?;
+
+        // While a step runs, the layers before it are packed: nothing writes to their trees any more.
+        let made: Mutex<Vec<(usize, Result<Made, BakeError>)>> = Mutex::new(Vec::new());
+        let mut stamps = Vec::new();
+        let result = thread::scope(|scope| {
+            for (at, plan) in plans.iter().enumerate() {
+                if self.run.cancel.is_cancelled() {
+                    return Err(BakeError::Cancelled);
+                }
+                let began = Instant::now();
+                let number = u32::try_from(reports.len()).unwrap_or(u32::MAX);
+                (self.run.progress)(Progress::Began { step: number, name: plan.name.clone() });
+                let cooked = self.cook(plan, &work, &packages, &lowers, at, stamp)?;
+                stamp = cooked.stamp;
+                stamps.push(stamp);
+                lowers.insert(0, cooked.lower);
+                let packer = Packer {
+                    whiteouts: if cooked.shift == 0 { Whiteouts::None } else { Whiteouts::Overlay },
+                    newest: stamp,
+                    shift: cooked.shift,
+                };
+                let (made, tree) = (&made, cooked.tree);
+                scope.spawn(move || {
+                    let packed = packer.pack(self.store, &tree);
+                    let result = packed
+                        .map(|packed| Made { digest: packed.diff_id, size: packed.size })
+                        .map_err(BakeError::from);
+                    if let Ok(mut made) = made.lock() {
+                        made.push((at, result));
+                    }
+                });
+                let millis = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+                let report = StepReport { name: plan.name.clone(), cached: false, millis };
+                tell(self.run, reports.len(), &report);
+                reports.push(report);
+            }
+            Ok(())
+        });
+        result?;
+        let mut made = made.into_inner().unwrap_or_default();
+        made.sort_by_key(|(at, _)| *at);
+        for ((plan, (_, made)), stamp) in plans.iter().zip(made).zip(stamps) {
+            let made = made?;
+            let digests: Vec<Digest> = below.iter().map(|layer| layer.diff_id).collect();
+            if self.run.use_layer_cache {
+                let record = Record { diff_id: made.digest, size: made.size, stamp, below: digests };
+                self.cache.put(&plan.key, &record)?;
+            }
+            below.push(Layer {
+                diff_id: made.digest,
+                size: made.size,
+                created_by: plan.name.clone(),
+                created: rfc3339(stamp)?,
+            });
+        }
+        Ok(())
+    }
+
+    /// The trees of the layers that are there, the topmost first.
+    fn mount_below(&self, work: &Work, below: &[Layer]) -> Result<Vec<PathBuf>, BakeError> {
+        let mut lowers = Vec::new();
+        for (at, layer) in below.iter().enumerate() {
+            let tree = self.store.layer_tree(&layer.diff_id)?;
+            let target = work.folder(&format!("b{at}"), SHIFT)?;
+            mount_shifted(&tree, &target, true)?;
+            lowers.insert(0, target);
+        }
+        Ok(lowers)
+    }
+
+    fn cook(
+        &self,
+        plan: &Plan<'_>,
+        work: &Work,
+        store: &PackageStore,
+        lowers: &[PathBuf],
+        at: usize,
+        stamp: i64,
+    ) -> Result<Cooked, BakeError> {
+        let sandbox = Sandbox {
+            config: self.config,
+            build: &self.run.build,
+            work,
+            log: &self.run.log,
+            cancel: &self.run.cancel,
+        };
+        let installer = Installer { sandbox: &sandbox, store, architecture: &self.lock.architecture };
+        let step = match &plan.step {
+            Step::Base(packages) => {
+                let tree = work.folder(&format!("s{at}"), 0)?;
+                let lower = work.folder(&format!("r{at}"), SHIFT)?;
+                let stamp = installer.base(&plan.name, packages, &tree, &lower)?;
+                seal(&tree, stamp, true).map_err(BakeError::io("seal", &tree))?;
+                return Ok(Cooked { tree, lower, shift: 0, stamp });
+            }
+            Step::Step(step) => step,
+        };
+        let overlay = Overlay::mount(work, lowers, &format!("s{at}"))?;
+        let (stamp, with_content) = match step {
+            LockedStep::Packages { packages, .. } => {
+                let newest = match installer.step(&plan.name, packages, &overlay.root, stamp)? {
+                    Ok(newest) => newest,
+                    Err(why) => {
+                        (self.run.log)(&format!("dpkg unpacks these packages itself: {why}"));
+                        drop(overlay);
+                        let overlay = Overlay::mount(work, lowers, &format!("d{at}"))?;
+                        let newest = installer.by_dpkg(&plan.name, packages, &overlay.root, stamp)?;
+                        return self.close(overlay, newest.max(stamp), true);
+                    }
+                };
+                (newest.max(stamp), true)
+            }
+            LockedStep::Files { files } => {
+                let stamp = stamp.max(self.lock.timestamp.as_second());
+                let contents = Contents::open(self.config.home.join("files"))?;
+                let tree = Tree::open(&overlay.root, SHIFT).map_err(BakeError::io("open", &overlay.root))?;
+                files::put(&tree, files, &contents)?;
+                (stamp, false)
+            }
+            LockedStep::Run { script } => {
+                let tree = Tree::open(&overlay.root, SHIFT).map_err(BakeError::io("open", &overlay.root))?;
+                let mut env = self.lock.env.clone();
+                for (name, value) in [
+                    ("PATH", PATH.to_owned()),
+                    ("HOME", "/root".to_owned()),
+                    ("DEBIAN_FRONTEND", "noninteractive".to_owned()),
+                    ("SOURCE_DATE_EPOCH", stamp.to_string()),
+                ] {
+                    env.entry(name.to_owned()).or_insert(value);
+                }
+                let hidden = super::install::hides_ischroot(&tree)?;
+                super::install::forbid_services(&tree)?;
+                sandbox.run(&Job {
+                    step: &plan.name,
+                    root: &overlay.root,
+                    script,
+                    env: &env,
+                    folder: None,
+                    hide_ischroot: hidden,
+                })?;
+                (stamp, true)
+            }
+        };
+        self.close(overlay, stamp, with_content)
+    }
+
+    fn close(&self, overlay: Overlay, stamp: i64, with_content: bool) -> Result<Cooked, BakeError> {
+        let upper = overlay.upper.clone();
+        drop(overlay);
+        seal(&upper, stamp, with_content).map_err(BakeError::io("seal", &upper))?;
+        Ok(Cooked { tree: upper.clone(), lower: upper, shift: SHIFT, stamp })
+    }
+}
+
+/// A step's tree as it is when the step is done.
+struct Cooked {
+    /// To be packed.
+    tree: PathBuf,
+    /// To go on top of; the same, with the sandbox's owners.
+    lower: PathBuf,
+    shift: u32,
+    stamp: i64,
+}
+
+/// A step's view: what is below, with its own changes on top.
+struct Overlay {
+    root: PathBuf,
+    upper: PathBuf,
+}
+
+impl Overlay {
+    fn mount(work: &Work, lowers: &[PathBuf], name: &str) -> Result<Self, BakeError> {
+        let root = work.folder(&format!("{name}-root"), SHIFT)?;
+        let upper = work.folder(&format!("{name}-upper"), SHIFT)?;
+        let scratch = work.folder(&format!("{name}-work"), 0)?;
+        let nothing;
+        let lowers = if lowers.is_empty() {
+            nothing = [work.folder(&format!("{name}-nothing"), SHIFT)?];
+            &nothing
+        } else {
+            lowers
+        };
+        mount_overlay(lowers, &upper, &scratch, &root)?;
+        Ok(Self { root, upper })
+    }
+}
+
+impl Drop for Overlay {
+    fn drop(&mut self) {
+        if let Err(error) = unmount_below(&self.root) {
+            tracing::error!(path = %self.root.display(), %error, "an overlay stays mounted until its bake ends");
+        }
+    }
+}
