@@ -137,10 +137,14 @@ impl<S: Store> Documents<S> {
         Ok(read.map(|read| read.value))
     }
 
+    /// Which build holds a lock key's slot.
+    pub async fn slot_holder(&self, key: &Digest) -> Result<Option<Read<StoredSlot>>, Error> {
+        self.read(build::SLOT_KIND, &key.hex(), build::SCHEMA).await
+    }
+
     /// What is there for a lock key, and the version of the slot's document.
     pub async fn slot(&self, key: &Digest) -> Result<Read<plan::Slot>, Error> {
-        let slot: Option<Read<StoredSlot>> = self.read(build::SLOT_KIND, &key.hex(), build::SCHEMA).await?;
-        let Some(Read { version, value: StoredSlot { build: id } }) = slot else {
+        let Some(Read { version, value: StoredSlot { build: id } }) = self.slot_holder(key).await? else {
             return Ok(Read { version: 0, value: plan::Slot::Free });
         };
         let value = match self.build(&id).await? {

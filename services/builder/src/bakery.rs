@@ -1,0 +1,34 @@
+//! What the loops need of the bake machinery, so that a simulation can put its own in the place.
+
+use async_trait::async_trait;
+use kiln_model::digest::Digest;
+use kiln_model::lock::Lock;
+
+use crate::bake::{BakeError, BakeRun, BakedImage, Baker, Resolution, ResolveRequest};
+
+#[async_trait]
+pub trait Bakery: Clone + Send + Sync + 'static {
+    /// Every input of a definition's image.
+    async fn resolve(&self, request: ResolveRequest<'_>) -> Result<Resolution, BakeError>;
+
+    /// An image out of a lock; the same lock gives the same digest.
+    async fn bake(&self, lock: &Lock, run: BakeRun) -> Result<BakedImage, BakeError>;
+
+    /// Signs an image, and gives the key's id.
+    async fn sign(&self, image: Digest) -> Result<String, BakeError>;
+}
+
+#[async_trait]
+impl Bakery for Baker {
+    async fn resolve(&self, request: ResolveRequest<'_>) -> Result<Resolution, BakeError> {
+        Self::resolve(self, request).await
+    }
+
+    async fn bake(&self, lock: &Lock, run: BakeRun) -> Result<BakedImage, BakeError> {
+        Self::bake(self, lock, run).await
+    }
+
+    async fn sign(&self, image: Digest) -> Result<String, BakeError> {
+        Self::sign(self, image).await
+    }
+}

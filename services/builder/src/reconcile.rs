@@ -1,0 +1,413 @@
+//! The loop that carries each server from what is to what it needs next.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use kiln_builder_core::build::{self, Build};
+use kiln_builder_core::next::{self, Next, Order, Snapshot};
+use kiln_builder_core::server::{self, Server};
+use kiln_builder_core::source::{self, Source};
+use kiln_builder_core::{Illegal, Told, graph, plan};
+use kiln_model::cause::Cause;
+use kiln_model::name::{BuildId, ServerName};
+use kiln_model::revision::RevisionContent;
+use kiln_service::clock::Clock;
+use kiln_service::shutdown;
+use kiln_store::{Cursor, Entry, Store};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tracing::Instrument as _;
+
+use crate::bakery::Bakery;
+use crate::builder::{Builder, Error};
+use crate::store::{Edit, Read, typed};
+
+/// Plans that are made at once: resolving is mostly one process's work on one core.
+const PLANS: usize = 4;
+/// Repositories that are fetched at once.
+const LOOKS: usize = 8;
+/// After the store refused.
+const PAUSE: Duration = Duration::from_secs(1);
+const PAGE: u32 = 500;
+
+/// Follows the changes of one kind of document.
+#[derive(Debug)]
+pub struct Follower {
+    kind: &'static str,
+    cursor: Option<Cursor>,
+}
+
+impl Follower {
+    pub fn new(kind: &'static str) -> Self {
+        Self { kind, cursor: None }
+    }
+
+    /// What changed since the last call; everything at the first.
+    ///
+    /// # Errors
+    /// The store refuses; the next call gives the same again.
+    pub async fn changes<S: Store>(&mut self, store: &S) -> Result<Vec<Entry>, kiln_store::Error> {
+        let mut entries = Vec::new();
+        let mut token = String::new();
+        loop {
+            let page = store.changes(self.kind, self.cursor.as_ref(), &token, PAGE).await?;
+            entries.extend(page.entries);
+            if page.next_page_token.is_empty() {
+                self.cursor = Some(page.cursor);
+                return Ok(entries);
+            }
+            token = page.next_page_token;
+        }
+    }
+}
+
+/// What is remembered of a server between its changes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Summary {
+    parent: Option<ServerName>,
+    building: Option<BuildId>,
+}
+
+struct Reconciler<S, K, C> {
+    builder: Builder<S, K, C>,
+    servers: Follower,
+    builds: Follower,
+    sources: Follower,
+    known: HashMap<ServerName, Summary>,
+    dirty: BTreeSet<ServerName>,
+    /// When to look at a server again though nothing changed.
+    due: BTreeMap<ServerName, Timestamp>,
+    /// Sources with something to look at, and when.
+    asked: BTreeMap<String, Timestamp>,
+    planning: BTreeSet<ServerName>,
+    looking: BTreeSet<String>,
+    tasks: JoinSet<Done>,
+}
+
+enum Done {
+    Planned(ServerName, Result<(), Error>),
+    Looked(String, Result<(), Error>),
+}
+
+/// Runs until told to stop. What is under way then is dropped: nothing of it is lost, since it is committed at its end.
+pub async fn run<S: Store, K: Bakery, C: Clock>(builder: Builder<S, K, C>, mut stop: watch::Receiver<bool>) {
+    let mut sequence = builder.documents.store().sequence();
+    let clock = builder.clock.clone();
+    let mut reconciler = Reconciler {
+        builder,
+        servers: Follower::new(server::KIND),
+        builds: Follower::new(build::KIND),
+        sources: Follower::new(source::KIND),
+        known: HashMap::new(),
+        dirty: BTreeSet::new(),
+        due: BTreeMap::new(),
+        asked: BTreeMap::new(),
+        planning: BTreeSet::new(),
+        looking: BTreeSet::new(),
+        tasks: JoinSet::new(),
+    };
+    while !*stop.borrow() {
+        sequence.borrow_and_update();
+        let pause = match reconciler.turn().await {
+            Ok(pause) => pause,
+            Err(error) => {
+                tracing::warn!(%error, "servers could not be brought forward");
+                Some(PAUSE)
+            }
+        };
+        let sleep = async {
+            match pause {
+                Some(pause) => clock.sleep(pause).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = shutdown::requested(&mut stop) => return,
+            () = sleep => {}
+            changed = sequence.changed() => {
+                if changed.is_err() { return; }
+            }
+            Some(done) = reconciler.tasks.join_next() => reconciler.done(done),
+        }
+    }
+}
+
+impl<S: Store, K: Bakery, C: Clock> Reconciler<S, K, C> {
+    /// Does what can be done now, and says how long nothing more can.
+    async fn turn(&mut self) -> Result<Option<Duration>, Error> {
+        self.notice().await?;
+        let now = self.builder.now();
+        let due: Vec<_> = self.due.iter().filter(|(_, at)| **at <= now).map(|(name, _)| name.clone()).collect();
+        self.dirty.extend(due);
+        let waiting: Vec<_> = self.dirty.iter().filter(|name| !self.planning.contains(*name)).cloned().collect();
+        let mut starved = false;
+        for name in waiting {
+            if self.evaluate(&name).await? {
+                self.dirty.remove(&name);
+            } else {
+                starved = true;
+            }
+        }
+        self.look(now);
+        // Where there is no room for a plan, the end of another one wakes this loop.
+        let times = self.due.values().chain(self.asked.values());
+        let next = times.filter(|at| **at > now).min().map(|at| at.duration_since(now));
+        let next = next.map(|wait| Duration::try_from(wait).unwrap_or_default());
+        tracing::trace!(starved, ?next, "servers were brought forward");
+        // Rounded up, so that it is time when the clock says so.
+        Ok(next.map(|wait| wait + Duration::from_millis(1)))
+    }
+
+    async fn notice(&mut self) -> Result<(), Error> {
+        let store = self.builder.documents.store().clone();
+        for entry in self.servers.changes(&store).await? {
+            let Entry::Document(document) = entry else { continue };
+            let Read { value, .. } = typed::<Server>(&document)?;
+            let parent = value.effective().and_then(|effective| effective.parent.clone());
+            let building = value.building.as_ref().map(|building| building.build.clone());
+            self.dirty.insert(value.name.clone());
+            let children = self.known.iter().filter(|(_, known)| known.parent.as_ref() == Some(&value.name));
+            self.dirty.extend(children.map(|(name, _)| name.clone()));
+            self.known.insert(value.name, Summary { parent, building });
+        }
+        let mut ended = BTreeSet::new();
+        for entry in self.builds.changes(&store).await? {
+            let Entry::Document(document) = entry else { continue };
+            let Read { value, .. } = typed::<Build>(&document)?;
+            if value.state.has_ended() {
+                ended.insert(value.id);
+            }
+        }
+        let awaits = |known: &Summary| known.building.as_ref().is_some_and(|build| ended.contains(build));
+        let awaiting = self.known.iter().filter(|(_, known)| awaits(known)).map(|(name, _)| name.clone());
+        self.dirty.extend(awaiting);
+        for entry in self.sources.changes(&store).await? {
+            match entry {
+                Entry::Tombstone { id, .. } => {
+                    self.asked.remove(&id);
+                }
+                Entry::Document(document) => {
+                    let Read { value, .. } = typed::<Source>(&document)?;
+                    match value.due(self.builder.now()) {
+                        Some(at) => self.asked.insert(document.id, at),
+                        None => self.asked.remove(&document.id),
+                    };
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Does what a server needs next. False where there is no room for it now.
+    async fn evaluate(&mut self, name: &ServerName) -> Result<bool, Error> {
+        self.due.remove(name);
+        let documents = &self.builder.documents;
+        let Some(read) = documents.server(name).await? else { return Ok(true) };
+        let server = &read.value;
+        let build = match &server.building {
+            Some(building) => documents.build(&building.build).await?.map(|build| build.value),
+            None => None,
+        };
+        let parent = match server.effective().and_then(|effective| effective.parent.as_ref()) {
+            Some(parent) => documents.server(parent).await?.map(|parent| parent.value),
+            None => None,
+        };
+        if let Some(parent) = &parent
+            && self.follow_parent(&read, parent).await?
+        {
+            // Its own change brings it back here.
+            return Ok(true);
+        }
+        let now = self.builder.now();
+        match next::next(Snapshot { server, build: build.as_ref(), parent: parent.as_ref() }, now) {
+            Next::Nothing | Next::AwaitParent => {}
+            Next::Wait(until) => {
+                self.due.insert(name.clone(), until);
+            }
+            Next::Plan(_) if self.planning.len() >= PLANS => return Ok(false),
+            Next::Plan(order) => self.plan(name.clone(), *order),
+            Next::Adopt => {
+                if let Some(build) = build {
+                    self.adopt(read, &build).await?;
+                }
+            }
+            Next::Forget => {
+                tracing::warn!(server = %name, "the build that it awaits is lost, and is planned anew");
+                let mut server = read.value;
+                next::forget(&mut server, now);
+                let mut edit = Edit::new(now);
+                edit.put_server(read.version, &server, &[])?;
+                self.commit(edit).await?;
+            }
+        }
+        Ok(true)
+    }
+
+    fn plan(&mut self, name: ServerName, order: Order) {
+        self.planning.insert(name.clone());
+        let builder = self.builder.clone();
+        self.tasks.spawn(async move {
+            let made = builder.make_plan(&name, &order).await;
+            Done::Planned(name, made)
+        });
+    }
+
+    /// A parent's image that this server does not stand on yet.
+    async fn follow_parent(&self, child: &Read<Server>, parent: &Server) -> Result<bool, Error> {
+        let Some(in_force) = &parent.in_force else { return Ok(false) };
+        let mut server = child.value.clone();
+        let now = self.builder.now();
+        // Asked with a cause that costs nothing first: most of the time there is nothing to follow.
+        let revision = self.builder.documents.revision(&parent.name, in_force.generation);
+        let Some(cause) = revision.await?.and_then(|stored| cause_of(stored.revision.content)) else {
+            return Ok(false);
+        };
+        if !graph::follow_parent(&mut server, parent, &cause, now) {
+            return Ok(false);
+        }
+        let mut edit = Edit::new(now);
+        edit.put_server(child.version, &server, &[])?;
+        self.commit(edit).await?;
+        Ok(true)
+    }
+
+    async fn adopt(&self, read: Read<Server>, build: &Build) -> Result<(), Error> {
+        let Some(building) = &read.value.building else { return Ok(()) };
+        let trace = building.causes.first().map(|cause| cause.traceparent.clone()).unwrap_or_default();
+        let span = kiln_service::trace::span_under(&trace, "adopt build");
+        async {
+            let digest = building.definition.digest;
+            let definition = self.builder.documents.definition(&digest).await?;
+            let definition =
+                definition.ok_or_else(|| Error::Lost { what: "definition", id: digest.to_string() })?;
+            let now = self.builder.now();
+            let name = read.value.name.clone();
+            let (server, revision) = match plan::adopt(read.value.clone(), build, &definition, now) {
+                Ok(adopted) => adopted,
+                Err(Illegal::Stale { .. } | Illegal::State { .. }) => return Ok(()),
+                Err(illegal) => return Err(illegal.into()),
+            };
+            match &revision {
+                Some(revision) => {
+                    tracing::info!(server = %name, build = %build.id, generation = revision.generation, "a revision");
+                }
+                None => tracing::warn!(server = %name, build = %build.id, problem = server.problem(), "no revision"),
+            }
+            let told: Vec<_> = revision.map(|revision| Told::RevisionCreated(Box::new(revision))).into_iter().collect();
+            let mut edit = Edit::new(now);
+            edit.put_server(read.version, &server, &told)?;
+            self.commit(edit).await
+        }
+        .instrument(span)
+        .await
+    }
+
+    /// A conflict is no failure: who changed the server brings it back here.
+    async fn commit(&self, edit: Edit) -> Result<(), Error> {
+        match self.builder.documents.store().commit(edit.finish()).await {
+            Ok(_) | Err(kiln_store::Error::Conflict { .. }) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn look(&mut self, now: Timestamp) {
+        let due: Vec<_> = self.asked.iter().filter(|(_, at)| **at <= now).map(|(id, _)| id.clone()).collect();
+        for id in due {
+            if self.looking.len() >= LOOKS || !self.looking.insert(id.clone()) {
+                continue;
+            }
+            let builder = self.builder.clone();
+            self.tasks.spawn(async move {
+                let looked = builder.look(&id).await;
+                Done::Looked(id, looked)
+            });
+        }
+    }
+
+    fn done(&mut self, done: Result<Done, tokio::task::JoinError>) {
+        let now = self.builder.now();
+        let later = now.checked_add(PAUSE).unwrap_or(Timestamp::MAX);
+        match done {
+            Ok(Done::Planned(name, made)) => {
+                self.planning.remove(&name);
+                match made {
+                    Ok(()) => self.dirty.insert(name),
+                    Err(error) => {
+                        tracing::warn!(server = %name, %error, "a plan could not be kept");
+                        self.due.insert(name, later).is_none()
+                    }
+                };
+            }
+            Ok(Done::Looked(id, looked)) => {
+                self.looking.remove(&id);
+                if let Err(error) = looked {
+                    tracing::warn!(source = %id, %error, "a look could not be kept");
+                    self.asked.insert(id, later);
+                }
+            }
+            // A plan that panicked is a defect; everything else goes on, and what it was for is made anew.
+            Err(error) => {
+                tracing::error!(%error, "a task of the reconcile loop ended badly");
+                self.dirty.extend(std::mem::take(&mut self.planning));
+                self.looking.clear();
+            }
+        }
+    }
+}
+
+fn cause_of(content: RevisionContent) -> Option<Cause> {
+    match content {
+        RevisionContent::Image(image) => Some(image.cause),
+        RevisionContent::Removed { .. } => None,
+    }
+}
+
+impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
+    /// Looks at a source because signals ask for it, and takes over what may be taken.
+    ///
+    /// # Errors
+    /// The store refuses. That the repository is away is noted with the source, and is no error here.
+    pub async fn look(&self, id: &str) -> Result<(), Error> {
+        let Some(read) = self.documents.source(id).await? else { return Ok(()) };
+        let asked = read.value.pending.clone();
+        let trace = asked.first().map(|pending| pending.cause.traceparent.clone()).unwrap_or_default();
+        let span = kiln_service::trace::span_under(&trace, "look at source");
+        async {
+            let look = match self.sources.look(&read.value.place).await {
+                Ok(look) => look,
+                Err(error) => return self.look_failed(id, &error).await,
+            };
+            if let Err(error) = self.sources.keep(&look).await {
+                return self.look_failed(id, &error).await;
+            }
+            for _ in 0..crate::builder::TRIES {
+                let edit = match self.sources.follow(&look, &asked, self.now()).await {
+                    Ok(edit) => edit,
+                    Err(crate::sources::Error::Store(error)) => return Err(error.into()),
+                    Err(error) => return self.look_failed(id, &error).await,
+                };
+                match self.documents.store().commit(edit.finish()).await {
+                    Err(kiln_store::Error::Conflict { .. }) => {}
+                    other => return other.map(drop).map_err(Error::from),
+                }
+            }
+            Ok(())
+        }
+        .instrument(span)
+        .await
+    }
+
+    async fn look_failed(&self, id: &str, error: &crate::sources::Error) -> Result<(), Error> {
+        tracing::warn!(source = id, %error, "could not be looked at");
+        let Some(mut read) = self.documents.source(id).await? else { return Ok(()) };
+        let now = self.now();
+        read.value.look_failed(error.to_string(), now);
+        let mut edit = Edit::new(now);
+        edit.put_source(read.version, &read.value)?;
+        match self.documents.store().commit(edit.finish()).await {
+            Ok(_) | Err(kiln_store::Error::Conflict { .. }) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}

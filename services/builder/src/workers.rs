@@ -1,0 +1,488 @@
+//! Workers: a bounded number of builds at once, each claimed from the store by a lease with a fencing token.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use kiln_builder_core::build::{self, Build, Failed, HEARTBEAT, Progress, State, Step, TestResult};
+use kiln_builder_core::plan::Slot;
+use kiln_builder_core::Told;
+use kiln_model::digest::Digest;
+use kiln_model::name::BuildId;
+use kiln_service::clock::Clock;
+use kiln_service::shutdown;
+use kiln_store::{Entry, Store};
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
+
+use crate::bake::{BakeError, BakeRun, Progress as BakeProgress};
+use crate::bakery::Bakery;
+use crate::builder::{Builder, Error};
+use crate::image_tests::{TestRun, Tester};
+use crate::logs::Writer;
+use crate::reconcile::Follower;
+use crate::store::{Edit, IMAGE_KIND, Read, StoredImage, typed};
+
+/// After the store refused.
+const PAUSE: Duration = Duration::from_secs(1);
+/// What an interrupted build gets to take its sandbox down.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// What a worker is.
+#[derive(Debug, Clone)]
+pub struct WorkerOptions {
+    /// This run of this process; part of every lease.
+    pub owner: String,
+    /// Builds at once.
+    pub workers: usize,
+}
+
+/// What a build came to.
+struct Baked {
+    image: Digest,
+    key_id: String,
+    tests: Vec<TestResult>,
+}
+
+/// What a build fell over; the image is there where only its tests failed.
+struct Fell {
+    failed: Failed,
+    image: Option<(Digest, String)>,
+}
+
+struct Dispatcher<S, K, C, T> {
+    builder: Builder<S, K, C>,
+    tester: T,
+    options: WorkerOptions,
+    builds: Follower,
+    /// When each build that has not ended may be claimed.
+    claimable: BTreeMap<BuildId, Timestamp>,
+    running: HashMap<BuildId, CancellationToken>,
+    tasks: JoinSet<BuildId>,
+}
+
+/// Runs builds until told to stop. What runs then is interrupted, and claimed anew by the process that comes next.
+pub async fn run<S: Store, K: Bakery, C: Clock, T: Tester>(
+    builder: Builder<S, K, C>,
+    tester: T,
+    options: WorkerOptions,
+    mut stop: watch::Receiver<bool>,
+) {
+    let mut sequence = builder.documents.store().sequence();
+    let clock = builder.clock.clone();
+    let mut dispatcher = Dispatcher {
+        builder,
+        tester,
+        options,
+        builds: Follower::new(build::KIND),
+        claimable: BTreeMap::new(),
+        running: HashMap::new(),
+        tasks: JoinSet::new(),
+    };
+    while !*stop.borrow() {
+        sequence.borrow_and_update();
+        let pause = match dispatcher.turn().await {
+            Ok(pause) => pause,
+            Err(error) => {
+                tracing::warn!(%error, "builds could not be claimed");
+                Some(PAUSE)
+            }
+        };
+        let sleep = async {
+            match pause {
+                Some(pause) => clock.sleep(pause).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = shutdown::requested(&mut stop) => break,
+            () = sleep => {}
+            changed = sequence.changed() => {
+                if changed.is_err() { break; }
+            }
+            Some(ended) = dispatcher.tasks.join_next() => match ended {
+                Ok(id) => { dispatcher.running.remove(&id); }
+                Err(error) => {
+                    // Its lease runs out, and it is claimed anew.
+                    tracing::error!(%error, "a worker ended badly");
+                    dispatcher.running.retain(|_, token| !token.is_cancelled());
+                }
+            },
+        }
+    }
+    for token in dispatcher.running.values() {
+        token.cancel();
+    }
+    let ended = async { while dispatcher.tasks.join_next().await.is_some() {} };
+    if tokio::time::timeout(GRACE, ended).await.is_err() {
+        tracing::warn!("builds were cut off; what they left is swept at the next start");
+    }
+}
+
+/// Lets go of the builds of processes that are gone. Before the first claim, under the service's lock.
+///
+/// # Errors
+/// The store refuses.
+pub async fn recover<S: Store, K: Bakery, C: Clock>(
+    builder: &Builder<S, K, C>,
+    owner: &str,
+) -> Result<(), Error> {
+    for read in builder.documents.all::<Build>(build::KIND, "").await? {
+        let mut value = read.value;
+        let now = builder.now();
+        if value.abandoned(owner, now) {
+            tracing::info!(build = %value.id, "was interrupted, and is built anew");
+            let mut edit = Edit::new(now);
+            edit.put_build(read.version, &value, None)?;
+            builder.documents.store().commit(edit.finish()).await?;
+        }
+    }
+    Ok(())
+}
+
+impl<S: Store, K: Bakery, C: Clock, T: Tester> Dispatcher<S, K, C, T> {
+    async fn turn(&mut self) -> Result<Option<Duration>, Error> {
+        let store = self.builder.documents.store().clone();
+        for entry in self.builds.changes(&store).await? {
+            let Entry::Document(document) = entry else { continue };
+            let Read { value, .. } = typed::<Build>(&document)?;
+            match value.claimable_at(self.builder.now()) {
+                Some(at) => self.claimable.insert(value.id, at),
+                None => {
+                    // Cancelled while it ran.
+                    if let Some(token) = self.running.get(&value.id) {
+                        token.cancel();
+                    }
+                    self.claimable.remove(&value.id)
+                }
+            };
+        }
+        let now = self.builder.now();
+        let waiting: Vec<_> = self.claimable.iter().map(|(id, at)| (id.clone(), *at)).collect();
+        let mut next: Option<Timestamp> = None;
+        for (id, at) in waiting {
+            if self.running.contains_key(&id) {
+                continue;
+            }
+            if at > now {
+                next = Some(next.map_or(at, |next| next.min(at)));
+            } else if self.running.len() < self.options.workers {
+                self.claim(id).await?;
+            }
+        }
+        let wait = next.map(|at| Duration::try_from(at.duration_since(now)).unwrap_or_default());
+        Ok(wait.map(|wait| wait + Duration::from_millis(1)))
+    }
+
+    async fn claim(&mut self, id: BuildId) -> Result<(), Error> {
+        let Some(Read { version, value: mut build }) = self.builder.documents.build(&id).await? else {
+            self.claimable.remove(&id);
+            return Ok(());
+        };
+        let now = self.builder.now();
+        let token = match build.claim(&self.options.owner, now) {
+            Ok(token) => token,
+            Err(illegal) => {
+                tracing::debug!(build = %id, %illegal, "is not to be claimed");
+                return Ok(());
+            }
+        };
+        let mut edit = Edit::new(now);
+        edit.put_build(version, &build, Some(Told::BuildStarted))?;
+        match self.builder.documents.store().commit(edit.finish()).await {
+            Ok(_) => {}
+            Err(kiln_store::Error::Conflict { .. }) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
+        let cancel = CancellationToken::new();
+        self.running.insert(id.clone(), cancel.clone());
+        let worker = Worker {
+            builder: self.builder.clone(),
+            tester: self.tester.clone(),
+            log: self.builder.logs.writer(&id),
+            build,
+            token,
+            cancel,
+            progress: Arc::default(),
+            moved: Arc::default(),
+        };
+        let span = kiln_service::trace::span_under(&worker.build.cause.traceparent, "build");
+        self.tasks.spawn(
+            async move {
+                worker.run().await;
+                id
+            }
+            .instrument(span),
+        );
+        Ok(())
+    }
+}
+
+struct Worker<S, K, C, T> {
+    builder: Builder<S, K, C>,
+    tester: T,
+    build: Build,
+    token: u64,
+    cancel: CancellationToken,
+    log: Writer,
+    progress: Arc<Mutex<Progress>>,
+    moved: Arc<Notify>,
+}
+
+impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
+    async fn run(self) {
+        let id = self.build.id.clone();
+        tracing::info!(build = %id, attempt = self.build.attempts, "building");
+        let mut work = std::pin::pin!(self.work());
+        let outcome = tokio::select! {
+            outcome = &mut work => outcome,
+            () = self.keep_lease() => {
+                // Told to stop, and waited for: its sandbox has to go. What it comes to counts for nothing.
+                self.cancel.cancel();
+                work.await
+            }
+        };
+        self.settle(outcome).await;
+    }
+
+    async fn work(&self) -> Result<Baked, Fell> {
+        let build = &self.build;
+        let lost = |what: &str| self.fell(format!("{what} is not in the store; apply the definition again"), false);
+        let stored = |error: kiln_store::Error| self.fell(error.to_string(), true);
+        let lock = self.builder.documents.lock(&build.lock_key).await.map_err(stored)?;
+        let lock = lock.ok_or_else(|| lost("its lock"))?;
+        let definition = self.builder.documents.definition(&build.definition).await.map_err(stored)?;
+        let definition = definition.ok_or_else(|| lost("its definition"))?.definition;
+        self.log.line(&format!("{} (attempt {}): lock {}", build.id, build.attempts, build.lock_key.short()));
+
+        let image = self.bake(&lock, !build.verify).await?;
+        if build.verify {
+            let slot = self.builder.documents.slot(&build.lock_key).await.map_err(stored)?;
+            return match slot.value {
+                Slot::Succeeded { image: first, .. } if first != image => {
+                    Err(self.fell(format!("the same lock gave {first} the first time and {image} now"), false))
+                }
+                _ => Ok(Baked { image, key_id: self.sign(image).await?, tests: Vec::new() }),
+            };
+        }
+        // Signed before its tests: nothing runs an image whose signature it can't verify.
+        let key_id = self.sign(image).await?;
+        let run = TestRun {
+            build: &build.id,
+            attempt: self.token,
+            image,
+            definition: &definition,
+            log: self.log.clone(),
+            cancel: self.cancel.clone(),
+            traceparent: kiln_service::trace::current(),
+        };
+        let span = tracing::info_span!("image tests", build = %build.id);
+        let tests = self.tester.test(run).instrument(span).await.map_err(|fault| Fell {
+            image: Some((image, key_id.clone())),
+            ..self.fell(format!("its tests could not be run: {}", fault.problem), fault.transient)
+        })?;
+        let failed: Vec<_> = tests.iter().filter(|test| !test.passed).collect();
+        if let Some(first) = failed.first() {
+            let problem = format!("{} of {} tests failed: {}: {}", failed.len(), tests.len(), first.name, first.detail);
+            let mut fell = self.fell(problem, false);
+            fell.failed.tests = tests;
+            fell.image = Some((image, key_id));
+            return Err(fell);
+        }
+        Ok(Baked { image, key_id, tests })
+    }
+
+    async fn bake(&self, lock: &kiln_model::lock::Lock, use_layer_cache: bool) -> Result<Digest, Fell> {
+        let log = self.log.clone();
+        let (progress, moved) = (self.progress.clone(), self.moved.clone());
+        let run = BakeRun {
+            build: self.build.id.clone(),
+            log: Arc::new(move |line: &str| log.line(line)),
+            progress: Arc::new(move |step: BakeProgress| {
+                note(&mut progress.lock().unwrap_or_else(PoisonError::into_inner), step);
+                moved.notify_one();
+            }),
+            cancel: self.cancel.clone(),
+            use_layer_cache,
+        };
+        let span = tracing::info_span!("bake", build = %self.build.id);
+        let baked = self.builder.bakery.bake(lock, run).instrument(span).await.map_err(|error| self.bake_fell(&error))?;
+        let steps = baked.steps.into_iter();
+        let steps: Vec<_> =
+            steps.map(|step| Step { name: step.name, cached: step.cached, millis: step.millis }).collect();
+        let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        progress.steps_total = u32::try_from(steps.len()).unwrap_or(u32::MAX);
+        progress.steps = steps;
+        Ok(baked.digest)
+    }
+
+    async fn sign(&self, image: Digest) -> Result<String, Fell> {
+        self.builder.bakery.sign(image).await.map_err(|error| self.bake_fell(&error))
+    }
+
+    fn bake_fell(&self, error: &BakeError) -> Fell {
+        let problem = error.to_string();
+        self.log.line(&format!("failed: {problem}"));
+        // An interrupted bake is none of the build's fault: its next owner takes it up.
+        let transient = error.is_transient() || matches!(error, BakeError::Cancelled);
+        self.fell(problem, transient)
+    }
+
+    fn fell(&self, problem: String, transient: bool) -> Fell {
+        let failed = Failed { problem, transient, last_log: self.log.last_lines(), tests: Vec::new() };
+        Fell { failed, image: None }
+    }
+
+    /// Renews the lease, with how far the build is. Returns when the build is no longer this worker's.
+    async fn keep_lease(&self) {
+        loop {
+            tokio::select! {
+                () = self.builder.clock.sleep(HEARTBEAT) => {}
+                () = self.moved.notified() => {}
+                // Told to stop by the service: nothing is renewed any more, and the work ends by itself.
+                () = self.cancel.cancelled() => return std::future::pending().await,
+            }
+            match self.heartbeat().await {
+                Ok(()) => {}
+                Err(Error::Illegal(illegal)) => {
+                    tracing::warn!(build = %self.build.id, %illegal, "is no longer built here");
+                    return;
+                }
+                // The lease lasts for several heartbeats.
+                Err(error) => tracing::warn!(build = %self.build.id, %error, "its lease could not be renewed"),
+            }
+        }
+    }
+
+    async fn heartbeat(&self) -> Result<(), Error> {
+        let Some(Read { version, value: mut build }) = self.builder.documents.build(&self.build.id).await? else {
+            return Err(Error::Lost { what: "build", id: self.build.id.to_string() });
+        };
+        let progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let now = self.builder.now();
+        build.heartbeat(self.token, Some(progress), now)?;
+        let mut edit = Edit::new(now);
+        edit.put_build(version, &build, None)?;
+        match self.builder.documents.store().commit(edit.finish()).await {
+            Ok(_) | Err(kiln_store::Error::Conflict { .. }) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Commits what became of the build, as often as it takes: an outcome that is not written is built again.
+    async fn settle(&self, outcome: Result<Baked, Fell>) {
+        let id = &self.build.id;
+        if self.cancel.is_cancelled() && outcome.is_err() {
+            tracing::info!(build = %id, "was interrupted");
+            return;
+        }
+        loop {
+            match self.write(&outcome).await {
+                Ok(()) => return,
+                Err(Error::Illegal(illegal)) => {
+                    tracing::warn!(build = %id, %illegal, "its outcome comes too late");
+                    return;
+                }
+                Err(error) if error.is_conflict() => {}
+                Err(error) => {
+                    tracing::warn!(build = %id, %error, "its outcome can't be written yet");
+                    self.builder.clock.sleep(PAUSE).await;
+                }
+            }
+        }
+    }
+
+    async fn write(&self, outcome: &Result<Baked, Fell>) -> Result<(), Error> {
+        let documents = &self.builder.documents;
+        let Some(Read { version, value: mut build }) = documents.build(&self.build.id).await? else {
+            return Err(Error::Lost { what: "build", id: self.build.id.to_string() });
+        };
+        let now = self.builder.now();
+        let mut edit = Edit::new(now);
+        let (told, image) = match outcome {
+            Ok(baked) => {
+                let progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                build.succeed(self.token, baked.image, progress, baked.tests.clone(), now)?;
+                (Some(Told::BuildSucceeded), Some((baked.image, baked.key_id.clone())))
+            }
+            Err(fell) => {
+                build.fail(self.token, fell.failed.clone(), now)?;
+                ((build.state == State::Failed).then_some(Told::BuildFailed), fell.image.clone())
+            }
+        };
+        if let Some((digest, key_id)) = image
+            && documents.image(&digest).await?.is_none()
+        {
+            let lock = documents.lock(&build.lock_key).await?;
+            let stored = StoredImage {
+                digest,
+                server: build.server().clone(),
+                lock_key: build.lock_key,
+                build: build.id.clone(),
+                key_id,
+                packages: lock.map(|lock| lock.packages()).unwrap_or_default(),
+                created: now,
+            };
+            edit.put(IMAGE_KIND, &digest.hex(), 0, &stored)?;
+        }
+        edit.put_build(version, &build, told)?;
+        self.builder.free_slot_of(&mut edit, &build).await?;
+        documents.store().commit(edit.finish()).await?;
+        match outcome {
+            Ok(baked) => tracing::info!(build = %build.id, image = %baked.image, "succeeded"),
+            Err(fell) => {
+                tracing::warn!(build = %build.id, problem = fell.failed.problem, state = build.state.as_str(), "failed");
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
+    /// Adds to a change what becomes of the slot of a build that was changed.
+    ///
+    /// # Errors
+    /// The store refuses.
+    pub async fn free_slot_of(&self, edit: &mut Edit, build: &Build) -> Result<(), Error> {
+        if build.state.holds_slot() || build.verify {
+            return Ok(());
+        }
+        if let Some(slot) = self.documents.slot_holder(&build.lock_key).await?
+            && slot.value.build == build.id
+        {
+            edit.free_slot(slot.version, build);
+        }
+        Ok(())
+    }
+
+    /// Cancels a build, whoever runs it.
+    ///
+    /// # Errors
+    /// [`Illegal::State`] where it has ended otherwise.
+    pub async fn cancel(&self, read: Read<Build>, actor: &str) -> Result<(Edit, Build), Error> {
+        let now = self.now();
+        let mut build = read.value;
+        let mut edit = Edit::new(now);
+        if build.cancel(actor, now)? {
+            edit.put_build(read.version, &build, Some(Told::BuildCancelled))?;
+            self.free_slot_of(&mut edit, &build).await?;
+        }
+        Ok((edit, build))
+    }
+}
+
+fn note(progress: &mut Progress, step: BakeProgress) {
+    match step {
+        BakeProgress::Steps { total } => {
+            progress.steps.clear();
+            progress.steps_total = total;
+        }
+        BakeProgress::Began { .. } => {}
+        BakeProgress::Ended { report, .. } => {
+            progress.steps.push(Step { name: report.name, cached: report.cached, millis: report.millis });
+        }
+    }
+}
