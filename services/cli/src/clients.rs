@@ -1,0 +1,232 @@
+//! The services of a site, as clients.
+
+use kiln_api::builder::builder_service_client::BuilderServiceClient;
+use kiln_api::builder::{self, Build, Server};
+use kiln_api::deployer::deployer_service_client::DeployerServiceClient;
+use kiln_api::deployer::{self, Fleet, Instance, Release, Rollout};
+use kiln_api::engine::engine_service_client::EngineServiceClient;
+use kiln_api::monitor::monitor_service_client::MonitorServiceClient;
+use kiln_api::monitor::{self, Health};
+use kiln_api::types::{ListInfo, ListOptions, Revision, Signal};
+use kiln_model::event::Service;
+use kiln_service::client::{self, Channel};
+use kiln_service::config::Site;
+
+use crate::failure::{Code, During as _, Failure, Outcome};
+use crate::home::Home;
+use crate::site;
+
+/// What one page may hold; the services give no more.
+const PAGE: u32 = 500;
+
+pub(crate) struct Services {
+    site: Site,
+}
+
+impl Services {
+    pub(crate) fn open(home: &Home) -> Outcome<Self> {
+        Ok(Self { site: site::load(home)? })
+    }
+
+    pub(crate) fn site(&self) -> &Site {
+        &self.site
+    }
+
+    pub(crate) fn channel(&self, service: Service) -> Channel {
+        client::channel(&self.site.paths().socket(service))
+    }
+
+    pub(crate) fn builder(&self) -> BuilderServiceClient<Channel> {
+        // An image's configuration and the definitions of a large repository are over tonic's 4 MiB.
+        BuilderServiceClient::new(self.channel(Service::Builder)).max_decoding_message_size(68 << 20)
+    }
+
+    pub(crate) fn deployer(&self) -> DeployerServiceClient<Channel> {
+        DeployerServiceClient::new(self.channel(Service::Deployer))
+    }
+
+    pub(crate) fn monitor(&self) -> MonitorServiceClient<Channel> {
+        MonitorServiceClient::new(self.channel(Service::Monitor))
+    }
+
+    pub(crate) fn engine(&self) -> EngineServiceClient<Channel> {
+        EngineServiceClient::new(self.channel(Service::Node))
+    }
+
+    pub(crate) async fn server(&self, name: &str) -> Outcome<Server> {
+        let request = builder::GetServerRequest { server: name.to_owned() };
+        let answer =
+            self.builder().get_server(request).await.during(format_args!("asking the builder for {name}"))?;
+        answer.into_inner().server.ok_or_else(|| missing("server", name))
+    }
+
+    pub(crate) async fn fleet(&self, name: &str) -> Outcome<Fleet> {
+        let request = deployer::GetFleetRequest { server: name.to_owned() };
+        let answer = self
+            .deployer()
+            .get_fleet(request)
+            .await
+            .during(format_args!("asking the deployer for {name}"))?;
+        answer.into_inner().fleet.ok_or_else(|| missing("fleet", name))
+    }
+
+    /// As [`Services::fleet`]; none where no release was made yet.
+    pub(crate) async fn fleet_if_any(&self, name: &str) -> Outcome<Option<Fleet>> {
+        match self.fleet(name).await {
+            Ok(fleet) => Ok(Some(fleet)),
+            Err(failure) if failure.is_not_found() => Ok(None),
+            Err(failure) => Err(failure),
+        }
+    }
+
+    pub(crate) async fn build(&self, id: &str) -> Outcome<Build> {
+        let request = builder::GetBuildRequest { build: id.to_owned() };
+        let answer =
+            self.builder().get_build(request).await.during(format_args!("asking the builder for {id}"))?;
+        answer.into_inner().build.ok_or_else(|| missing("build", id))
+    }
+
+    pub(crate) async fn servers(&self) -> Outcome<Vec<Server>> {
+        all(async |options| {
+            let request = builder::ListServersRequest { options };
+            let page = self.builder().list_servers(request).await.during("listing the servers")?.into_inner();
+            Ok((page.servers, page.info))
+        })
+        .await
+    }
+
+    /// Oldest first; all servers' where `server` is empty.
+    pub(crate) async fn builds(&self, server: &str) -> Outcome<Vec<Build>> {
+        let mut builds = all(async |options| {
+            let request = builder::ListBuildsRequest { options, server: server.to_owned() };
+            let page = self.builder().list_builds(request).await.during("listing the builds")?.into_inner();
+            Ok((page.builds, page.info))
+        })
+        .await?;
+        builds.sort_by_key(|build| stamp(build.created.as_ref()));
+        Ok(builds)
+    }
+
+    /// Oldest first.
+    pub(crate) async fn revisions(&self, server: &str) -> Outcome<Vec<Revision>> {
+        let mut revisions = all(async |options| {
+            let request = builder::ListRevisionsRequest { options, server: server.to_owned() };
+            let page =
+                self.builder().list_revisions(request).await.during("listing the revisions")?.into_inner();
+            Ok((page.revisions, page.info))
+        })
+        .await?;
+        revisions.sort_by_key(|revision| revision.generation);
+        Ok(revisions)
+    }
+
+    pub(crate) async fn fleets(&self) -> Outcome<Vec<Fleet>> {
+        all(async |options| {
+            let request = deployer::ListFleetsRequest { options };
+            let page = self.deployer().list_fleets(request).await.during("listing the fleets")?.into_inner();
+            Ok((page.fleets, page.info))
+        })
+        .await
+    }
+
+    /// Oldest first.
+    pub(crate) async fn releases(&self, server: &str) -> Outcome<Vec<Release>> {
+        let mut releases = all(async |options| {
+            let request = deployer::ListReleasesRequest { options, server: server.to_owned() };
+            let page =
+                self.deployer().list_releases(request).await.during("listing the releases")?.into_inner();
+            Ok((page.releases, page.info))
+        })
+        .await?;
+        releases.sort_by_key(|release| release.number);
+        Ok(releases)
+    }
+
+    /// Oldest first.
+    pub(crate) async fn rollouts(&self, server: &str) -> Outcome<Vec<Rollout>> {
+        let mut rollouts = all(async |options| {
+            let request = deployer::ListRolloutsRequest { options, server: server.to_owned() };
+            let page =
+                self.deployer().list_rollouts(request).await.during("listing the rollouts")?.into_inner();
+            Ok((page.rollouts, page.info))
+        })
+        .await?;
+        rollouts.sort_by_key(|rollout| stamp(rollout.started.as_ref()));
+        Ok(rollouts)
+    }
+
+    pub(crate) async fn instances(&self, server: &str, with_retired: bool) -> Outcome<Vec<Instance>> {
+        let mut instances = all(async |options| {
+            let request =
+                deployer::ListInstancesRequest { options, server: server.to_owned(), all: with_retired };
+            let page =
+                self.deployer().list_instances(request).await.during("listing the instances")?.into_inner();
+            Ok((page.instances, page.info))
+        })
+        .await?;
+        instances.sort_by(|a, b| {
+            (&a.server, a.ordinal, a.release, a.attempt).cmp(&(&b.server, b.ordinal, b.release, b.attempt))
+        });
+        Ok(instances)
+    }
+
+    /// Oldest first.
+    pub(crate) async fn signals(&self, server: &str) -> Outcome<Vec<Signal>> {
+        let mut signals = all(async |options| {
+            let request = monitor::ListSignalsRequest { options, server: server.to_owned() };
+            let page = self.monitor().list_signals(request).await.during("listing the signals")?.into_inner();
+            Ok((page.signals, page.info))
+        })
+        .await?;
+        signals.sort_by_key(|signal| stamp(signal.raised.as_ref()));
+        Ok(signals)
+    }
+
+    pub(crate) async fn health(&self, server: &str) -> Outcome<Vec<Health>> {
+        all(async |options| {
+            let request = monitor::ListHealthRequest { options, server: server.to_owned() };
+            let page = self.monitor().list_health(request).await.during("listing the health")?.into_inner();
+            Ok((page.health, page.info))
+        })
+        .await
+    }
+}
+
+/// All pages of a list.
+async fn all<T>(
+    page: impl AsyncFn(Option<ListOptions>) -> Outcome<(Vec<T>, Option<ListInfo>)>,
+) -> Outcome<Vec<T>> {
+    let mut found = Vec::new();
+    let mut token = String::new();
+    loop {
+        let options = ListOptions { since: None, page_size: PAGE, page_token: token };
+        let (items, info) = page(Some(options)).await?;
+        found.extend(items);
+        token = info.map(|info| info.next_page_token).unwrap_or_default();
+        if token.is_empty() {
+            return Ok(found);
+        }
+    }
+}
+
+fn stamp(time: Option<&prost_types::Timestamp>) -> (i64, i32) {
+    time.map_or((0, 0), |time| (time.seconds, time.nanos))
+}
+
+fn missing(kind: &str, id: &str) -> Failure {
+    Failure::new(Code::NotFound, format!("there is no {kind} {id}"), "")
+}
+
+/// A new id for a call that changes something: a retried call is carried out once.
+pub(crate) fn request_id() -> String {
+    ulid::Ulid::generate().to_string()
+}
+
+/// Who asks, for the audit record.
+pub(crate) fn actor() -> String {
+    ["SUDO_USER", "USER", "LOGNAME"]
+        .iter()
+        .filter_map(|name| std::env::var(name).ok())
+        .find(|name| !name.is_empty())
+        .unwrap_or_else(|| format!("uid {}", rustix::process::getuid().as_raw()))
+}

@@ -1,0 +1,137 @@
+//! `kiln build`
+
+use clap::Args;
+use kiln_api::builder::watch_build_response::Item;
+use kiln_api::builder::{
+    Build as BuildMessage, BuildRequest, BuildState, CancelBuildRequest, WatchBuildRequest,
+};
+use serde_json::json;
+
+use crate::clients::{Services, actor, request_id};
+use crate::failure::{During as _, Failure, Outcome};
+use crate::screen::{Screen, plain};
+use crate::words::{build_state, or_dash, short, took};
+use crate::{follow, json};
+
+#[derive(Debug, Args)]
+pub(crate) struct Build {
+    /// The server to build
+    #[arg(required_unless_present = "cancel")]
+    server: Option<String>,
+    /// Show the build's log until it ends
+    #[arg(long)]
+    wait: bool,
+    /// Keep the package versions of the last build; resolve nothing anew
+    #[arg(long)]
+    pinned: bool,
+    /// Build again without the layer cache, and compare the digests
+    #[arg(long)]
+    verify: bool,
+    /// End this build
+    #[arg(long, value_name = "BUILD", conflicts_with_all = ["server", "wait", "pinned", "verify"])]
+    cancel: Option<String>,
+}
+
+pub(crate) async fn run(it: &Build, services: &Services, screen: Screen) -> Outcome {
+    if let Some(build) = &it.cancel {
+        return cancel(build, services, screen).await;
+    }
+    let server = it.server.as_deref().unwrap_or_default();
+    let bar = screen.bar(0);
+    bar.message(format_args!("resolving {server}"));
+    let request = BuildRequest {
+        request_id: request_id(),
+        server: server.to_owned(),
+        actor: actor(),
+        pinned: it.pinned,
+        verify: it.verify,
+    };
+    let answer =
+        services.builder().build(request).await.during(format_args!("building {server}"))?.into_inner();
+    drop(bar);
+    let Some(build) = answer.build.filter(|_| !answer.unchanged) else {
+        screen.json(&json!({ "unchanged": true, "image_digest": answer.image_digest, "build": null }))?;
+        screen.line(format_args!(
+            "{server} is up to date: its inputs are those of image {}, nothing was built",
+            or_dash(short(&answer.image_digest))
+        ))?;
+        return screen
+            .next(&[format!("kiln build {server} --verify --wait"), format!("kiln status {server}")]);
+    };
+    if !it.wait {
+        screen.json(&json!({
+            "unchanged": false, "image_digest": "", "build": json::of("kiln.builder.v1.Build", &build)?,
+        }))?;
+        screen.line(format_args!("{} is {}", build.id, build_state(build.state())))?;
+        return screen.next(&[format!("kiln why {}", build.id), format!("kiln build --cancel {}", build.id)]);
+    }
+    let build = watch(services, screen, &build.id).await?;
+    screen.json(&json!({
+        "unchanged": false,
+        "image_digest": build.image_digest,
+        "build": json::of("kiln.builder.v1.Build", &build)?,
+    }))?;
+    if build.state() != BuildState::Succeeded {
+        return Err(follow::failed_build(&build));
+    }
+    show(&build, screen)?;
+    screen.next(&[format!("kiln status {server}"), format!("kiln image inspect {server}")])
+}
+
+/// Shows a build's log until it ends.
+async fn watch(services: &Services, screen: Screen, id: &str) -> Outcome<BuildMessage> {
+    let what = format!("watching {id}");
+    let mut stream = services
+        .builder()
+        .watch_build(WatchBuildRequest { build: id.to_owned() })
+        .await
+        .during(&what)?
+        .into_inner();
+    let bar = screen.bar(0);
+    let mut last = None;
+    while let Some(item) = stream.message().await.during(&what)? {
+        match item.item {
+            Some(Item::Line(line)) => bar.line(screen, line.trim_end()),
+            Some(Item::Build(build)) => {
+                let done = build.steps.len() as u64;
+                bar.set(done, u64::from(build.steps_total).max(done), build_state(build.state()));
+                last = Some(build);
+            }
+            None => {}
+        }
+    }
+    last.ok_or_else(|| Failure::failed(what, "the builder ended the stream without a result"))
+}
+
+fn show(build: &BuildMessage, screen: Screen) -> Outcome {
+    let rows = build
+        .steps
+        .iter()
+        .map(|step| {
+            let time = if step.cached {
+                "cached".to_owned()
+            } else {
+                format!("{:.1}s", step.millis as f64 / 1000.0)
+            };
+            vec![plain(&step.name), plain(time)]
+        })
+        .collect();
+    screen.table(&["STEP", "TIME"], rows)?;
+    screen.line(format_args!(
+        "{} succeeded in {}: image {}, {} of {} tests passed",
+        build.id,
+        took(build.started.as_ref(), build.ended.as_ref()),
+        short(&build.image_digest),
+        build.tests.iter().filter(|test| test.passed).count(),
+        build.tests.len(),
+    ))
+}
+
+async fn cancel(id: &str, services: &Services, screen: Screen) -> Outcome {
+    let request = CancelBuildRequest { request_id: request_id(), build: id.to_owned(), actor: actor() };
+    let answer = services.builder().cancel_build(request).await.during(format_args!("cancelling {id}"))?;
+    let build =
+        answer.into_inner().build.ok_or_else(|| Failure::failed(format!("cancelling {id}"), "no answer"))?;
+    screen.json(&json::of("kiln.builder.v1.Build", &build)?)?;
+    screen.line(format_args!("{id} is {}", build_state(build.state())))
+}

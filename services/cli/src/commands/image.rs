@@ -1,0 +1,130 @@
+//! `kiln image`
+
+use std::fs::File;
+use std::io::{IsTerminal as _, Write as _};
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Subcommand};
+use kiln_api::builder::{ExportImageRequest, GetImageRequest, Image as ImageMessage};
+use serde_json::json;
+
+use crate::clients::Services;
+use crate::failure::{Code, During as _, Failure, Outcome};
+use crate::json;
+use crate::screen::{Screen, plain, write_all};
+use crate::words::{or_dash, plural};
+
+#[derive(Debug, Args)]
+pub(crate) struct Image {
+    #[command(subcommand)]
+    command: ImageCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum ImageCommand {
+    /// Show what an image is made of
+    Inspect {
+        /// An image's digest, or a server for its newest image
+        #[arg(value_name = "SERVER|DIGEST")]
+        image: String,
+    },
+    /// Write an image as an OCI layout in a tar
+    Export {
+        /// An image's digest, or a server for its newest image
+        #[arg(value_name = "SERVER|DIGEST")]
+        image: String,
+        /// Where to write it; `-` for standard output [default: <image>.oci.tar]
+        #[arg(short = 'f', long, value_name = "FILE")]
+        file: Option<PathBuf>,
+    },
+}
+
+pub(crate) async fn run(it: &Image, services: &Services, screen: Screen) -> Outcome {
+    match &it.command {
+        ImageCommand::Inspect { image } => inspect(image, services, screen).await,
+        ImageCommand::Export { image, file } => export(image, file.as_deref(), services, screen).await,
+    }
+}
+
+async fn get(name: &str, services: &Services) -> Outcome<ImageMessage> {
+    let request = GetImageRequest { image: name.to_owned() };
+    let answer =
+        services.builder().get_image(request).await.during(format_args!("looking up the image {name}"))?;
+    answer
+        .into_inner()
+        .image
+        .ok_or_else(|| Failure::new(Code::NotFound, format!("there is no image {name}"), ""))
+}
+
+async fn inspect(name: &str, services: &Services, screen: Screen) -> Outcome {
+    let image = get(name, services).await?;
+    screen.json(&json::of("kiln.builder.v1.Image", &image)?)?;
+    screen.line(format_args!("image      {}", image.digest))?;
+    screen.line(format_args!("server     {}", or_dash(&image.server)))?;
+    screen.line(format_args!("build      {}", or_dash(&image.build)))?;
+    screen.line(format_args!("lock       {}", or_dash(&image.lock_key)))?;
+    let signature = if image.verified { "verified" } else { "NOT VERIFIED" };
+    screen.line(format_args!("signature  {signature}, key {}", or_dash(&image.key_id)))?;
+    screen.line(format_args!("packages   {}\n", image.packages.len()))?;
+    let rows = image
+        .layers
+        .iter()
+        .map(|layer| vec![plain(&layer.digest), plain(size(layer.size)), plain(&layer.created_by)])
+        .collect();
+    screen.table(&["LAYER", "SIZE", "MADE BY"], rows)?;
+    screen.next(&[format!("kiln image export {name}"), format!("kiln image inspect {name} -o json")])
+}
+
+async fn export(name: &str, file: Option<&Path>, services: &Services, screen: Screen) -> Outcome {
+    let what = format!("exporting the image {name}");
+    let to_stdout = file == Some(Path::new("-"));
+    if to_stdout && std::io::stdout().is_terminal() {
+        return Err(
+            Failure::new(Code::Refused, what, "a tar is nothing for a terminal").todo("name a file with -f")
+        );
+    }
+    if to_stdout && screen.is_json() {
+        return Err(Failure::new(
+            Code::Refused,
+            what,
+            "the tar and the JSON would both go to standard output",
+        )
+        .todo("name a file with -f"));
+    }
+    let request = ExportImageRequest { image: name.to_owned() };
+    let mut stream = services.builder().export_image(request).await.during(&what)?.into_inner();
+    let path =
+        file.map_or_else(|| PathBuf::from(format!("{}.oci.tar", name.replace(':', "-"))), Path::to_path_buf);
+    let bar = screen.bar(0);
+    let mut written = 0_u64;
+    if to_stdout {
+        while let Some(part) = stream.message().await.during(&what)? {
+            write_all(&part.data)?;
+        }
+        return Ok(());
+    }
+    // Under its name only when it is whole.
+    let folder =
+        path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
+    let mut partial: tempfile::NamedTempFile<File> =
+        tempfile::NamedTempFile::new_in(folder).during(format_args!("writing to {}", folder.display()))?;
+    while let Some(part) = stream.message().await.during(&what)? {
+        partial.write_all(&part.data).during(format_args!("writing {}", path.display()))?;
+        written += part.data.len() as u64;
+        bar.message(format_args!("{} written", size(written)));
+    }
+    drop(bar);
+    partial.persist(&path).map_err(|error| error.error).during(format_args!("writing {}", path.display()))?;
+    screen.json(&json!({ "image": name, "file": path.display().to_string(), "bytes": written }))?;
+    screen.line(format_args!("{} is an OCI layout of {}", path.display(), size(written)))?;
+    screen.next(&[format!("skopeo inspect oci-archive:{}", path.display())])
+}
+
+fn size(bytes: u64) -> String {
+    match bytes {
+        0..1_000 => plural(usize::try_from(bytes).unwrap_or_default(), "byte"),
+        1_000..1_000_000 => format!("{:.1} kB", bytes as f64 / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
+        _ => format!("{:.2} GB", bytes as f64 / 1e9),
+    }
+}

@@ -1,0 +1,89 @@
+//! `kiln logs`
+
+use std::io::Write as _;
+
+use clap::Args;
+use futures::StreamExt as _;
+use futures::stream::SelectAll;
+use kiln_api::engine::{LogsRequest, LogsResponse};
+use serde_json::json;
+
+use crate::clients::Services;
+use crate::failure::{Code, During as _, Failure, Outcome};
+use crate::screen::{Screen, print, write_all};
+use crate::words::timestamp;
+
+#[derive(Debug, Args)]
+pub(crate) struct Logs {
+    /// An instance, or a server for all of its instances
+    #[arg(value_name = "SERVER|INSTANCE")]
+    target: String,
+    /// Go on with what is written from now on
+    #[arg(short, long)]
+    follow: bool,
+    /// Begin with the last lines of each instance; 0 for all
+    #[arg(long, value_name = "LINES", default_value = "100")]
+    tail: u32,
+}
+
+pub(crate) async fn run(it: &Logs, services: &Services, screen: Screen) -> Outcome {
+    let ids = instances(&it.target, services).await?;
+    if ids.is_empty() {
+        return Err(Failure::new(Code::NotFound, format!("{} has no instances", it.target), "")
+            .todo(format!("kiln status {}", it.target)));
+    }
+    let width = ids.iter().map(String::len).max().unwrap_or_default();
+    let many = ids.len() > 1;
+    let mut lines = SelectAll::new();
+    for id in ids {
+        let request = LogsRequest { id: id.clone(), tail: it.tail, follow: it.follow };
+        let what = format!("reading the log of {id}");
+        let stream = services.engine().logs(request).await.during(&what)?.into_inner();
+        lines.push(stream.map(move |line| (id.clone(), line)));
+    }
+    if it.follow || screen.is_json() {
+        while let Some((id, line)) = lines.next().await {
+            let line = line.during(format_args!("reading the log of {id}"))?;
+            show(&id, &line, many.then_some(width), screen)?;
+        }
+        return Ok(());
+    }
+    // Each instance's lines come in order; those of several are put into one by their time.
+    let mut read = Vec::new();
+    while let Some((id, line)) = lines.next().await {
+        read.push((id.clone(), line.during(format_args!("reading the log of {id}"))?));
+    }
+    read.sort_by_key(|(_, line)| timestamp(line.time.as_ref()));
+    for (id, line) in &read {
+        show(id, line, many.then_some(width), screen)?;
+    }
+    Ok(())
+}
+
+async fn instances(target: &str, services: &Services) -> Outcome<Vec<String>> {
+    if target.parse::<kiln_model::name::InstanceId>().is_ok() {
+        return Ok(vec![target.to_owned()]);
+    }
+    services.fleet(target).await?;
+    Ok(services.instances(target, false).await?.into_iter().map(|instance| instance.id).collect())
+}
+
+fn show(id: &str, line: &LogsResponse, width: Option<usize>, screen: Screen) -> Outcome {
+    if screen.is_json() {
+        // A log has no end to wait for: a document a line.
+        return print(json!({
+            "instance": id,
+            "time": timestamp(line.time.as_ref()).map(|time| time.to_string()),
+            "stream": line.stream,
+            "line": String::from_utf8_lossy(&line.line),
+        }));
+    }
+    let mut text = Vec::new();
+    if let Some(width) = width {
+        // Writing to memory does not fail.
+        let _ = write!(text, "{id:<width$}  ");
+    }
+    text.extend_from_slice(line.line.trim_ascii_end());
+    text.push(b'\n');
+    write_all(&text)
+}

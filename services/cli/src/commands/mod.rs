@@ -1,0 +1,100 @@
+//! One file for each command.
+
+mod apply;
+mod build;
+mod completions;
+mod doctor;
+mod down;
+mod events;
+mod history;
+mod image;
+mod init;
+mod instances;
+mod lint;
+mod logs;
+mod plan;
+mod remove;
+mod rollback;
+mod signal;
+mod status;
+mod supervise;
+mod up;
+mod why;
+
+use clap::Subcommand;
+
+use crate::clients::Services;
+use crate::failure::Outcome;
+use crate::home::Home;
+use crate::screen::Screen;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Start Kiln on this machine; makes the site where there is none
+    Up(up::Up),
+    /// Stop Kiln and take down everything that it made on this machine
+    Down(down::Down),
+    /// Look whether this machine can run instances, and say what to do where it can't
+    Doctor,
+    /// Write a definition to begin with
+    Init(init::Init),
+    /// Check the definitions of a folder
+    Lint(lint::Lint),
+    /// Take over the definitions of a folder or of a Git repository, and deploy them
+    Apply(apply::Apply),
+    /// Give a server up: its fleet is retired
+    Remove(remove::Remove),
+    /// Show what a build would change, without building
+    Plan(plan::Plan),
+    /// Resolve a server anew, and build if something differs
+    Build(build::Build),
+    /// Show the servers, or one of them in full
+    Status(status::Status),
+    /// Show the instances
+    Instances(instances::Instances),
+    /// Show what an instance, or each of a server's, wrote
+    Logs(logs::Logs),
+    /// Go back to the last good release, or to the one named
+    Rollback(rollback::Rollback),
+    /// Report that a server needs an update; list and approve what was reported
+    Signal(signal::Signal),
+    /// Show events as they happen
+    Events(events::Events),
+    /// Show what happened to a server
+    History(history::History),
+    /// Show the causes behind a server, a build, a release or an instance
+    Why(why::Why),
+    /// Look into images, and export them
+    Image(image::Image),
+    /// Write the completions for a shell
+    Completions(completions::Completions),
+    /// Keep the site's services running (`kiln up` starts it)
+    #[command(hide = true)]
+    Supervise,
+}
+
+pub(crate) async fn run(command: Command, home: &Home, screen: Screen) -> Outcome {
+    let services = || Services::open(home);
+    match command {
+        Command::Up(it) => up::run(it, home, screen).await,
+        Command::Down(it) => down::run(&it, home, screen).await,
+        Command::Doctor => doctor::run(home, screen).await,
+        Command::Init(it) => init::run(&it, screen),
+        Command::Lint(it) => lint::run(&it, screen),
+        Command::Apply(it) => apply::run(&it, &services()?, screen).await,
+        Command::Remove(it) => remove::run(&it, &services()?, screen).await,
+        Command::Plan(it) => plan::run(&it, &services()?, screen).await,
+        Command::Build(it) => build::run(&it, &services()?, screen).await,
+        Command::Status(it) => status::run(&it, &services()?, screen).await,
+        Command::Instances(it) => instances::run(&it, &services()?, screen).await,
+        Command::Logs(it) => logs::run(&it, &services()?, screen).await,
+        Command::Rollback(it) => rollback::run(&it, &services()?, screen).await,
+        Command::Signal(it) => signal::run(&it, &services()?, screen).await,
+        Command::Events(it) => events::run(&it, &services()?, screen).await,
+        Command::History(it) => history::run(&it, &services()?, screen).await,
+        Command::Why(it) => why::run(&it, &services()?, screen).await,
+        Command::Image(it) => image::run(&it, &services()?, screen).await,
+        Command::Completions(it) => completions::run(&it),
+        Command::Supervise => supervise::run(home).await,
+    }
+}

@@ -1,0 +1,66 @@
+//! `kiln plan`
+
+use clap::Args;
+use kiln_api::builder::PlanRequest;
+
+use crate::clients::Services;
+use crate::failure::{During as _, Failure, Outcome};
+use crate::json;
+use crate::screen::{Screen, plain};
+use crate::words::{or_dash, plural, short};
+
+#[derive(Debug, Args)]
+pub(crate) struct Plan {
+    /// The server to plan for
+    server: String,
+}
+
+pub(crate) async fn run(it: &Plan, services: &Services, screen: Screen) -> Outcome {
+    let server = &it.server;
+    let bar = screen.bar(0);
+    bar.message(format_args!("resolving {server}"));
+    let answer = services
+        .builder()
+        .plan(PlanRequest { server: server.clone() })
+        .await
+        .during(format_args!("planning {server}"))?;
+    drop(bar);
+    let plan = answer
+        .into_inner()
+        .plan
+        .ok_or_else(|| Failure::failed(format!("planning {server}"), "the builder gave no plan"))?;
+    screen.json(&json::of("kiln.builder.v1.Plan", &plan)?)?;
+
+    if !plan.needs_build && !plan.needs_revision {
+        return screen.line(format_args!(
+            "{server} is up to date: resolved anew, its inputs are those of image {}",
+            or_dash(short(&plan.current_image))
+        ));
+    }
+    match (plan.needs_build, plan.current_image.is_empty()) {
+        (true, true) => screen.line(format_args!("{server} would be built for the first time"))?,
+        (true, false) => screen.line(format_args!(
+            "{server} would be built anew, in the place of image {}",
+            short(&plan.current_image)
+        ))?,
+        (false, _) => screen.line(format_args!("{server} keeps its image; how it runs would change"))?,
+    }
+    for change in &plan.changes {
+        screen.line(format_args!("  {change}"))?;
+    }
+    if plan.current_image.is_empty() {
+        screen.line(format_args!("  packages: {} in all", plan.packages.len()))?;
+    } else if !plan.packages.is_empty() {
+        screen.line(format_args!("  packages: {}", plural(plan.packages.len(), "change")))?;
+        let rows = plan
+            .packages
+            .iter()
+            .map(|it| {
+                vec![plain(format!("    {}", it.name)), plain(or_dash(&it.from)), plain(or_dash(&it.to))]
+            })
+            .collect();
+        screen.table(&["    PACKAGE", "FROM", "TO"], rows)?;
+    }
+    screen.line(format_args!("  {} would be replaced", plural(plan.replicas as usize, "instance")))?;
+    screen.next(&[format!("kiln build {server} --wait")])
+}

@@ -1,0 +1,35 @@
+//! `kiln remove`
+
+use clap::Args;
+use kiln_api::builder::RemoveRequest;
+use serde_json::json;
+
+use crate::clients::{Services, actor, request_id};
+use crate::failure::{During as _, Outcome};
+use crate::follow;
+use crate::screen::Screen;
+
+#[derive(Debug, Args)]
+pub(crate) struct Remove {
+    /// The server to give up
+    server: String,
+    /// Wait until its last instance is retired
+    #[arg(long)]
+    wait: bool,
+}
+
+pub(crate) async fn run(it: &Remove, services: &Services, screen: Screen) -> Outcome {
+    let server = &it.server;
+    let request = RemoveRequest { request_id: request_id(), server: server.clone(), actor: actor() };
+    services.builder().remove(request).await.during(format_args!("removing {server}"))?;
+    if it.wait {
+        follow::until_retired(services, screen, server).await?;
+    }
+    screen.json(&json!({ "server": server, "removed": true, "retired": it.wait }))?;
+    if it.wait {
+        screen.line(format_args!("{server} is removed; nothing of it runs any more"))
+    } else {
+        screen.line(format_args!("{server} is removed; its instances are being retired"))?;
+        screen.next(&[format!("kiln instances {server}")])
+    }
+}

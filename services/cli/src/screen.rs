@@ -1,0 +1,187 @@
+//! Where output goes: the answer to standard output, progress to standard error.
+
+use std::fmt::Display;
+use std::io::{self, IsTerminal as _, Write as _};
+use std::time::Duration;
+
+use clap::ValueEnum;
+use comfy_table::{Attribute, Cell, Color, ColumnConstraint, ContentArrangement, Table, presets};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::Value;
+
+use crate::failure::{Failure, Outcome};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// For people.
+    Table,
+    /// One document for programs.
+    Json,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Screen {
+    format: Format,
+    color: bool,
+    /// Progress can be drawn over itself.
+    drawn: bool,
+}
+
+impl Screen {
+    pub(crate) fn new(format: Format, no_color: bool) -> Self {
+        let plain = no_color
+            || std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
+            || std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+        Self {
+            format,
+            color: !plain && io::stdout().is_terminal(),
+            drawn: format == Format::Table && io::stderr().is_terminal(),
+        }
+    }
+
+    pub(crate) fn is_json(self) -> bool {
+        self.format == Format::Json
+    }
+
+    /// A line of the answer for people; nothing where a program asked.
+    pub(crate) fn line(self, text: impl Display) -> Outcome {
+        if self.is_json() { Ok(()) } else { print(text) }
+    }
+
+    /// The answer for programs; nothing where a person asked.
+    pub(crate) fn json(self, document: &Value) -> Outcome {
+        if self.is_json() { print(document) } else { Ok(()) }
+    }
+
+    pub(crate) fn next(self, steps: &[impl Display]) -> Outcome {
+        for (index, step) in steps.iter().enumerate() {
+            self.line(format_args!("{} {step}", if index == 0 { "\nNext:" } else { "     " }))?;
+        }
+        Ok(())
+    }
+
+    /// A line of progress. That nobody reads it is no reason to end the work.
+    pub(crate) fn progress(self, text: impl Display) {
+        if !self.is_json() {
+            let _ = writeln!(io::stderr(), "{text}");
+        }
+    }
+
+    pub(crate) fn table(self, head: &[&str], rows: Vec<Vec<Cell>>) -> Outcome {
+        if self.is_json() {
+            return Ok(());
+        }
+        let mut table = Table::new();
+        table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic);
+        if self.color {
+            table.enforce_styling();
+        } else {
+            table.force_no_tty();
+        }
+        if !io::stdout().is_terminal() {
+            // A file or a pipe has no width to fit into.
+            table.set_content_arrangement(ContentArrangement::Disabled);
+        }
+        table.set_header(head.iter().map(|text| Cell::new(text).add_attribute(Attribute::Bold)));
+        table.add_rows(rows);
+        // The first column is a name that people copy: it is never broken over two lines.
+        if let Some(column) = table.column_mut(0) {
+            column.set_constraint(ColumnConstraint::ContentWidth);
+        }
+        let columns = table.column_count();
+        for column in table.column_iter_mut().take(columns) {
+            column.set_padding((0, 2));
+        }
+        let text = table.to_string();
+        for line in text.lines() {
+            print(line.trim_end())?;
+        }
+        Ok(())
+    }
+
+    /// A bar on a terminal, nothing elsewhere: there [`Screen::progress`] tells each step.
+    pub(crate) fn bar(self, length: u64) -> Bar {
+        if !self.drawn {
+            return Bar(None);
+        }
+        let bar = ProgressBar::new(length);
+        let template = if length == 0 {
+            "{spinner} {msg} ({elapsed})"
+        } else {
+            "{spinner} [{bar:24}] {pos}/{len} {msg} ({elapsed})"
+        };
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style.progress_chars("=> "));
+        }
+        bar.enable_steady_tick(Duration::from_millis(120));
+        Bar(Some(bar))
+    }
+}
+
+/// Work that is under way, drawn where there is a terminal.
+pub(crate) struct Bar(Option<ProgressBar>);
+
+impl Bar {
+    pub(crate) fn set(&self, position: u64, length: u64, message: impl Display) {
+        if let Some(bar) = &self.0 {
+            bar.set_length(length);
+            bar.set_position(position);
+            bar.set_message(message.to_string());
+        }
+    }
+
+    pub(crate) fn message(&self, message: impl Display) {
+        if let Some(bar) = &self.0 {
+            bar.set_message(message.to_string());
+        }
+    }
+
+    /// A line above the bar.
+    pub(crate) fn line(&self, screen: Screen, text: impl Display) {
+        match &self.0 {
+            Some(bar) => bar.suspend(|| screen.progress(text)),
+            None => screen.progress(text),
+        }
+    }
+
+    pub(crate) fn is_drawn(&self) -> bool {
+        self.0.is_some()
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.0 {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// Writes one line to standard output, whatever the format.
+pub(crate) fn print(text: impl Display) -> Outcome {
+    write_all(format!("{text}\n").as_bytes())
+}
+
+pub(crate) fn write_all(bytes: &[u8]) -> Outcome {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(bytes).and_then(|()| stdout.flush()).map_err(|error| match error.kind() {
+        io::ErrorKind::BrokenPipe => Failure::ClosedPipe,
+        _ => Failure::failed("writing to standard output", error),
+    })
+}
+
+pub(crate) fn plain(text: impl ToString) -> Cell {
+    Cell::new(text)
+}
+
+pub(crate) fn good(text: impl ToString) -> Cell {
+    Cell::new(text).fg(Color::Green)
+}
+
+pub(crate) fn busy(text: impl ToString) -> Cell {
+    Cell::new(text).fg(Color::Yellow)
+}
+
+pub(crate) fn bad(text: impl ToString) -> Cell {
+    Cell::new(text).fg(Color::Red)
+}

@@ -1,0 +1,226 @@
+//! Making the site's folder, and changing its settings.
+
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+
+use kiln_model::event::Service;
+use kiln_service::config::{NatsFile, Site, SiteFile};
+use rand::Rng as _;
+use toml::{Table, Value};
+
+use super::{keys, network};
+use crate::failure::{Code, During as _, Failure, Outcome};
+use crate::home::Home;
+
+/// What `kiln up` was told beside the site's name.
+#[derive(Debug, Default)]
+pub(crate) struct Wishes {
+    /// A broker that is there already.
+    pub(crate) nats_url: Option<String>,
+    /// `poll.git` and `1s`.
+    pub(crate) settings: Vec<(String, String)>,
+}
+
+/// The site with its settings, made where it did not exist.
+pub(crate) fn ensure(home: &Home, wishes: &Wishes) -> Outcome<Site> {
+    let folder = home.folder();
+    let what = format!("making the site's folder {}", folder.display());
+    DirBuilder::new().recursive(true).mode(0o700).create(folder).during(&what)?;
+    let path = home.site_file();
+    let old = if path.exists() {
+        std::fs::read_to_string(&path).during(format_args!("reading {}", path.display()))?
+    } else {
+        text(&fresh(home)?)?
+    };
+    let file = changed(&old, wishes).map_err(|why| {
+        Failure::new(Code::Invalid, format!("the settings in {}", path.display()), why).reason("bad_config")
+    })?;
+    let new = text(&file)?;
+    let folder = folder.canonicalize().during(&what)?;
+    let site = file
+        .check(&folder)
+        .map_err(|error| Failure::new(Code::Invalid, "the site's settings", error).reason("bad_config"))?;
+
+    let paths = site.paths();
+    let mut folders = vec![
+        paths.run(),
+        paths.keys(),
+        paths.keys().join("nats"),
+        paths.nats(),
+        paths.logs(),
+        paths.images(),
+    ];
+    folders.extend(Service::ALL.map(|service| paths.service(service)));
+    for folder in folders {
+        let what = format!("making {}", folder.display());
+        DirBuilder::new().recursive(true).mode(0o700).create(&folder).during(what)?;
+    }
+    keys::ensure(paths)?;
+    write_broker(&site, wishes)?;
+    // Last: a folder with a site.toml is a whole one.
+    if !path.exists() || new != old {
+        keys::write(&path, &new)?;
+    }
+    Ok(site)
+}
+
+fn text(file: &SiteFile) -> Outcome<String> {
+    file.to_text().map_err(|error| Failure::failed("writing the site's settings", error))
+}
+
+fn fresh(home: &Home) -> Outcome<SiteFile> {
+    let id: String = format!("{:08x}", rand::rng().random::<u32>());
+    // The kernel's names of network interfaces have at most 15 characters.
+    let bridge = format!("kiln-{}", &id[..6]);
+    let mut ports = network::free_ports(1 + Service::ALL.len())?.into_iter();
+    let mut address = || format!("127.0.0.1:{}", ports.next().unwrap_or_default());
+    let nats = NatsFile { url: format!("nats://{}", address()) };
+    Ok(SiteFile {
+        name: home.name().to_string(),
+        subnet: network::free_subnet()?,
+        bridge,
+        id,
+        log: "info".to_owned(),
+        nats,
+        otlp: None,
+        metrics: Service::ALL.into_iter().map(|service| (service, address())).collect(),
+        poll: Default::default(),
+        builder: Default::default(),
+    })
+}
+
+/// The settings with what was wished for put in.
+fn changed(old: &str, wishes: &Wishes) -> Result<SiteFile, String> {
+    let mut table: Table = old.parse().map_err(|error: toml::de::Error| error.to_string())?;
+    let url = wishes.nats_url.iter().map(|url| ("nats.url".to_owned(), url.clone()));
+    for (key, value) in url.chain(wishes.settings.iter().cloned()) {
+        set(&mut table, &key, &value)?;
+    }
+    Value::Table(table).try_into().map_err(|error: toml::de::Error| error.to_string())
+}
+
+/// `poll.git` is the key `git` of the table `poll`.
+fn set(table: &mut Table, key: &str, value: &str) -> Result<(), String> {
+    match key.split_once('.') {
+        Some((first, rest)) => {
+            let inner = table.entry(first).or_insert_with(|| Value::Table(Table::new()));
+            let inner = inner.as_table_mut().ok_or_else(|| format!("`{first}` holds no further settings"))?;
+            set(inner, rest, value)
+        }
+        None => {
+            // Only numbers are written as such; all other settings are texts.
+            let value = value.parse().map_or_else(|_| Value::String(value.to_owned()), Value::Integer);
+            table.insert(key.to_owned(), value);
+            Ok(())
+        }
+    }
+}
+
+pub(crate) fn broker_config(site: &Site) -> PathBuf {
+    site.paths().nats().join("nats.conf")
+}
+
+/// With a broker of the site's own its configuration; with another's the users that it must be given.
+fn write_broker(site: &Site, wishes: &Wishes) -> Outcome {
+    let own = broker_config(site);
+    let users = keys::users_section(site.paths(), &site.name)?;
+    if wishes.nats_url.is_some() || (!own.exists() && home_is_made(site)) {
+        if own.exists() {
+            std::fs::remove_file(&own).during(format_args!("removing {}", own.display()))?;
+        }
+        return keys::write(&site.paths().nats().join("users.conf"), &users);
+    }
+    let listen = site.nats_url.trim_start_matches("nats://").trim_end_matches('/');
+    keys::write(&own, &config(listen, &site.paths().nats(), site.name.as_str(), &users))
+}
+
+fn home_is_made(site: &Site) -> bool {
+    site.home.join("site.toml").exists()
+}
+
+fn config(listen: &str, folder: &Path, name: &str, users: &str) -> String {
+    let folder = folder.display();
+    // State is the truth: what a power failure takes of the last second's events is found by the resyncs.
+    format!(
+        "# Made by `kiln up`, anew each time.\n\
+         server_name: \"kiln-{name}\"\n\
+         listen: \"{listen}\"\n\
+         pid_file: \"{folder}/nats.pid\"\n\
+         max_payload: 4MB\n\
+         jetstream {{\n  store_dir: \"{folder}/jetstream\"\n  sync_interval: 1s\n}}\n\
+         {users}"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn home(folder: &Path) -> Home {
+        Home::new(Some(folder.join("home")), "test").unwrap()
+    }
+
+    #[test]
+    fn a_site_is_made_once_and_keeps_its_identity() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = ensure(&home(folder.path()), &Wishes::default()).unwrap();
+        let key = std::fs::read_to_string(first.paths().signing_key()).unwrap();
+        let again = ensure(&home(folder.path()), &Wishes::default()).unwrap();
+        assert_eq!(
+            (&first.id, first.subnet.network(), &first.nats_url),
+            (&again.id, again.subnet.network(), &again.nats_url)
+        );
+        assert_eq!(key, std::fs::read_to_string(again.paths().signing_key()).unwrap());
+        assert!(kiln_image::read_signing_key(&again.paths().signing_key()).is_ok());
+        assert!(kiln_image::read_trusted_key(&again.paths().signing_pub()).is_ok());
+        let config = std::fs::read_to_string(broker_config(&again)).unwrap();
+        assert!(config.contains("nkey:") && config.contains(again.nats_url.trim_start_matches("nats://")));
+    }
+
+    #[test]
+    fn nobody_else_may_look_into_it() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let folder = tempfile::tempdir().unwrap();
+        let site = ensure(&home(folder.path()), &Wishes::default()).unwrap();
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(&site.home), 0o700);
+        assert_eq!(mode(&site.paths().run()), 0o700);
+        assert_eq!(mode(&site.paths().signing_key()), 0o600);
+        assert_eq!(mode(&site.paths().nats_seed(kiln_bus::User::Admin)), 0o600);
+        assert_eq!(mode(&broker_config(&site)), 0o600);
+    }
+
+    #[test]
+    fn settings_are_changed_by_their_names_and_bad_ones_change_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let home = home(folder.path());
+        let with = |key: &str, value: &str| {
+            ensure(&home, &Wishes { nats_url: None, settings: vec![(key.to_owned(), value.to_owned())] })
+        };
+        let site = with("poll.git", "1s").unwrap();
+        assert_eq!(site.poll.git.as_secs(), 1);
+        assert_eq!(with("builder.workers", "3").unwrap().builder.workers, 3);
+        assert_eq!(
+            with("otlp.endpoint", "http://127.0.0.1:4317").unwrap().otlp.unwrap(),
+            "http://127.0.0.1:4317"
+        );
+        for (key, value) in [("poll.gti", "1s"), ("poll.git", "1"), ("name.x", "y"), ("nonsense", "1")] {
+            assert!(with(key, value).is_err(), "{key}={value}");
+        }
+        let site = Site::load(home.folder()).unwrap();
+        assert_eq!((site.poll.git.as_secs(), site.builder.workers), (1, 3));
+    }
+
+    #[test]
+    fn another_broker_is_given_the_users_and_none_is_started() {
+        let folder = tempfile::tempdir().unwrap();
+        let home = home(folder.path());
+        let wishes = Wishes { nats_url: Some("nats://127.0.0.1:4222".to_owned()), settings: Vec::new() };
+        let site = ensure(&home, &wishes).unwrap();
+        assert!(!broker_config(&site).exists());
+        let site = ensure(&home, &Wishes::default()).unwrap();
+        assert!(!broker_config(&site).exists() && site.nats_url == "nats://127.0.0.1:4222");
+        assert!(site.paths().nats().join("users.conf").exists());
+    }
+}

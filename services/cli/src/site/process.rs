@@ -1,0 +1,108 @@
+//! A process by its id, held so that the id can't come to mean another one.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+#[derive(Debug)]
+pub(crate) struct Process {
+    pid: i32,
+    handle: Arc<OwnedFd>,
+}
+
+impl Process {
+    /// The process that a pid file names, if it runs and its command line holds `mark`. A file outlives its process,
+    /// and the id may have been given to another one since.
+    pub(crate) fn named(pid_file: &Path, mark: &str) -> Option<Self> {
+        let pid: i32 = fs::read_to_string(pid_file).ok()?.trim().parse().ok()?;
+        let handle = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
+        // Looked at after it is held: what is held now is what has this command line.
+        if !command_line(pid).iter().any(|argument| argument == mark) {
+            return None;
+        }
+        Some(Self { pid, handle: Arc::new(handle) })
+    }
+
+    pub(crate) fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    pub(crate) async fn ended(&self) {
+        let handle = Arc::clone(&self.handle);
+        // A handle of a process becomes readable when it ends. An interrupted wait is begun anew; no other error is
+        // possible for a handle that is open. A thread that nobody waits for any more ends with the process.
+        let wait =
+            move || while poll(&mut [PollFd::new(&*handle, PollFlags::IN)], None) == Err(Errno::INTR) {};
+        let _ = tokio::task::spawn_blocking(wait).await;
+    }
+
+    fn signal(&self, signal: Signal) -> Result<(), Errno> {
+        match pidfd_send_signal(&self.handle, signal) {
+            Err(Errno::SRCH) | Ok(()) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// TERM, and KILL when the patience is over. False where it had to be killed.
+    pub(crate) async fn stop(&self, patience: Duration) -> Result<bool, Errno> {
+        self.signal(Signal::TERM)?;
+        if tokio::time::timeout(patience, self.ended()).await.is_ok() {
+            return Ok(true);
+        }
+        self.signal(Signal::KILL)?;
+        self.ended().await;
+        Ok(false)
+    }
+}
+
+/// Empty for a process that ended, and for a thread of the kernel.
+pub(crate) fn command_line(pid: i32) -> Vec<String> {
+    let raw = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    raw.split(|byte| *byte == 0)
+        .filter(|part| !part.is_empty())
+        .map(|part| String::from_utf8_lossy(part).into_owned())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_process_is_known_by_its_command_line_and_ends() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("pid");
+        let mut child = Command::new("sleep").arg("1000.25").stdin(Stdio::null()).spawn().unwrap();
+        fs::write(&file, format!("{}\n", child.id())).unwrap();
+        assert!(Process::named(&file, "another").is_none());
+        let process = Process::named(&file, "1000.25").unwrap();
+        assert_eq!(process.stop(Duration::from_secs(5)).await, Ok(true));
+        // Not reaped yet, so the id is still its own; its command line is gone.
+        assert!(Process::named(&file, "1000.25").is_none());
+        child.wait().unwrap();
+        assert!(Process::named(&file, "1000.25").is_none());
+    }
+
+    #[tokio::test]
+    async fn what_does_not_listen_is_killed() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("pid");
+        let script = "trap '' TERM; echo ready; while :; do sleep 0.1; done";
+        let mut command = Command::new("sh");
+        let mut child = command.args(["-c", script, "mark-7"]).stdout(Stdio::piped()).spawn().unwrap();
+        let mut ready = [0; 5];
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut ready).unwrap();
+        fs::write(&file, child.id().to_string()).unwrap();
+        let process = Process::named(&file, "mark-7").unwrap();
+        assert_eq!(process.stop(Duration::from_millis(200)).await, Ok(false));
+        child.wait().unwrap();
+    }
+}

@@ -1,0 +1,153 @@
+//! Small texts that many outputs share: ages, short digests, states.
+
+use comfy_table::Cell;
+use jiff::{Timestamp, Unit};
+use kiln_api::builder::BuildState;
+use kiln_api::deployer::{InstanceState, RolloutState};
+use kiln_api::types::{HealthState, SignalState};
+
+use crate::screen::{bad, busy, good, plain};
+
+pub(crate) fn timestamp(time: Option<&prost_types::Timestamp>) -> Option<Timestamp> {
+    time.and_then(|time| Timestamp::new(time.seconds, time.nanos).ok())
+}
+
+/// `42s`, `3m`, `5h`, `12d`; `-` where there is no time.
+pub(crate) fn age(time: Option<&prost_types::Timestamp>) -> String {
+    timestamp(time)
+        .map_or_else(|| "-".to_owned(), |time| span(Timestamp::now().duration_since(time).as_secs()))
+}
+
+pub(crate) fn span(seconds: i64) -> String {
+    match seconds.max(0) {
+        s @ 0..120 => format!("{s}s"),
+        s @ 120..7_200 => format!("{}m", s / 60),
+        s @ 7_200..172_800 => format!("{}h", s / 3_600),
+        s => format!("{}d", s / 86_400),
+    }
+}
+
+/// Between two moments, to a tenth of a second.
+pub(crate) fn took(from: Option<&prost_types::Timestamp>, to: Option<&prost_types::Timestamp>) -> String {
+    match (timestamp(from), timestamp(to)) {
+        (Some(from), Some(to)) => format!("{:.1}s", to.duration_since(from).as_secs_f64().max(0.0)),
+        _ => "-".to_owned(),
+    }
+}
+
+/// Local time, to the second.
+pub(crate) fn moment(time: Option<&prost_types::Timestamp>) -> String {
+    timestamp(time).map_or_else(
+        || "-".to_owned(),
+        |time| {
+            let zoned = time.to_zoned(jiff::tz::TimeZone::system());
+            let zoned = zoned.round(Unit::Second).unwrap_or(zoned);
+            zoned.strftime("%Y-%m-%d %H:%M:%S").to_string()
+        },
+    )
+}
+
+/// The first twelve digits, as people compare them.
+pub(crate) fn short(digest: &str) -> &str {
+    let hex = digest.strip_prefix("sha256:").unwrap_or(digest);
+    hex.get(..12).unwrap_or(hex)
+}
+
+pub(crate) fn or_dash(text: &str) -> &str {
+    if text.is_empty() { "-" } else { text }
+}
+
+pub(crate) fn release(number: u64) -> String {
+    if number == 0 { "-".to_owned() } else { format!("r{number}") }
+}
+
+pub(crate) fn plural(count: usize, one: &str) -> String {
+    if count == 1 { format!("1 {one}") } else { format!("{count} {one}s") }
+}
+
+pub(crate) fn build_state(state: BuildState) -> &'static str {
+    match state {
+        BuildState::Unspecified => "?",
+        BuildState::Queued => "queued",
+        BuildState::Running => "running",
+        BuildState::Succeeded => "succeeded",
+        BuildState::Failed => "failed",
+        BuildState::Cancelled => "cancelled",
+    }
+}
+
+pub(crate) fn rollout_state(state: RolloutState) -> &'static str {
+    match state {
+        RolloutState::Unspecified => "?",
+        RolloutState::Running => "rolling out",
+        RolloutState::Held => "held",
+        RolloutState::RollingBack => "rolling back",
+        RolloutState::Succeeded => "succeeded",
+        RolloutState::RolledBack => "rolled back",
+        RolloutState::Failed => "failed",
+        RolloutState::Superseded => "superseded",
+    }
+}
+
+pub(crate) fn rollout_is_under_way(state: RolloutState) -> bool {
+    matches!(state, RolloutState::Running | RolloutState::Held | RolloutState::RollingBack)
+}
+
+pub(crate) fn instance_state(state: InstanceState) -> &'static str {
+    match state {
+        InstanceState::Unspecified => "?",
+        InstanceState::Launching => "launching",
+        InstanceState::Running => "running",
+        InstanceState::Exited => "exited",
+        InstanceState::Draining => "draining",
+        InstanceState::Retired => "retired",
+        InstanceState::Failed => "failed",
+    }
+}
+
+pub(crate) fn health(state: HealthState) -> &'static str {
+    match state {
+        HealthState::Unspecified => "-",
+        HealthState::Starting => "starting",
+        HealthState::Healthy => "healthy",
+        HealthState::Unhealthy => "unhealthy",
+        HealthState::Gone => "gone",
+    }
+}
+
+pub(crate) fn signal_state(state: SignalState) -> &'static str {
+    match state {
+        SignalState::Unspecified => "?",
+        SignalState::Open => "open",
+        SignalState::Waiting => "waits for approval",
+        SignalState::Resolved => "resolved",
+    }
+}
+
+/// A state in the colour of how good it is.
+pub(crate) fn tinted(word: &str) -> Cell {
+    match word {
+        "stable" | "succeeded" | "healthy" | "running" | "ok" | "good" => good(word),
+        "failed" | "unhealthy" | "gone" | "exited" | "rolled back" | "quarantined" | "down" => bad(word),
+        "-" | "?" | "retired" | "resolved" | "superseded" | "cancelled" => plain(word),
+        _ => busy(word),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ages_are_short() {
+        assert_eq!([span(-5), span(0), span(119)], ["0s", "0s", "119s"]);
+        assert_eq!([span(120), span(7_199), span(7_200)], ["2m", "119m", "2h"]);
+        assert_eq!(span(200_000), "2d");
+    }
+
+    #[test]
+    fn digests_are_cut_where_they_can_be() {
+        assert_eq!(short("sha256:0123456789abcdef"), "0123456789ab");
+        assert_eq!(short("abc"), "abc");
+    }
+}
