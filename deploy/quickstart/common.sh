@@ -1,0 +1,50 @@
+# What the quickstart and its check share. Sourced, in the folder of the checkout.
+# shellcheck shell=bash
+
+target=${CARGO_TARGET_DIR:-target}
+bin=$(realpath -m "$target")/release
+EDITOR_HINT=${EDITOR:-nano}
+KILN_HINT=$bin/kiln
+[ "$(id -u)" -eq 0 ] || KILN_HINT="sudo $KILN_HINT"
+
+say() {
+    printf '\n== %s\n' "$*" >&2
+}
+
+as_root() {
+    if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo -- "$@"; fi
+}
+
+kiln() {
+    as_root "$bin/kiln" "$@"
+}
+
+# Packages, the broker, the binaries. Arguments go to cargo, beside those for Kiln itself.
+prepare() {
+    say "Looking for what is missing on this machine"
+    deploy/prerequisites.sh
+    if [ "$(id -u)" -ne 0 ] && ! command -v sudo >/dev/null; then
+        echo "quickstart: instances are run by root: run this as root, or install sudo" >&2
+        exit 1
+    fi
+    say "Building Kiln"
+    cargo build --release --locked --bin kiln --bin kiln-builder --bin kiln-deployer --bin kiln-monitor \
+        --bin kiln-node "$@"
+}
+
+# make_repository FOLDER: the example as the first commit of a new repository, in a folder named as the server.
+make_repository() {
+    mkdir -p "$1"
+    cp -R deploy/examples/web "$1/web"
+    # The schema's path is that of the checkout.
+    sed -i '/yaml-language-server/,/^#$/d' "$1/web/server.yaml"
+    git -C "$1" init --quiet --initial-branch main
+    commit "$1" "Begin"
+}
+
+# commit FOLDER MESSAGE: everything that changed there, also on a machine where git does not know who commits.
+commit() {
+    git -C "$1" add --all
+    git -C "$1" -c user.name="${GIT_AUTHOR_NAME:-Quickstart}" -c user.email="${GIT_AUTHOR_EMAIL:-quickstart@localhost}" \
+        commit --quiet --message "$2"
+}
