@@ -1,1 +1,71 @@
-fn main() {}
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use kiln_model::event::Service;
+use kiln_node::{Failure, Names, doctor, leftovers, purge};
+use kiln_service::config::{EXIT_BAD_CONFIG, Site};
+use kiln_service::guard::Guard;
+
+/// What the node's program does besides running the node.
+#[derive(Debug, Parser)]
+#[command(name = "kiln-node", version)]
+struct Other {
+    /// The folder of the site
+    #[arg(long, env = "KILN_HOME")]
+    home: Option<PathBuf>,
+    /// Remove everything that the site has made on this machine; the node must not run
+    #[arg(long, requires = "home")]
+    purge: bool,
+    /// Print what is on this machine that carries the site's id
+    #[arg(long, requires = "home", conflicts_with = "purge")]
+    leftovers: bool,
+    /// Look at the machine and print the findings as JSON
+    #[arg(long)]
+    doctor: bool,
+}
+
+fn main() -> ExitCode {
+    let asked = |name: &str| std::env::args().skip(1).any(|argument| argument == name);
+    if !["--purge", "--leftovers", "--doctor"].into_iter().any(asked) {
+        return kiln_service::run::main(Service::Node, kiln_node::run);
+    }
+    let other = Other::parse();
+    let done = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let done = done
+        .map_err(|error| Failure::new("starting", error))
+        .and_then(|runtime| runtime.block_on(act(other)));
+    done.unwrap_or_else(|failure| {
+        eprintln!("kiln-node: {failure}");
+        ExitCode::FAILURE
+    })
+}
+
+async fn act(other: Other) -> Result<ExitCode, Failure> {
+    let site = match other.home.as_deref().map(Site::load).transpose() {
+        Ok(site) => site,
+        Err(error) => {
+            eprintln!("kiln-node: {error}");
+            return Ok(ExitCode::from(EXIT_BAD_CONFIG));
+        }
+    };
+    if other.doctor {
+        let findings = doctor::examine(site.as_ref()).await;
+        let json = serde_json::to_string_pretty(&findings);
+        println!("{}", json.map_err(|error| Failure::new("writing the findings", error))?);
+        let fine = findings.iter().all(|finding| finding.ok);
+        return Ok(if fine { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+    }
+    let Some(site) = site else { return Ok(ExitCode::from(EXIT_BAD_CONFIG)) };
+    let names = Names::of(&site);
+    if other.purge {
+        let _guard = Guard::take(site.paths(), Service::Node)
+            .map_err(|error| Failure::new("purging the site", error))?;
+        purge(&names).await?;
+    } else {
+        for line in leftovers(&names).await? {
+            println!("{line}");
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}

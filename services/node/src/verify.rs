@@ -1,0 +1,116 @@
+//! No image reaches an instance without its digest and signature verified. What can't be verified is refused.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+
+use kiln_image::{Image, ImageStore, Thoroughness};
+use kiln_model::digest::Digest;
+use kiln_service::error::{ApiError, chain};
+use kiln_store::Store;
+use rustix::process::Signal;
+use serde::{Deserialize, Serialize};
+
+use crate::book::Book;
+use crate::node::blocking;
+
+#[derive(Debug, Clone)]
+pub(crate) struct Verifier {
+    images: ImageStore,
+    key: PathBuf,
+}
+
+/// An image that may run, with its layers' trees from the lowest to the topmost.
+#[derive(Debug)]
+pub(crate) struct Verified {
+    pub(crate) image: Image,
+    pub(crate) layers: Vec<PathBuf>,
+    pub(crate) key_id: String,
+}
+
+/// A blob as the file system knows it. Its content can't change without its change time, which nobody can set.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct BlobState {
+    digest: Digest,
+    inode: u64,
+    size: u64,
+    changed: (i64, i64),
+}
+
+impl Verifier {
+    pub(crate) fn new(images: ImageStore, key: PathBuf) -> Self {
+        Self { images, key }
+    }
+
+    /// How an image wants to be told to stop.
+    pub(crate) fn stop_signal(&self, digest: &Digest) -> Signal {
+        let image = self.images.image(digest).ok();
+        let config = image.as_ref().and_then(|image| image.config.config().as_ref());
+        let name = config.and_then(|config| config.stop_signal().as_deref()).unwrap_or_default();
+        match name.trim_start_matches("SIG") {
+            "QUIT" | "3" => Signal::QUIT,
+            "INT" | "2" => Signal::INT,
+            "HUP" | "1" => Signal::HUP,
+            "USR1" | "10" => Signal::USR1,
+            "USR2" | "12" => Signal::USR2,
+            "KILL" | "9" => Signal::KILL,
+            _ => Signal::TERM,
+        }
+    }
+
+    fn blobs(&self, image: &Image) -> Result<Vec<BlobState>, kiln_image::Error> {
+        let state = |digest: Digest| {
+            let (file, size) = self.images.open_blob(&digest)?;
+            let metadata = file.metadata().map_err(|source| kiln_image::Error::Io {
+                doing: "look at blob",
+                path: digest.to_string().into(),
+                source,
+            })?;
+            let changed = (metadata.ctime(), metadata.ctime_nsec());
+            Ok(BlobState { digest, inode: metadata.ino(), size, changed })
+        };
+        image.layers.iter().map(|layer| state(layer.diff_id)).collect()
+    }
+
+    /// Signature, manifest and configuration each time; every byte of the layers where they are not the files that were
+    /// hashed before.
+    fn check(
+        &self,
+        digest: &Digest,
+        before: Option<&[BlobState]>,
+    ) -> Result<(Verified, Vec<BlobState>), kiln_image::Error> {
+        let trusted = [kiln_image::read_trusted_key(&self.key)?];
+        let image = self.images.image(digest)?;
+        // Looked at before hashing: what changes meanwhile is hashed again the next time.
+        let blobs = self.blobs(&image)?;
+        let thoroughness = if before == Some(&blobs) { Thoroughness::Manifest } else { Thoroughness::Blobs };
+        let key_id = self.images.verify(digest, &trusted, thoroughness)?.to_string();
+        let trees = image.layers.iter().map(|layer| self.images.layer_tree(&layer.diff_id));
+        let layers = trees.collect::<Result<_, _>>()?;
+        Ok((Verified { image, layers, key_id }, blobs))
+    }
+
+    /// Verifies an image and has its layers ready to be mounted.
+    pub(crate) async fn verify<S: Store>(
+        &self,
+        book: &Book<S>,
+        digest: Digest,
+    ) -> Result<Verified, ApiError> {
+        let name = digest.to_string();
+        let before: Option<Vec<BlobState>> = book.verified(&name).await?;
+        let verifier = self.clone();
+        let (verified, blobs, before) = blocking(move || {
+            verifier.check(&digest, before.as_deref()).map(|(verified, blobs)| (verified, blobs, before))
+        })
+        .await?
+        .map_err(|error| {
+            ApiError::precondition(
+                format!("image {digest} can't be verified: {}", chain(&error)),
+                "build the server again; nothing of this image is run",
+            )
+        })?;
+        if before.as_ref() != Some(&blobs) {
+            book.set_verified(&name, &blobs).await?;
+        }
+        Ok(verified)
+    }
+}
