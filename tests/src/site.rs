@@ -52,7 +52,7 @@ impl Site {
         ];
         let all = QUICK.iter().map(|text| (*text).to_owned()).chain(shared);
         for setting in all.chain(settings.iter().map(|text| (*text).to_owned())) {
-            arguments.extend(["--set".to_owned(), setting]);
+            arguments.extend(["--config".to_owned(), setting]);
         }
         site.kiln(&arguments.iter().map(String::as_str).collect::<Vec<_>>())?;
         Ok(site)

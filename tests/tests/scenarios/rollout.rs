@@ -129,7 +129,7 @@ async fn a_definition_deleted_in_git_is_orphaned_and_runs_until_it_is_removed() 
     web.settled(1).await?;
     assert!(web.site.kiln(&["status"])?.contains("orphaned"), "people see it");
 
-    web.site.kiln(&["remove", "web", "--yes"])?;
+    web.site.kiln(&["remove", "web"])?;
     until("the fleet to be retired", Duration::from_secs(60), async || {
         let listed =
             web.site.engine().list_instances(kiln_api::engine::ListInstancesRequest::default()).await?;
