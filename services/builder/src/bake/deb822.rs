@@ -8,9 +8,10 @@ pub(crate) struct Paragraph {
 
 impl Paragraph {
     pub(crate) fn get(&self, name: &str) -> Option<&str> {
-        self.fields.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
+        self.fields.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.trim())
     }
 
+    /// As they are written, with spaces at their ends: dpkg keeps them.
     pub(crate) fn fields(&self) -> impl Iterator<Item = (&str, &str)> {
         self.fields.iter().map(|(name, value)| (name.as_str(), value.as_str()))
     }
@@ -42,7 +43,7 @@ pub(crate) fn parse(text: &str) -> Result<Vec<Paragraph>, String> {
             if name.is_empty() || !name.bytes().all(|b| b.is_ascii_graphic()) {
                 return Err(format!("line {}: no field name before the colon", at + 1));
             }
-            current.fields.push((name.to_owned(), value.trim().to_owned()));
+            current.fields.push((name.to_owned(), value.trim_start().to_owned()));
         }
     }
     if !current.fields.is_empty() {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
+use std::time::Instant;
 
 use kiln_model::lock::LockedPackage;
 use rustix::fs::FileType;
@@ -11,6 +12,7 @@ use rustix::fs::FileType;
 use super::deb::Deb;
 use super::dpkg::Database;
 use super::error::BakeError;
+use super::owners;
 use super::packages::PackageStore;
 use super::sandbox::{Job, PATH, Sandbox};
 use super::tree::{SHIFT, Tree};
@@ -42,6 +44,7 @@ impl Installer<'_> {
         let tree = Tree::open(tree_path, 0).map_err(BakeError::io("open", tree_path))?;
         self.merge_usr(&tree)?;
         let debs = self.open(packages)?;
+        let began = Instant::now();
         let unpacked = unpack(&debs, &tree, self.sandbox.cancel).map_err(|trouble| match trouble {
             Trouble::Failed(error) => error,
             Trouble::Taken { package, path } => BakeError::Package {
@@ -49,11 +52,13 @@ impl Installer<'_> {
                 why: format!("it brings {path}, which another package of the base brings too"),
             },
         })?;
+        self.tell("unpacked", debs.len(), began);
         let database = Database::default();
         database.add(&tree, &debs, &unpacked, self.architecture)?;
         mount_shifted(tree_path, root, false)?;
         let stamp = newest(&unpacked);
         self.configure(step, &tree, root, &debs, &[], stamp)?;
+        complete(&tree)?;
         Ok(stamp)
     }
 
@@ -74,6 +79,7 @@ impl Installer<'_> {
         if let Some(why) = database.needs_dpkg(&debs) {
             return Ok(Err(why));
         }
+        let began = Instant::now();
         let unpacked = match unpack(&debs, &tree, self.sandbox.cancel) {
             Ok(unpacked) => unpacked,
             Err(Trouble::Taken { package, path }) => {
@@ -84,6 +90,7 @@ impl Installer<'_> {
         if let Some(why) = database.diverted(&tree, &unpacked)? {
             return Ok(Err(why));
         }
+        self.tell("unpacked", debs.len(), began);
         database.add(&tree, &debs, &unpacked, self.architecture)?;
         let stamp = newest(&unpacked).max(stamp);
         self.configure(step, &tree, root, &debs, &database.triggered(&unpacked), stamp)?;
@@ -155,9 +162,12 @@ impl Installer<'_> {
             let _ = writeln!(
                 script,
                 "DPKG_MAINTSCRIPT_NAME=preinst DPKG_MAINTSCRIPT_PACKAGE={} DPKG_MAINTSCRIPT_PACKAGE_REFCOUNT=1 \
-                 DPKG_MAINTSCRIPT_ARCH={} DPKG_ADMINDIR=/var/lib/dpkg DPKG_ROOT= /var/lib/dpkg/info/{}.preinst install",
+                 DPKG_MAINTSCRIPT_ARCH={} DPKG_ADMINDIR=/var/lib/dpkg DPKG_ROOT= DEBCONF_PACKAGE={} \
+                 /var/lib/dpkg/info/{}.preinst install",
                 deb.name,
                 deb.field("Architecture"),
+                // debconf else looks for it where dpkg unpacks.
+                deb.name,
                 deb.info_name(),
             );
         }
@@ -166,7 +176,14 @@ impl Installer<'_> {
             let _ = writeln!(script, "dpkg-trigger --by-package=dpkg --no-await '{quoted}'");
         }
         let _ = writeln!(script, "{DPKG} --configure -a");
-        self.run(step, tree, root, &script, stamp, None)
+        let began = Instant::now();
+        self.run(step, tree, root, &script, stamp, None)?;
+        self.tell("configured", debs.len(), began);
+        Ok(())
+    }
+
+    fn tell(&self, did: &str, packages: usize, began: Instant) {
+        (self.sandbox.log)(&format!("{did} {packages} packages ({} ms)", began.elapsed().as_millis()));
     }
 
     fn run(
@@ -202,6 +219,36 @@ impl Installer<'_> {
             hide_ischroot: hides_ischroot(tree)?,
         })
     }
+}
+
+/// What a first run of apt and any bootstrap leave, so that the tree is that of other ways to make it.
+fn complete(tree: &Tree) -> Result<(), BakeError> {
+    let make = || -> std::io::Result<()> {
+        for folder in ["dev/pts", "dev/shm"] {
+            tree.folder(folder.as_bytes())?;
+        }
+        for (name, target) in [
+            ("fd", "/proc/self/fd"),
+            ("stdin", "/proc/self/fd/0"),
+            ("stdout", "/proc/self/fd/1"),
+            ("stderr", "/proc/self/fd/2"),
+        ] {
+            std::os::unix::fs::symlink(target, tree.path().join("dev").join(name))?;
+        }
+        Ok(())
+    };
+    make().map_err(BakeError::io("complete", tree.path()))?;
+    let Ok((apt, _)) = owners::resolve(tree, "_apt:root") else { return Ok(()) };
+    for folder in ["var/lib/apt/lists/partial", "var/cache/apt/archives/partial"] {
+        let own = || -> std::io::Result<()> {
+            let folder = tree.folder(folder.as_bytes())?;
+            tree.own(&folder, apt, 0)?;
+            rustix::fs::fchmod(&folder, rustix::fs::Mode::RWXU)?;
+            Ok(())
+        };
+        own().map_err(BakeError::io("own", format!("/{folder}")))?;
+    }
+    Ok(())
 }
 
 fn newest(unpacked: &[Unpacked]) -> i64 {

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::Instant;
 
 use jiff::Timestamp;
@@ -178,24 +179,13 @@ impl Resolver<'_> {
         let release_files = apt.release_files(self.cancel)?;
 
         let began = Instant::now();
-        let mut all: Vec<Solved> = Vec::new();
-        let mut solve = |wanted: &[String]| -> Result<Vec<LockedPackage>, BakeError> {
-            if wanted.is_empty() {
-                return Ok(Vec::new());
-            }
-            // What an earlier step has stays what it is.
-            let mut wanted_now: Vec<String> =
-                all.iter().map(|s| format!("{}={}", s.package.name, s.package.version)).collect();
-            wanted_now.extend_from_slice(wanted);
-            let known: BTreeSet<&str> = all.iter().map(|s| s.package.name.as_str()).collect();
-            let mut new = apt.solve(&wanted_now, status.as_deref(), self.cancel)?;
-            new.retain(|solved| !known.contains(solved.package.name.as_str()));
-            let packages = new.iter().map(|solved| solved.package.clone()).collect();
-            all.extend(new);
-            Ok(packages)
-        };
-        let base = solve(&base_wanted)?;
-        let steps = requested.iter().map(|list| solve(list)).collect::<Result<Vec<_>, _>>()?;
+        let mut lists: Vec<&[String]> = requested.iter().map(|list| list.as_slice()).collect();
+        lists.insert(0, &base_wanted);
+        let solver = Solver { apt: &apt, status: status.as_deref(), cancel: self.cancel };
+        let mut added = solver.each(&lists)?;
+        let all: Vec<Solved> = added.concat();
+        let base = packages_of(&added.remove(0));
+        let steps = added.iter().map(|solved| packages_of(solved)).collect();
         PackageStore::open(&self.config.packages)?.remember(&all)?;
         (self.log)(&format!("resolved {} packages ({} ms)", all.len(), began.elapsed().as_millis()));
         Ok((Packages { base, steps }, release_files))
@@ -247,6 +237,64 @@ impl Resolver<'_> {
         file.persist(&path).map_err(|e| BakeError::io("name", &path)(e.error))?;
         Ok(path)
     }
+}
+
+/// What each list adds to the ones before it.
+struct Solver<'a> {
+    apt: &'a Apt<'a>,
+    status: Option<&'a Path>,
+    cancel: &'a CancellationToken,
+}
+
+impl Solver<'_> {
+    fn each(&self, lists: &[&[String]]) -> Result<Vec<Vec<Solved>>, BakeError> {
+        // All at once: each list with all before it. Nearly always what one gives holds what the one before gave.
+        let guesses: Vec<Result<Vec<Solved>, BakeError>> = thread::scope(|scope| {
+            let threads: Vec<_> = (1..=lists.len())
+                .map(|length| {
+                    let wanted = lists[..length].concat();
+                    scope.spawn(move || self.solve(&wanted))
+                })
+                .collect();
+            threads.into_iter().map(|thread| thread.join().unwrap_or(Err(BakeError::Cancelled))).collect()
+        });
+        let guesses = guesses.into_iter().collect::<Result<Vec<_>, _>>()?;
+        let grows = guesses.windows(2).all(|pair| pair[0].iter().all(|solved| pair[1].contains(solved)));
+        if !grows {
+            return self.one_after_the_other(lists);
+        }
+        let mut known = BTreeSet::new();
+        Ok(guesses
+            .into_iter()
+            .map(|solved| {
+                solved.into_iter().filter(|solved| known.insert(solved.package.name.clone())).collect()
+            })
+            .collect())
+    }
+
+    /// A later list made apt choose otherwise for an earlier one: what an earlier step has stays what it is.
+    fn one_after_the_other(&self, lists: &[&[String]]) -> Result<Vec<Vec<Solved>>, BakeError> {
+        let mut all: Vec<Solved> = Vec::new();
+        let mut added = Vec::new();
+        for list in lists {
+            let mut wanted: Vec<String> =
+                all.iter().map(|s| format!("{}={}", s.package.name, s.package.version)).collect();
+            wanted.extend_from_slice(list);
+            let mut new = self.solve(&wanted)?;
+            new.retain(|solved| all.iter().all(|known| known.package.name != solved.package.name));
+            all.extend_from_slice(&new);
+            added.push(new);
+        }
+        Ok(added)
+    }
+
+    fn solve(&self, wanted: &[String]) -> Result<Vec<Solved>, BakeError> {
+        if wanted.is_empty() { Ok(Vec::new()) } else { self.apt.solve(wanted, self.status, self.cancel) }
+    }
+}
+
+fn packages_of(solved: &[Solved]) -> Vec<LockedPackage> {
+    solved.iter().map(|solved| solved.package.clone()).collect()
 }
 
 pub(crate) fn architecture() -> Result<&'static str, BakeError> {

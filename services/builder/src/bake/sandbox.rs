@@ -94,8 +94,9 @@ impl Sandbox<'_> {
                    "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"]}),
             json!({"destination": "/dev/shm", "type": "tmpfs", "source": "shm",
                    "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]}),
-            json!({"destination": "/sys", "type": "none", "source": "/sys",
-                   "options": ["rbind", "nosuid", "noexec", "nodev", "ro"]}),
+            // One of its own network namespace; the host's, bound, would show its cgroups.
+            json!({"destination": "/sys", "type": "sysfs", "source": "sysfs",
+                   "options": ["nosuid", "noexec", "nodev", "ro"]}),
             // What is left there is nobody's.
             json!({"destination": "/tmp", "type": "tmpfs", "source": "tmp",
                    "options": ["nosuid", "nodev", "mode=1777", format!("size={}", limits.tree)]}),
@@ -150,6 +151,8 @@ impl Sandbox<'_> {
                 "gidMappings": mapping,
                 "cgroupsPath": format!("/{id}"),
                 "resources": resources,
+                // Of a network of its own, without a device: `nginx -t` opens its ports.
+                "sysctl": {"net.ipv4.ip_unprivileged_port_start": "0"},
                 "seccomp": seccomp::profile(),
                 "maskedPaths": ["/proc/acpi", "/proc/asound", "/proc/kcore", "/proc/keys", "/proc/latency_stats",
                     "/proc/sched_debug", "/proc/scsi", "/proc/timer_list", "/proc/timer_stats", "/sys/firmware",

@@ -9,8 +9,7 @@ use rustix::fs::{self as rfs, AtFlags, FileType, Mode, OFlags, Stat, Timespec, T
 use super::tree::Tree;
 
 /// Each with its reason. A `/` at the end empties the folder; a `*` in the last part stands for any letters.
-pub(crate) const REMOVED: [(&str, &str); 29] = [
-    ("dev/", "made by the runtime at launch"),
+pub(crate) const REMOVED: [(&str, &str); 26] = [
     ("proc/", "made by the runtime at launch"),
     ("sys/", "made by the runtime at launch"),
     ("tmp/", "nobody's"),
@@ -28,8 +27,6 @@ pub(crate) const REMOVED: [(&str, &str); 29] = [
     ("var/lib/apt/lists/", "of the archive at one moment"),
     ("var/cache/debconf/*-old", "a backup of the state before"),
     ("var/lib/dpkg/*-old", "a backup of the state before"),
-    ("var/lib/dpkg/lock*", "a lock of one run"),
-    ("var/lib/dpkg/triggers/Lock", "a lock of one run"),
     ("etc/passwd-", "a backup of the state before"),
     ("etc/group-", "a backup of the state before"),
     ("etc/shadow-", "a backup of the state before"),

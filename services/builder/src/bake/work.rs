@@ -38,14 +38,13 @@ pub(crate) struct Work {
 impl Work {
     pub(crate) fn new(site: &SiteId, build: &BuildId, bytes: u64) -> Result<Self, BakeError> {
         let above = site_folder(site);
-        fs::create_dir_all(&above).map_err(BakeError::io("make folder", &above))?;
-        // Passed through by the sandbox's root, listed by nobody.
-        fs::set_permissions(&above, fs::Permissions::from_mode(0o711))
-            .map_err(BakeError::io("set the mode of", &above))?;
         let path = above.join(build.to_string());
         // Left over by an earlier try of the same build.
         clear(&path).map_err(BakeError::io("clear", &path))?;
-        fs::create_dir(&path).map_err(BakeError::io("make folder", &path))?;
+        // A bake that ends at this moment removes the site's folder, so a second try can be needed.
+        make_below(&above, &path)
+            .or_else(|_| make_below(&above, &path))
+            .map_err(BakeError::io("make folder", &path))?;
         let work = Self { path };
         let options = format!("size={bytes},mode=0700,uid={SHIFT},gid={SHIFT}");
         let options = std::ffi::CString::new(options).unwrap_or_default();
@@ -74,7 +73,19 @@ impl Drop for Work {
         if let Err(error) = clear(&self.path) {
             tracing::error!(path = %self.path.display(), %error, "a bake's folder is left over; the sweep at the next start removes it");
         }
+        // The last one leaves nothing; with another one at work they are not empty, and stay.
+        if let Some(above) = self.path.parent() {
+            let _ = fs::remove_dir(above.join("runc"));
+            let _ = fs::remove_dir(above);
+        }
     }
+}
+
+fn make_below(above: &Path, path: &Path) -> io::Result<()> {
+    fs::create_dir_all(above)?;
+    // Passed through by the sandbox's root, listed by nobody.
+    fs::set_permissions(above, fs::Permissions::from_mode(0o711))?;
+    fs::create_dir(path)
 }
 
 /// Unmounts what is mounted at or below a folder, and removes it.
