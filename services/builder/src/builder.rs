@@ -113,7 +113,11 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
     ) -> Result<Resolved, Error> {
         let digest = definition.digest;
         let lost = |what: &'static str, id: String| Error::Lost { what, id };
-        let stored = self.documents.definition(&digest).await?.ok_or_else(|| lost("definition", digest.to_string()))?;
+        let stored = self
+            .documents
+            .definition(&digest)
+            .await?
+            .ok_or_else(|| lost("definition", digest.to_string()))?;
         let context = self.documents.image_context(&stored.image_context).await?;
         let context = context.ok_or_else(|| lost("image context", stored.image_context.to_string()))?;
         let bake_parent = match (parent, &definition.parent) {
@@ -133,7 +137,8 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
         };
         let span = tracing::info_span!("resolve", server = %server.name, pinned = pinned.is_some());
         let resolution = self.bakery.resolve(request).instrument(span).await?;
-        let key = resolution.lock.key().map_err(|error| lost("lock of", format!("{}: {error}", server.name)))?;
+        let key =
+            resolution.lock.key().map_err(|error| lost("lock of", format!("{}: {error}", server.name)))?;
         let mut packages = parent.map(|parent| parent.packages.clone()).unwrap_or_default();
         packages.extend(resolution.lock.packages());
         let release_files = match resolution.release_files {
@@ -141,7 +146,9 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
                 files.into_iter().map(|file| ReleaseFile { url: file.url, digest: file.digest }).collect()
             }
             // Nothing was asked: what was known stays true.
-            None => server.in_force.as_ref().map(|in_force| in_force.release_files.clone()).unwrap_or_default(),
+            None => {
+                server.in_force.as_ref().map(|in_force| in_force.release_files.clone()).unwrap_or_default()
+            }
         };
         let parent_image = parent.map(|parent| parent.image);
         let definition = definition.clone();
@@ -182,7 +189,9 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
         let compare = |resolved: &Resolved| {
             plan::compare(server, &resolved.key, &resolved.definition.run_digest, &resolved.packages)
         };
-        let (Comparison::Held(_), Some(in_force)) = (compare(&newest), &server.in_force) else { return Ok(newest) };
+        let (Comparison::Held(_), Some(in_force)) = (compare(&newest), &server.in_force) else {
+            return Ok(newest);
+        };
         let Some(lock) = self.documents.lock(&in_force.lock_key).await? else { return Ok(newest) };
         let pinned = self.resolve(server, &order.definition, order.parent.as_ref(), Some(&lock)).await;
         match pinned {
@@ -266,12 +275,18 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
                 Ok(made) => {
                     match made {
                         Made::Unchanged => tracing::info!(server = %name, "planned: nothing changed"),
-                        Made::Held { problem } => tracing::warn!(server = %name, problem, "planned: held back"),
+                        Made::Held { problem } => {
+                            tracing::warn!(server = %name, problem, "planned: held back")
+                        }
                         Made::Revision(revision) => {
                             tracing::info!(server = %name, generation = revision.generation, "planned: a revision");
                         }
-                        Made::Joined(build) => tracing::info!(server = %name, %build, "planned: joins a build"),
-                        Made::Queued(build) => tracing::info!(server = %name, build = %build.id, "planned: a build"),
+                        Made::Joined(build) => {
+                            tracing::info!(server = %name, %build, "planned: joins a build")
+                        }
+                        Made::Queued(build) => {
+                            tracing::info!(server = %name, build = %build.id, "planned: a build")
+                        }
                     }
                     return Ok(());
                 }

@@ -6,7 +6,9 @@ use std::time::Duration;
 use async_trait::async_trait;
 use kiln_api::convert::to_duration;
 use kiln_api::engine::engine_service_client::EngineServiceClient;
-use kiln_api::engine::{CheckRequest, InstanceSpec, InstanceState, ListInstancesRequest, LogsRequest, RetireRequest};
+use kiln_api::engine::{
+    CheckRequest, InstanceSpec, InstanceState, ListInstancesRequest, LogsRequest, RetireRequest,
+};
 use kiln_api::{engine, types};
 use kiln_builder_core::build::TestResult;
 use kiln_model::check::Check;
@@ -72,7 +74,12 @@ impl EngineTester {
 fn fault(what: &str, status: &Status) -> TestFault {
     let transient = matches!(
         status.code(),
-        Code::Unavailable | Code::DeadlineExceeded | Code::Aborted | Code::Cancelled | Code::ResourceExhausted | Code::Unknown
+        Code::Unavailable
+            | Code::DeadlineExceeded
+            | Code::Aborted
+            | Code::Cancelled
+            | Code::ResourceExhausted
+            | Code::Unknown
     );
     TestFault { problem: format!("{what}: {}", error::describe(status)), transient }
 }
@@ -130,7 +137,8 @@ struct Instance {
 impl Instance {
     async fn test(&mut self, run: &TestRun<'_>) -> Result<Vec<TestResult>, TestFault> {
         self.launch(run).await?;
-        let start = run.definition.run.health.as_ref().map_or(START, |health| health.start.as_duration().max(START));
+        let start =
+            run.definition.run.health.as_ref().map_or(START, |health| health.start.as_duration().max(START));
         let deadline = Instant::now() + start;
         let mut results = Vec::new();
         for check in &run.definition.image.tests {
@@ -210,7 +218,8 @@ impl Instance {
             let page = self.client.list_instances(call(request)).await;
             let page = page.map_err(|status| fault("looking at the instance", &status))?.into_inner();
             let id = self.id.to_string();
-            let is_it = |instance: &&engine::Instance| instance.spec.as_ref().is_some_and(|spec| spec.id == id);
+            let is_it =
+                |instance: &&engine::Instance| instance.spec.as_ref().is_some_and(|spec| spec.id == id);
             if let Some(instance) = page.instances.iter().find(is_it) {
                 let ended = matches!(instance.state(), InstanceState::Exited | InstanceState::Failed);
                 return Ok(ended.then(|| match instance.exit_code {

@@ -1,1 +1,5 @@
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    kiln_service::run::main(kiln_model::event::Service::Builder, kiln_builder::run)
+}

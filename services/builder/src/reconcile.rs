@@ -138,9 +138,11 @@ impl<S: Store, K: Bakery, C: Clock> Reconciler<S, K, C> {
     async fn turn(&mut self) -> Result<Option<Duration>, Error> {
         self.notice().await?;
         let now = self.builder.now();
-        let due: Vec<_> = self.due.iter().filter(|(_, at)| **at <= now).map(|(name, _)| name.clone()).collect();
+        let due: Vec<_> =
+            self.due.iter().filter(|(_, at)| **at <= now).map(|(name, _)| name.clone()).collect();
         self.dirty.extend(due);
-        let waiting: Vec<_> = self.dirty.iter().filter(|name| !self.planning.contains(*name)).cloned().collect();
+        let waiting: Vec<_> =
+            self.dirty.iter().filter(|name| !self.planning.contains(*name)).cloned().collect();
         let mut starved = false;
         for name in waiting {
             if self.evaluate(&name).await? {

@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
+use kiln_builder_core::Told;
 use kiln_builder_core::build::{self, Build, Failed, HEARTBEAT, Progress, State, Step, TestResult};
 use kiln_builder_core::plan::Slot;
-use kiln_builder_core::Told;
 use kiln_model::digest::Digest;
 use kiln_model::name::BuildId;
 use kiln_service::clock::Clock;
@@ -250,7 +250,8 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
 
     async fn work(&self) -> Result<Baked, Fell> {
         let build = &self.build;
-        let lost = |what: &str| self.fell(format!("{what} is not in the store; apply the definition again"), false);
+        let lost =
+            |what: &str| self.fell(format!("{what} is not in the store; apply the definition again"), false);
         let stored = |error: kiln_store::Error| self.fell(error.to_string(), true);
         let lock = self.builder.documents.lock(&build.lock_key).await.map_err(stored)?;
         let lock = lock.ok_or_else(|| lost("its lock"))?;
@@ -263,7 +264,8 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
             let slot = self.builder.documents.slot(&build.lock_key).await.map_err(stored)?;
             return match slot.value {
                 Slot::Succeeded { image: first, .. } if first != image => {
-                    Err(self.fell(format!("the same lock gave {first} the first time and {image} now"), false))
+                    Err(self
+                        .fell(format!("the same lock gave {first} the first time and {image} now"), false))
                 }
                 _ => Ok(Baked { image, key_id: self.sign(image).await?, tests: Vec::new() }),
             };
@@ -286,7 +288,8 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
         })?;
         let failed: Vec<_> = tests.iter().filter(|test| !test.passed).collect();
         if let Some(first) = failed.first() {
-            let problem = format!("{} of {} tests failed: {}: {}", failed.len(), tests.len(), first.name, first.detail);
+            let problem =
+                format!("{} of {} tests failed: {}: {}", failed.len(), tests.len(), first.name, first.detail);
             let mut fell = self.fell(problem, false);
             fell.failed.tests = tests;
             fell.image = Some((image, key_id));
@@ -309,7 +312,13 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
             use_layer_cache,
         };
         let span = tracing::info_span!("bake", build = %self.build.id);
-        let baked = self.builder.bakery.bake(lock, run).instrument(span).await.map_err(|error| self.bake_fell(&error))?;
+        let baked = self
+            .builder
+            .bakery
+            .bake(lock, run)
+            .instrument(span)
+            .await
+            .map_err(|error| self.bake_fell(&error))?;
         let steps = baked.steps.into_iter();
         let steps: Vec<_> =
             steps.map(|step| Step { name: step.name, cached: step.cached, millis: step.millis }).collect();
@@ -352,13 +361,16 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
                     return;
                 }
                 // The lease lasts for several heartbeats.
-                Err(error) => tracing::warn!(build = %self.build.id, %error, "its lease could not be renewed"),
+                Err(error) => {
+                    tracing::warn!(build = %self.build.id, %error, "its lease could not be renewed")
+                }
             }
         }
     }
 
     async fn heartbeat(&self) -> Result<(), Error> {
-        let Some(Read { version, value: mut build }) = self.builder.documents.build(&self.build.id).await? else {
+        let Some(Read { version, value: mut build }) = self.builder.documents.build(&self.build.id).await?
+        else {
             return Err(Error::Lost { what: "build", id: self.build.id.to_string() });
         };
         let progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner).clone();

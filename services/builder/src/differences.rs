@@ -1,0 +1,70 @@
+//! What differs between two locks beside their packages, for people.
+
+use std::collections::BTreeMap;
+
+use kiln_model::lock::{Lock, LockedBase, LockedFile, LockedStep};
+
+/// More lines than this are summed up.
+const MAX_LINES: usize = 50;
+
+pub fn differences(from: &Lock, to: &Lock) -> Vec<String> {
+    let mut lines = Vec::new();
+    let base = |lock: &Lock| match &lock.base {
+        LockedBase::Scratch => "scratch".to_owned(),
+        LockedBase::Debian { suite, variant, .. } => format!("debian {suite} {variant}"),
+        LockedBase::Server { image_digest } => format!("image {}", image_digest.short()),
+    };
+    let mut compare = |what: &str, from: &str, to: &str| {
+        if from != to {
+            lines.push(format!("{what}: {from} -> {to}"));
+        }
+    };
+    compare("from", &base(from), &base(to));
+    compare("user", &from.user, &to.user);
+    compare("command", &from.command.join(" "), &to.command.join(" "));
+    compare("architecture", &from.architecture, &to.architecture);
+    for name in from.env.keys().chain(to.env.keys().filter(|name| !from.env.contains_key(*name))) {
+        if from.env.get(name) != to.env.get(name) {
+            lines.push(format!("env: {name} changed"));
+        }
+    }
+    let (before, after) = (files(from), files(to));
+    for (dest, file) in &after {
+        match before.get(dest) {
+            None => lines.push(format!("files: {dest} added")),
+            Some(known) if known != file => lines.push(format!("files: {dest} changed")),
+            Some(_) => {}
+        }
+    }
+    lines.extend(
+        before.keys().filter(|dest| !after.contains_key(*dest)).map(|dest| format!("files: {dest} removed")),
+    );
+    if scripts(from) != scripts(to) {
+        lines.push("run: steps changed".to_owned());
+    }
+    if lines.is_empty() && from.timestamp != to.timestamp {
+        lines.push("files: stamped with another time".to_owned());
+    }
+    if lines.len() > MAX_LINES {
+        let more = lines.len() - MAX_LINES;
+        lines.truncate(MAX_LINES);
+        lines.push(format!("and {more} more"));
+    }
+    lines
+}
+
+fn files(lock: &Lock) -> BTreeMap<&str, &LockedFile> {
+    let steps = lock.steps.iter().flat_map(|step| match step {
+        LockedStep::Files { files } => files.as_slice(),
+        _ => &[],
+    });
+    steps.map(|file| (file.dest.as_str(), file)).collect()
+}
+
+fn scripts(lock: &Lock) -> Vec<&str> {
+    let steps = lock.steps.iter().filter_map(|step| match step {
+        LockedStep::Run { script } => Some(script.as_str()),
+        _ => None,
+    });
+    steps.collect()
+}

@@ -1,0 +1,184 @@
+//! The builder's API. Each call is a few lines here; what it does is in the file of its subject.
+
+mod apply;
+mod builds;
+mod images;
+mod lists;
+mod plans;
+
+use std::pin::Pin;
+
+use futures::Stream;
+use kiln_api::builder::builder_service_server::BuilderService;
+use kiln_api::builder::{
+    ApplyRequest, ApplyResponse, BuildRequest, BuildResponse, CancelBuildRequest, CancelBuildResponse,
+    ExportImageRequest, ExportImageResponse, GetBuildRequest, GetBuildResponse, GetImageRequest, GetImageResponse,
+    GetServerRequest, GetServerResponse, HoldRequest, HoldResponse, InspectSourceRequest, InspectSourceResponse,
+    ListBuildsRequest, ListBuildsResponse, ListRevisionsRequest, ListRevisionsResponse, ListServersRequest,
+    ListServersResponse, ListSourcesRequest, ListSourcesResponse, PlanRequest, PlanResponse, RemoveRequest,
+    RemoveResponse, WatchBuildRequest, WatchBuildResponse,
+};
+use kiln_image::ImageStore;
+use kiln_model::name::ServerName;
+use kiln_service::clock::Clock;
+use kiln_service::error::ApiError;
+use kiln_store::Store;
+use tonic::{Request, Response, Status};
+
+use crate::bakery::Bakery;
+use crate::builder::{Builder, Error};
+use crate::store::Read;
+
+/// Who asks, where the caller does not say.
+const NOBODY: &str = "somebody";
+const MAX_ACTOR: usize = 128;
+
+/// The service behind the API.
+pub struct Api<S, K, C> {
+    builder: Builder<S, K, C>,
+    images: ImageStore,
+    /// The site's key that images are signed with.
+    trusted: std::path::PathBuf,
+}
+
+impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
+    pub fn new(builder: Builder<S, K, C>, images: ImageStore, trusted: std::path::PathBuf) -> Self {
+        Self { builder, images, trusted }
+    }
+
+    async fn server(&self, name: &str) -> Result<Read<kiln_builder_core::server::Server>, ApiError> {
+        let name: ServerName = kiln_api::convert::text("server", name)?;
+        let read = self.builder.documents.server(&name).await?;
+        read.ok_or_else(|| ApiError::not_found("server", name.to_string()))
+    }
+
+    /// As [`Api::server`], where a removed one is none.
+    async fn live_server(&self, name: &str) -> Result<Read<kiln_builder_core::server::Server>, ApiError> {
+        let read = self.server(name).await?;
+        if read.value.removed {
+            let todo = "apply its definition to bring it back";
+            return Err(ApiError::precondition(format!("server {name} was removed"), todo));
+        }
+        Ok(read)
+    }
+}
+
+impl From<Error> for ApiError {
+    fn from(error: Error) -> Self {
+        use kiln_builder_core::Illegal;
+        match error {
+            Error::Store(error) => error.into(),
+            Error::Bake(ref bake) if bake.is_transient() => Self::Unavailable(error.to_string()),
+            Error::Bake(_) => Self::precondition(error.to_string(), "change the definition, then apply it again"),
+            Error::Illegal(Illegal::Stale { .. } | Illegal::NotOwner { .. }) => Self::Conflict(error.to_string()),
+            Error::Illegal(Illegal::State { .. } | Illegal::Refused { .. }) => {
+                Self::precondition(error.to_string(), "")
+            }
+            Error::Lost { .. } => Self::Internal(error.to_string()),
+        }
+    }
+}
+
+/// The name of who asks, fit for a log.
+fn actor(given: &str) -> String {
+    let shown: String = given.chars().filter(|c| !c.is_control()).take(MAX_ACTOR).collect();
+    if shown.trim().is_empty() { NOBODY.to_owned() } else { shown }
+}
+
+type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+fn answer<T>(result: Result<T, ApiError>) -> Result<Response<T>, Status> {
+    result.map(Response::new).map_err(Status::from)
+}
+
+#[tonic::async_trait]
+impl<S: Store, K: Bakery, C: Clock> BuilderService for Api<S, K, C> {
+    async fn apply(&self, request: Request<ApplyRequest>) -> Result<Response<ApplyResponse>, Status> {
+        self.apply_source(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn remove(&self, request: Request<RemoveRequest>) -> Result<Response<RemoveResponse>, Status> {
+        answer(self.remove_server(request.into_inner()).await)
+    }
+
+    async fn inspect_source(
+        &self,
+        request: Request<InspectSourceRequest>,
+    ) -> Result<Response<InspectSourceResponse>, Status> {
+        self.inspect(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn plan(&self, request: Request<PlanRequest>) -> Result<Response<PlanResponse>, Status> {
+        answer(self.plan_server(request.into_inner()).await)
+    }
+
+    async fn build(&self, request: Request<BuildRequest>) -> Result<Response<BuildResponse>, Status> {
+        answer(self.build_server(request.into_inner()).await)
+    }
+
+    async fn cancel_build(
+        &self,
+        request: Request<CancelBuildRequest>,
+    ) -> Result<Response<CancelBuildResponse>, Status> {
+        answer(self.cancel(request.into_inner()).await)
+    }
+
+    async fn get_build(&self, request: Request<GetBuildRequest>) -> Result<Response<GetBuildResponse>, Status> {
+        answer(self.get_one_build(&request.into_inner()).await)
+    }
+
+    async fn list_builds(&self, request: Request<ListBuildsRequest>) -> Result<Response<ListBuildsResponse>, Status> {
+        answer(self.list_some_builds(request.into_inner()).await)
+    }
+
+    type WatchBuildStream = Streamed<WatchBuildResponse>;
+
+    async fn watch_build(
+        &self,
+        request: Request<WatchBuildRequest>,
+    ) -> Result<Response<Self::WatchBuildStream>, Status> {
+        answer(self.watch(&request.into_inner()).await)
+    }
+
+    async fn get_server(&self, request: Request<GetServerRequest>) -> Result<Response<GetServerResponse>, Status> {
+        answer(self.get_one_server(&request.into_inner()).await)
+    }
+
+    async fn list_servers(
+        &self,
+        request: Request<ListServersRequest>,
+    ) -> Result<Response<ListServersResponse>, Status> {
+        answer(self.list_all_servers(request.into_inner()).await)
+    }
+
+    async fn list_sources(
+        &self,
+        request: Request<ListSourcesRequest>,
+    ) -> Result<Response<ListSourcesResponse>, Status> {
+        answer(self.list_all_sources(request.into_inner()).await)
+    }
+
+    async fn list_revisions(
+        &self,
+        request: Request<ListRevisionsRequest>,
+    ) -> Result<Response<ListRevisionsResponse>, Status> {
+        answer(self.list_some_revisions(request.into_inner()).await)
+    }
+
+    async fn get_image(&self, request: Request<GetImageRequest>) -> Result<Response<GetImageResponse>, Status> {
+        answer(self.get_one_image(&request.into_inner()).await)
+    }
+
+    type ExportImageStream = Streamed<ExportImageResponse>;
+
+    async fn export_image(
+        &self,
+        request: Request<ExportImageRequest>,
+    ) -> Result<Response<Self::ExportImageStream>, Status> {
+        answer(self.export(&request.into_inner()).await)
+    }
+
+    async fn hold(&self, request: Request<HoldRequest>) -> Result<Response<HoldResponse>, Status> {
+        answer(self.hold_images(request.into_inner()).await)
+    }
+}

@@ -1,0 +1,168 @@
+//! Images: what is in them, their way out, and who needs them.
+
+use std::io::Write;
+
+use kiln_api::builder::{
+    ExportImageRequest, ExportImageResponse, GetImageRequest, GetImageResponse, HoldRequest, HoldResponse,
+    Image, Layer,
+};
+use kiln_image::{ImageStore, Thoroughness, read_trusted_key};
+use kiln_model::digest::Digest;
+use kiln_service::clock::Clock;
+use kiln_service::error::ApiError;
+use kiln_service::requests;
+use kiln_store::Store;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
+
+use super::{Api, Streamed};
+use crate::bakery::Bakery;
+use crate::store::{Edit, HOLD_KIND, StoredHold};
+
+/// One message of an export.
+const CHUNK: usize = 256 << 10;
+/// Messages that a slow reader may lag behind.
+const AHEAD: usize = 8;
+/// Images that one holder may hold.
+const MAX_HELD: usize = 100_000;
+
+impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
+    /// A digest, or a server's newest image.
+    async fn image_digest(&self, image: &str) -> Result<Digest, ApiError> {
+        if let Ok(digest) = image.parse() {
+            return Ok(digest);
+        }
+        let read = self.server(image).await?;
+        read.value.in_force.map(|in_force| in_force.image).ok_or_else(|| {
+            let todo = format!("see `kiln status {image}`");
+            ApiError::precondition(format!("server {image} has no image"), todo)
+        })
+    }
+
+    pub(super) async fn get_one_image(
+        &self,
+        request: &GetImageRequest,
+    ) -> Result<GetImageResponse, ApiError> {
+        let digest = self.image_digest(&request.image).await?;
+        let (images, trusted) = (self.images.clone(), self.trusted.clone());
+        let read = tokio::task::spawn_blocking(move || {
+            let image = images.image(&digest)?;
+            let key = read_trusted_key(&trusted)?;
+            let verified = images.verify(&digest, &[key], Thoroughness::Manifest);
+            Ok::<_, kiln_image::Error>((image, verified.map(|key| key.to_string())))
+        });
+        let read = read.await.map_err(|error| ApiError::internal(&error))?;
+        let (image, verified) = read.map_err(|error| image_error(&error, &digest))?;
+        let stored = self.builder.documents.image(&digest).await?.map(|read| read.value);
+        let config = serde_json::to_string(&image.config).map_err(|error| ApiError::internal(&error))?;
+        let layers = image.layers.into_iter().map(|layer| Layer {
+            digest: layer.diff_id.to_string(),
+            size: layer.size,
+            created_by: layer.created_by,
+        });
+        let mut answer = Image {
+            digest: digest.to_string(),
+            layers: layers.collect(),
+            config_json: config,
+            verified: verified.is_ok(),
+            key_id: verified.unwrap_or_default(),
+            ..Image::default()
+        };
+        if let Some(stored) = stored {
+            answer.server = stored.server.to_string();
+            answer.lock_key = stored.lock_key.to_string();
+            answer.build = stored.build.to_string();
+            answer.packages = stored.packages;
+        }
+        Ok(GetImageResponse { image: Some(answer) })
+    }
+
+    pub(super) async fn export(
+        &self,
+        request: &ExportImageRequest,
+    ) -> Result<Streamed<ExportImageResponse>, ApiError> {
+        let digest = self.image_digest(&request.image).await?;
+        let stored = self.builder.documents.image(&digest).await?;
+        let server = stored.map_or_else(|| "image".to_owned(), |read| read.value.server.to_string());
+        // As Docker wants a name: repository and tag.
+        let name = format!("kiln/{server}:{}", digest.short());
+        let images = self.images.clone();
+        let (chunks, stream) = mpsc::channel(AHEAD);
+        tokio::task::spawn_blocking(move || {
+            if let Err(status) = export(&images, &digest, &name, &chunks) {
+                // Nobody listens any more where this fails.
+                let _ = chunks.blocking_send(Err(status));
+            }
+        });
+        Ok(Box::pin(ReceiverStream::new(stream)))
+    }
+
+    pub(super) async fn hold_images(&self, request: HoldRequest) -> Result<HoldResponse, ApiError> {
+        if request.holder.is_empty()
+            || request.holder.len() > 128
+            || request.holder.chars().any(char::is_control)
+        {
+            return Err(ApiError::invalid(
+                "holder",
+                "is no name of 1 to 128 characters",
+                "say who holds them",
+            ));
+        }
+        if request.image_digests.len() > MAX_HELD {
+            let why = format!("more than {MAX_HELD} images");
+            return Err(ApiError::invalid("image_digests", why, "hold what is needed"));
+        }
+        let mut images = Vec::new();
+        for text in &request.image_digests {
+            images.push(kiln_api::convert::text::<Digest>("image_digests", text)?);
+        }
+        images.sort();
+        images.dedup();
+        let decide = || async {
+            let known = self.builder.documents.hold(&request.holder).await?;
+            let mut edit = Edit::new(self.builder.now());
+            if known.as_ref().is_none_or(|known| known.value.images != images) {
+                let version = known.map_or(0, |known| known.version);
+                edit.put(HOLD_KIND, &request.holder, version, &StoredHold { images: images.clone() })?;
+            }
+            Ok((edit.finish(), HoldResponse {}))
+        };
+        requests::once(self.builder.documents.store(), &request.request_id, &request, decide).await
+    }
+}
+
+fn image_error(error: &kiln_image::Error, digest: &Digest) -> ApiError {
+    match error {
+        kiln_image::Error::NoBlob(missing) if missing == digest => {
+            ApiError::not_found("image", digest.to_string())
+        }
+        other => ApiError::internal(other),
+    }
+}
+
+type Chunks = mpsc::Sender<Result<ExportImageResponse, Status>>;
+
+fn export(images: &ImageStore, digest: &Digest, name: &str, chunks: &Chunks) -> Result<(), Status> {
+    let mut writer = std::io::BufWriter::with_capacity(CHUNK, ChunkWriter { chunks });
+    images.export(digest, name, &mut writer).map_err(|error| image_error(&error, digest))?;
+    writer.flush().map_err(|error| Status::cancelled(error.to_string()))
+}
+
+struct ChunkWriter<'a> {
+    chunks: &'a Chunks,
+}
+
+impl Write for ChunkWriter<'_> {
+    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
+        let data = data.get(..CHUNK).unwrap_or(data);
+        let chunk = ExportImageResponse { data: data.to_vec() };
+        let sent = self.chunks.blocking_send(Ok(chunk));
+        sent.map_err(|_| std::io::Error::from(std::io::ErrorKind::BrokenPipe))?;
+        Ok(data.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}

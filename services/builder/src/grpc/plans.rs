@@ -1,0 +1,226 @@
+//! Plans, and builds that a person asks for.
+
+use kiln_api::builder::{BuildRequest, BuildResponse, Plan, PlanRequest, PlanResponse};
+use kiln_builder_core::Told;
+use kiln_builder_core::build::package_changes;
+use kiln_builder_core::next::{Order, parent_image};
+use kiln_builder_core::plan::{self, Comparison, Made};
+use kiln_builder_core::server::{ReleaseFile, Server};
+use kiln_model::cause::{Cause, CauseKind};
+use kiln_model::digest::Digest;
+use kiln_model::lock::Lock;
+use kiln_service::clock::Clock;
+use kiln_service::error::ApiError;
+use kiln_service::requests;
+use kiln_store::{Batch, Store};
+
+use super::{Api, actor};
+use crate::bakery::Bakery;
+use crate::builder::{Error, Resolved};
+use crate::differences::differences;
+use crate::store::{Edit, Read};
+use crate::wire;
+
+impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
+    pub(super) async fn plan_server(&self, request: PlanRequest) -> Result<PlanResponse, ApiError> {
+        let read = self.live_server(&request.server).await?;
+        let server = &read.value;
+        let order = self.order(server, Vec::new()).await?;
+        let span = tracing::info_span!("plan", server = %server.name);
+        let resolved =
+            tracing::Instrument::instrument(self.builder.resolve_shippable(server, &order), span).await?;
+        let run = &resolved.definition.run_digest;
+        let comparison = plan::compare(server, &resolved.key, run, &resolved.packages);
+        let in_force = server.in_force.as_ref();
+        let known = match in_force {
+            Some(in_force) => self.builder.documents.lock(&in_force.lock_key).await?,
+            None => None,
+        };
+        let mut changes = known.as_ref().map(|known| differences(known, &resolved.lock)).unwrap_or_default();
+        if in_force.is_some_and(|in_force| in_force.definition.run_digest != *run) {
+            changes.push("run: changed".to_owned());
+        }
+        if let Comparison::Held(objection) = &comparison {
+            changes.push(format!("held back: {objection}"));
+        }
+        let before = in_force.map(|in_force| in_force.packages.clone()).unwrap_or_default();
+        let answer = Plan {
+            server: server.name.to_string(),
+            definition_digest: resolved.definition.digest.to_string(),
+            lock_key: resolved.key.to_string(),
+            current_lock_key: in_force.map(|in_force| in_force.lock_key.to_string()).unwrap_or_default(),
+            needs_build: comparison == Comparison::Image,
+            needs_revision: matches!(comparison, Comparison::Image | Comparison::RunOnly),
+            packages: wire::package_changes(&package_changes(&before, &resolved.packages)),
+            changes,
+            current_image: in_force.map(|in_force| in_force.image.to_string()).unwrap_or_default(),
+            replicas: resolved.definition.replicas,
+            release_file_digest: release_file_digest(&resolved.release_files),
+        };
+        if comparison == Comparison::Unchanged {
+            self.note_resolved(read, resolved).await?;
+        }
+        Ok(PlanResponse { plan: Some(answer) })
+    }
+
+    /// The archives moved on and nothing in the image did: what was compared with is what counts from now on, so that
+    /// nobody asks again because of the same release files.
+    async fn note_resolved(&self, read: Read<Server>, resolved: Resolved) -> Result<(), ApiError> {
+        let mut server = read.value;
+        let Some(in_force) = &mut server.in_force else { return Ok(()) };
+        if in_force.release_files == resolved.release_files {
+            return Ok(());
+        }
+        let now = self.builder.now();
+        in_force.release_files = resolved.release_files;
+        in_force.resolved = now;
+        let mut edit = Edit::new(now);
+        edit.put_server(read.version, &server, &[])?;
+        match self.builder.documents.store().commit(edit.finish()).await {
+            // Somebody else moved it on: what they wrote is newer.
+            Ok(_) | Err(kiln_store::Error::Conflict { .. }) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn order(&self, server: &Server, causes: Vec<Cause>) -> Result<Order, ApiError> {
+        let Some(definition) = server.effective() else {
+            return Err(ApiError::precondition(
+                server.problem(),
+                "change the definition, then apply it again",
+            ));
+        };
+        let parent = match &definition.parent {
+            None => None,
+            Some(name) => {
+                let parent = self.builder.documents.server(name).await?;
+                let image = parent.as_ref().and_then(|parent| parent_image(&parent.value));
+                Some(image.ok_or_else(|| {
+                    let reason =
+                        format!("{} begins with the image of {name}, which has none yet", server.name);
+                    ApiError::precondition(reason, format!("see `kiln status {name}`"))
+                })?)
+            }
+        };
+        Ok(Order { definition: definition.clone(), parent, causes })
+    }
+
+    pub(super) async fn build_server(&self, request: BuildRequest) -> Result<BuildResponse, ApiError> {
+        let read = self.live_server(&request.server).await?;
+        let server = &read.value;
+        let by = actor(&request.actor);
+        let cause = Cause {
+            kind: CauseKind::Manual,
+            id: request.request_id.clone(),
+            summary: format!("{by} asked for a build of {}", server.name),
+            actor: by.clone(),
+            time: self.builder.now(),
+            traceparent: kiln_service::trace::current(),
+        };
+        let store = self.builder.documents.store();
+        if request.verify {
+            let decide = || self.decide_verify(&request.server, &cause);
+            return requests::once(store, &request.request_id, &request, decide).await;
+        }
+        refuse_busy(server)?;
+        let order = self.order(server, vec![cause.clone()]).await?;
+        let resolved = if request.pinned {
+            let lock = self.lock_in_force(server).await?;
+            self.builder.resolve(server, &order.definition, order.parent.as_ref(), Some(&lock)).await?
+        } else {
+            self.builder.resolve_shippable(server, &order).await?
+        };
+        let decide = || self.decide_build(&request.server, &cause, &resolved);
+        requests::once(store, &request.request_id, &request, decide).await
+    }
+
+    async fn lock_in_force(&self, server: &Server) -> Result<Lock, ApiError> {
+        let nothing = || {
+            let reason = format!("server {} has no lock in force whose packages could be kept", server.name);
+            ApiError::precondition(reason, "build it without `--pinned`")
+        };
+        let in_force = server.in_force.as_ref().ok_or_else(nothing)?;
+        self.builder.documents.lock(&in_force.lock_key).await?.ok_or_else(nothing)
+    }
+
+    async fn decide_build(
+        &self,
+        name: &str,
+        cause: &Cause,
+        resolved: &Resolved,
+    ) -> Result<(Batch, BuildResponse), ApiError> {
+        let read = self.live_server(name).await?;
+        refuse_busy(&read.value)?;
+        let planned = resolved.clone().planned(cause.clone(), Vec::new());
+        let decided = self.builder.decide(read, planned, &resolved.stored, &resolved.lock).await;
+        let (mut edit, made) = decided.map_err(|error| match error {
+            Error::Illegal(illegal) => ApiError::Conflict(illegal.to_string()),
+            other => other.into(),
+        })?;
+        edit.audit(&cause.actor, "build", name, serde_json::json!({ "lock": resolved.key }));
+        let image_of = |digest: Option<Digest>| digest.map(|digest| digest.to_string()).unwrap_or_default();
+        let answer = match made {
+            Made::Unchanged => {
+                let image = self.live_server(name).await?.value.in_force.map(|in_force| in_force.image);
+                BuildResponse { build: None, image_digest: image_of(image), unchanged: true }
+            }
+            Made::Held { problem } => {
+                return Err(ApiError::precondition(
+                    problem,
+                    "change the definition, or wait for newer packages",
+                ));
+            }
+            Made::Queued(build) => {
+                BuildResponse { build: Some(wire::build(&build, 1)), ..BuildResponse::default() }
+            }
+            Made::Joined(id) => {
+                let build = self.builder.documents.build(&id).await?;
+                let build = build.map(|read| wire::build(&read.value, read.version));
+                BuildResponse { build, ..BuildResponse::default() }
+            }
+            Made::Revision(revision) => {
+                use kiln_model::revision::RevisionContent;
+                let image = match revision.content {
+                    RevisionContent::Image(image) => Some(image.image_digest),
+                    RevisionContent::Removed { .. } => None,
+                };
+                BuildResponse { build: None, image_digest: image_of(image), unchanged: false }
+            }
+        };
+        Ok((edit.finish(), answer))
+    }
+
+    async fn decide_verify(&self, name: &str, cause: &Cause) -> Result<(Batch, BuildResponse), ApiError> {
+        let Read { version, value } = self.live_server(name).await?;
+        let now = self.builder.now();
+        let (server, build) = plan::verify(value, cause.clone(), now).map_err(Error::from)?;
+        let mut edit = Edit::new(now);
+        edit.put_server(version, &server, &[])?;
+        edit.put_build(0, &build, Some(Told::BuildQueued))?;
+        edit.audit(&cause.actor, "verify", name, serde_json::json!({ "build": build.id }));
+        let image_digest = server.in_force.map(|in_force| in_force.image.to_string()).unwrap_or_default();
+        let answer = BuildResponse { build: Some(wire::build(&build, 1)), image_digest, unchanged: false };
+        Ok((edit.finish(), answer))
+    }
+}
+
+fn refuse_busy(server: &Server) -> Result<(), ApiError> {
+    match &server.building {
+        None => Ok(()),
+        Some(building) => {
+            let reason = format!("{} of {} is under way", building.build, server.name);
+            let todo = format!("wait for it, or end it with `kiln build --cancel {}`", building.build);
+            Err(ApiError::precondition(reason, todo))
+        }
+    }
+}
+
+/// Over all release files, whatever their order; empty where there are none.
+fn release_file_digest(files: &[ReleaseFile]) -> String {
+    if files.is_empty() {
+        return String::new();
+    }
+    let mut lines: Vec<_> = files.iter().map(|file| format!("{} {}\n", file.url, file.digest)).collect();
+    lines.sort();
+    Digest::of(lines.concat().as_bytes()).to_string()
+}
