@@ -1,71 +1,139 @@
-//! Connections that an instance still has.
+//! Connections that an instance still has, asked of the kernel's own tables. /proc/net/tcp would do, were it not for the
+//! thousands of ended connections that it lists: reading it takes long, and what moves meanwhile is missed.
 
-use std::fs;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+
+use rustix::net::netlink::SOCK_DIAG;
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socket_with};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::failure::{During, Failure};
+use crate::network::namespace;
 
-/// States of /proc/net/tcp in which a user waits for something: established, being opened, and closed with bytes that
-/// are still on their way. FIN_WAIT2 and TIME_WAIT have nothing left to send.
-const OPEN: [&str; 7] = ["01", "03", "04", "08", "09", "0B", "0C"];
+/// States in which a user waits for something: established, being opened, and closed with bytes that are still on their
+/// way (FIN_WAIT1, CLOSE_WAIT, LAST_ACK, CLOSING). FIN_WAIT2 and TIME_WAIT have nothing left to send.
+const OPEN: u32 = 1 << 1 | 1 << 3 | 1 << 4 | 1 << 8 | 1 << 9 | 1 << 11;
 
-/// How many connections to these ports are open in the network namespace of a process; none once it has ended.
-pub(crate) fn open_connections(pid: u32, ports: &[u16]) -> Result<usize, Failure> {
-    let mut open = 0;
-    for table in ["tcp", "tcp6"] {
-        let path = format!("/proc/{pid}/net/{table}");
-        match fs::read_to_string(&path) {
-            Ok(sockets) => open += count(&sockets, ports),
-            // The process has ended, or there is no IPv6.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH | libc::EINVAL)) => {
-            }
-            Err(error) => return Err(error).during(|| format!("reading {path}")),
-        }
-    }
-    Ok(open)
+const HEADER: usize = 16;
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+/// NLM_F_REQUEST | NLM_F_ROOT | NLM_F_MATCH
+const DUMP: u16 = 0x301;
+const TCP: u8 = 6;
+const FAMILIES: [u8; 2] = [2, 10];
+
+/// Looks into one network namespace.
+#[derive(Debug)]
+pub(crate) struct Connections {
+    socket: OwnedFd,
 }
 
-fn count(sockets: &str, ports: &[u16]) -> usize {
-    let is_open = |line: &&str| {
-        let mut fields = line.split_whitespace().skip(1);
-        let port = fields.next().and_then(|local| u16::from_str_radix(local.rsplit_once(':')?.1, 16).ok());
-        let state = fields.nth(1);
-        port.is_some_and(|port| ports.contains(&port)) && state.is_some_and(|state| OPEN.contains(&state))
-    };
-    sockets.lines().skip(1).filter(is_open).count()
+impl Connections {
+    /// A socket belongs for ever to the namespace that it was made in, so one thread goes there to make it. Blocks.
+    pub(crate) fn of(name: &str) -> Result<Self, Failure> {
+        let path = namespace::path(name);
+        let make = || {
+            let there = File::open(&path)?;
+            move_into_link_name_space(std::os::fd::AsFd::as_fd(&there), Some(LinkNameSpaceType::Network))?;
+            let (kind, flags) = (SocketType::RAW, SocketFlags::CLOEXEC);
+            Ok::<_, std::io::Error>(socket_with(AddressFamily::NETLINK, kind, flags, Some(SOCK_DIAG))?)
+        };
+        let made = std::thread::scope(|scope| scope.spawn(make).join());
+        let made = made.unwrap_or_else(|_| Err(std::io::Error::other("its thread died")));
+        Ok(Self { socket: made.during(|| format!("looking into the network of {name}"))? })
+    }
+
+    /// How many connections to these ports are open. Blocks for a few milliseconds.
+    pub(crate) fn open(&self, ports: &[u16]) -> Result<usize, Failure> {
+        let mut open = 0;
+        for family in FAMILIES {
+            open +=
+                self.count(family, ports).during(|| "asking the kernel for open connections".to_owned())?;
+        }
+        Ok(open)
+    }
+
+    fn count(&self, family: u8, ports: &[u16]) -> std::io::Result<usize> {
+        send(&self.socket, &request(family), SendFlags::empty())?;
+        let mut buffer = vec![0; 64 << 10];
+        let mut open = 0;
+        loop {
+            let (length, _) = recv(&self.socket, buffer.as_mut_slice(), RecvFlags::empty())?;
+            let mut rest = &buffer[..length];
+            while let Some(message) = next(&mut rest) {
+                match message.kind {
+                    NLMSG_DONE => return Ok(open),
+                    NLMSG_ERROR => {
+                        return Err(std::io::Error::other("the kernel can't list connections (tcp_diag)"));
+                    }
+                    _ => open += usize::from(message.local_port().is_some_and(|port| ports.contains(&port))),
+                }
+            }
+        }
+    }
+}
+
+/// nlmsghdr and inet_diag_req_v2.
+fn request(family: u8) -> [u8; HEADER + 56] {
+    let mut bytes = [0; HEADER + 56];
+    let length = u32::try_from(bytes.len()).unwrap_or_default();
+    bytes[0..4].copy_from_slice(&length.to_ne_bytes());
+    bytes[4..6].copy_from_slice(&SOCK_DIAG_BY_FAMILY.to_ne_bytes());
+    bytes[6..8].copy_from_slice(&DUMP.to_ne_bytes());
+    bytes[HEADER] = family;
+    bytes[HEADER + 1] = TCP;
+    bytes[HEADER + 4..HEADER + 8].copy_from_slice(&OPEN.to_ne_bytes());
+    bytes
+}
+
+struct Message<'a> {
+    kind: u16,
+    body: &'a [u8],
+}
+
+impl Message<'_> {
+    /// Of an inet_diag_msg: after family, state, timer and retransmissions, in network order.
+    fn local_port(&self) -> Option<u16> {
+        Some(u16::from_be_bytes(self.body.get(4..6)?.try_into().ok()?))
+    }
+}
+
+/// Takes the first message off.
+fn next<'a>(rest: &mut &'a [u8]) -> Option<Message<'a>> {
+    let length = u32::from_ne_bytes(rest.get(0..4)?.try_into().ok()?);
+    let length = usize::try_from(length).ok().filter(|length| *length >= HEADER)?;
+    let kind = u16::from_ne_bytes(rest.get(4..6)?.try_into().ok()?);
+    let body = rest.get(HEADER..length)?;
+    *rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+    Some(Message { kind, body })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::{TcpListener, TcpStream};
 
     #[test]
-    fn only_connections_to_the_instance_s_ports_count() {
-        let line = |local: &str, state: &str| {
-            format!("   0: 0A4D0005:{local} 0A4D0001:D2A8 {state} 0:0 00:0 0 0 0 1\n")
-        };
-        let sockets = [
-            "  sl  local_address rem_address st\n".to_owned(),
-            line("0050", "01"),
-            line("0050", "0A"),
-            line("0050", "06"),
-            line("1F90", "01"),
-            line("0050", "03"),
-        ]
-        .concat();
-        assert_eq!(count(&sockets, &[80]), 2);
-        assert_eq!(count(&sockets, &[80, 8080]), 3);
-        assert_eq!(count(&sockets, &[]), 0);
-    }
-
-    #[test]
-    fn a_connection_of_this_process_is_seen() {
-        let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = socket.local_addr().unwrap();
-        let pid = std::process::id();
-        assert_eq!(open_connections(pid, &[address.port()]).unwrap(), 0);
-        let _client = std::net::TcpStream::connect(address).unwrap();
-        // In the accept queue: the user already waits.
-        assert_eq!(open_connections(pid, &[address.port()]).unwrap(), 1);
-        assert_eq!(open_connections(u32::MAX, &[address.port()]).unwrap(), 0);
+    fn only_what_users_wait_for_counts() {
+        let socket =
+            socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, Some(SOCK_DIAG));
+        let here = Connections { socket: socket.unwrap() };
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = TcpListener::bind(address).unwrap();
+            let address = listener.local_addr().unwrap();
+            let ports = [address.port()];
+            assert_eq!(here.open(&ports).unwrap(), 0);
+            // In the accept queue: the user already waits.
+            let client = TcpStream::connect(address).unwrap();
+            assert_eq!(here.open(&ports).unwrap(), 1);
+            assert_eq!(here.open(&[ports[0].wrapping_add(1)]).unwrap(), 0);
+            let (server, _) = listener.accept().unwrap();
+            // The server ends first, so TIME_WAIT stays on its side.
+            drop(server);
+            drop(client);
+            assert_eq!(here.open(&ports).unwrap(), 0);
+        }
     }
 }

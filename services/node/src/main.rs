@@ -1,5 +1,6 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Parser;
 use kiln_model::event::Service;
@@ -59,8 +60,7 @@ async fn act(other: Other) -> Result<ExitCode, Failure> {
     let Some(site) = site else { return Ok(ExitCode::from(EXIT_BAD_CONFIG)) };
     let names = Names::of(&site);
     if other.purge {
-        let _guard = Guard::take(site.paths(), Service::Node)
-            .map_err(|error| Failure::new("purging the site", error))?;
+        let _guard = alone(&site).await?;
         purge(&names).await?;
     } else {
         for line in leftovers(&names).await? {
@@ -68,4 +68,18 @@ async fn act(other: Other) -> Result<ExitCode, Failure> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Keeps a node of the site from starting. One that was just killed may have left a child that has its lock until it
+/// becomes another program.
+async fn alone(site: &Site) -> Result<Guard, Failure> {
+    let mut tries = 20;
+    loop {
+        match Guard::take(site.paths(), Service::Node) {
+            Ok(guard) => return Ok(guard),
+            Err(error) if tries == 0 => return Err(Failure::new("purging the site", error)),
+            Err(_) => tries -= 1,
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }

@@ -12,10 +12,10 @@ use kiln_store::{Batch, Store};
 use rustix::io::Errno;
 use rustix::process::{Signal, pidfd_send_signal};
 
-use crate::drain::open_connections;
+use crate::drain::Connections;
 use crate::exits::ended;
 use crate::launch::advance;
-use crate::node::{Node, to_the_end};
+use crate::node::{Node, blocking, to_the_end};
 use crate::record::{Fact, Record, Role, State};
 
 /// From the flip of the edge until the connections are looked at: a first packet that was let through before the flip
@@ -107,12 +107,12 @@ impl<S: Store> Node<S> {
 
     /// Waits until no user's connection is open, for as long as the drain allows.
     async fn drain(&self, record: &Record) -> Result<(), ApiError> {
-        let (State::Retiring { process: Some(process), drain }, Role::Fleet) =
-            (&record.state, record.spec.role)
+        let (State::Retiring { drain, .. }, Some(plug), Role::Fleet) =
+            (&record.state, &record.plug, record.spec.role)
         else {
             return Ok(());
         };
-        let ports = record.spec.targets();
+        let mut ports = record.spec.targets();
         if ports.is_empty() {
             return Ok(());
         }
@@ -122,17 +122,24 @@ impl<S: Store> Node<S> {
         let since = left.unwrap_or_else(Instant::now);
         tokio::time::sleep(SETTLE.saturating_sub(since.elapsed())).await;
         let until = Instant::now() + drain.as_duration();
-        loop {
-            let open = open_connections(process.pid, &ports)?;
-            if open == 0 {
-                return Ok(());
-            }
+        let namespace = plug.namespace.clone();
+        let mut connections = blocking(move || Connections::of(&namespace)).await??;
+        // Two looks must find none: a connection that opens while the kernel walks its table can be passed over.
+        let mut quiet = 0;
+        while quiet < 2 {
+            let (open, back, asked) =
+                blocking(move || (connections.open(&ports), connections, ports)).await?;
+            (connections, ports) = (back, asked);
+            quiet = if open? == 0 { quiet + 1 } else { 0 };
             if Instant::now() >= until {
-                tracing::info!(instance = %record.spec.id, open, "stopped with connections open: its drain is over");
+                if quiet == 0 {
+                    tracing::info!(instance = %record.spec.id, "its drain is over and connections are open");
+                }
                 return Ok(());
             }
             tokio::time::sleep(LOOK).await;
         }
+        Ok(())
     }
 
     /// The image's own signal first, then SIGKILL.

@@ -75,7 +75,8 @@ pub(crate) fn make(plan: &Plan<'_>) -> Result<Rootfs, Failure> {
         }
     }
     drop(image);
-    unmount(&root, UnmountFlags::empty()).during(|| format!("unmounting {}", root.display()))?;
+    // Detached, as a program that is just being started has a copy of every descriptor until it begins.
+    unmount(&root, UnmountFlags::DETACH).during(|| format!("unmounting {}", root.display()))?;
     mount_overlay(&top, plan.layers, &root)?;
     Ok(Rootfs { root, writable: bound, user })
 }

@@ -74,11 +74,13 @@ impl Cni {
     }
 
     async fn call(&self, verb: &str, namespace: &str) -> Result<Vec<u8>, Failure> {
+        // Without a namespace DEL gives the address back, and does not look for an interface.
+        let netns = if namespace::is_there(namespace) { namespace::path(namespace) } else { PathBuf::new() };
         let mut command = self.helpers.command(self.plugins.join("bridge"))?;
         command
             .env("CNI_COMMAND", verb)
             .env("CNI_CONTAINERID", namespace)
-            .env("CNI_NETNS", namespace::path(namespace))
+            .env("CNI_NETNS", netns)
             .env("CNI_IFNAME", "eth0")
             .env("CNI_PATH", &self.plugins);
         let what = || format!("CNI {verb} of {namespace} on {}", self.network);

@@ -10,9 +10,16 @@ use rustix::thread::UnshareFlags;
 use crate::failure::{During, Failure};
 
 const DIR: &str = "/run/netns";
+/// The type of the kernel's file system of namespaces.
+const NSFS: rustix::fs::FsWord = 0x6e73_6673;
 
 pub(crate) fn path(name: &str) -> PathBuf {
     Path::new(DIR).join(name)
+}
+
+/// Whether the name stands for a namespace: a crash can leave a file that does not.
+pub(crate) fn is_there(name: &str) -> bool {
+    rustix::fs::statfs(path(name)).is_ok_and(|stat| stat.f_type == NSFS)
 }
 
 /// Makes a namespace with its loopback up, in which every user may listen on every port: an instance has no capability

@@ -48,7 +48,7 @@ impl TestSite {
             rustix::process::geteuid().is_root(),
             "this test makes namespaces and mounts: run it as root"
         );
-        let home = tempfile::Builder::new().prefix("kiln-").tempdir().unwrap();
+        let home = tempfile::Builder::new().prefix("node-test-").tempdir().unwrap();
         let id = unique();
         let hex: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
         let file = SiteFile {
@@ -334,7 +334,8 @@ pub(crate) fn request(spec: InstanceSpec) -> LaunchRequest {
 pub(crate) fn get(address: SocketAddr, path: &str) -> std::io::Result<String> {
     let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(2))?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n")?;
+    let request = format!("GET {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes())?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     match answer.split_once("\r\n\r\n") {
