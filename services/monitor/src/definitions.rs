@@ -35,8 +35,17 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 pub struct Status {
     pub polled: Option<Timestamp>,
     pub problem: String,
-    /// What is wrong with single servers in it.
-    pub refused: BTreeMap<String, String>,
+    /// What is wrong with single definitions in it: the server's name, empty where even that can't be read, and why.
+    pub refused: Vec<(String, String)>,
+}
+
+impl Status {
+    /// What keeps a server from following its repository; empty where nothing does.
+    pub fn problem_of(&self, server: &str) -> String {
+        let whole = Some(self.problem.as_str()).filter(|problem| !problem.is_empty());
+        let refused = self.refused.iter().filter(|(name, _)| name.is_empty() || name == server);
+        whole.into_iter().chain(refused.map(|(_, problem)| problem.as_str())).collect::<Vec<_>>().join("; ")
+    }
 }
 
 struct Watched {
@@ -242,12 +251,12 @@ impl<S: Store, C: Clock> Definitions<S, C> {
         commit: &str,
         seen: Timestamp,
         inspection: InspectSourceResponse,
-    ) -> Result<BTreeMap<String, String>, Error> {
-        let mut refused = BTreeMap::new();
+    ) -> Result<Vec<(String, String)>, Error> {
+        let mut refused = Vec::new();
         let mut inspected: BTreeMap<ServerName, InspectedServer> = BTreeMap::new();
         for server in inspection.servers {
             if !server.problem.is_empty() {
-                refused.insert(server.name.clone(), server.problem.clone());
+                refused.push((server.name.clone(), server.problem.clone()));
             }
             if let Ok(name) = server.name.parse() {
                 inspected.insert(name, server);

@@ -195,13 +195,12 @@ impl<S: Store, C: Clock> Api<S, C> {
             return Ok(GetServerStatusResponse { health, signals, ..GetServerStatusResponse::default() });
         };
         let source = self.definitions.status(&server.source).unwrap_or_default();
-        let refused = source.refused.get(name.as_str()).cloned().unwrap_or_default();
         let archive = self.packages.status(&server);
         Ok(GetServerStatusResponse {
             health,
             signals,
             source_polled: source.polled.map(convert::to_timestamp),
-            source_problem: if source.problem.is_empty() { refused } else { source.problem },
+            source_problem: source.problem_of(name.as_str()),
             archive_polled: archive.polled.map(convert::to_timestamp),
             archive_problem: archive.problem,
         })

@@ -6,6 +6,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures::{StreamExt, TryStreamExt, stream};
 use kiln_api::{deployer, monitor};
 use kiln_model::name::{InstanceId, ServerName};
 use kiln_monitor_core::health::Fact;
@@ -28,6 +29,9 @@ const LOOKS: usize = 1024;
 
 /// Changes that a slow listener may lag behind before it is given the whole state again.
 const LAG: usize = 4096;
+
+/// Instances of a list that are taken over at once.
+const TOLD_AT_ONCE: usize = 64;
 
 /// Without an address, on its way out, or gone: nothing is looked at until something wakes the task.
 const IDLE: Duration = Duration::from_secs(3600);
@@ -131,9 +135,13 @@ impl<S: Store, C: Clock> Watcher<S, C> {
         before: &HashSet<InstanceId>,
     ) -> Result<(), Error> {
         let there: HashSet<String> = listing.items.iter().map(|instance| instance.id.clone()).collect();
-        for instance in listing.items {
-            self.tell(&listing.epoch, instance).await?;
-        }
+        // Many at a time share a commit of the store.
+        let epoch = &listing.epoch;
+        stream::iter(listing.items)
+            .map(|instance| self.tell(epoch, instance))
+            .buffer_unordered(TOLD_AT_ONCE)
+            .try_collect::<()>()
+            .await?;
         for id in before.iter().filter(|id| !there.contains(&id.to_string())) {
             self.forget(id, None).await?;
         }
@@ -173,25 +181,36 @@ impl<S: Store, C: Clock> Watcher<S, C> {
     }
 
     async fn take(&self, facts: Facts) -> Result<(), Error> {
-        let known = self.find(&facts.id);
-        match known {
-            Some(tracked) if !facts.seen.is_newer_than(&tracked.seen()) => Ok(()),
-            Some(_) if facts.retired => self.forget(&facts.id, Some(&facts.seen)).await,
-            Some(tracked) => {
-                if tracked.update(facts, self.clock.now()) {
-                    tracked.wake.notify_one();
-                }
-                self.keep(&tracked).await
-            }
-            None if facts.retired || self.was_handled(&facts).await? => Ok(()),
-            None => {
-                let tracked = Arc::new(Tracked::new(facts, self.clock.now()));
-                // Looked at before it is written: a launch is seen as early as it can be.
-                self.tracked().insert(tracked.id.clone(), tracked.clone());
-                self.attend(tracked.clone(), Duration::ZERO);
-                self.keep(&tracked).await
-            }
+        let Some(tracked) = self.find(&facts.id) else { return self.begin(facts).await };
+        if !facts.seen.is_newer_than(&tracked.seen()) {
+            return Ok(());
         }
+        if facts.retired {
+            return self.forget(&facts.id, Some(&facts.seen)).await;
+        }
+        if tracked.update(facts, self.clock.now()) {
+            tracked.wake.notify_one();
+        }
+        self.keep(&tracked).await
+    }
+
+    /// Watches one more instance.
+    async fn begin(&self, facts: Facts) -> Result<(), Error> {
+        if facts.retired || self.was_handled(&facts).await? {
+            return Ok(());
+        }
+        let tracked = Arc::new(Tracked::new(facts, self.clock.now()));
+        {
+            let mut all = self.tracked();
+            // An event and a list may tell of it at the same time. What the other did not know comes with the next list.
+            if all.contains_key(&tracked.id) {
+                return Ok(());
+            }
+            all.insert(tracked.id.clone(), tracked.clone());
+        }
+        // Looked at before it is written: a launch is seen as early as it can be.
+        self.attend(tracked.clone(), Duration::ZERO);
+        self.keep(&tracked).await
     }
 
     async fn was_handled(&self, facts: &Facts) -> Result<bool, Error> {
@@ -203,15 +222,16 @@ impl<S: Store, C: Clock> Watcher<S, C> {
     async fn forget(&self, id: &InstanceId, seen: Option<&Seen>) -> Result<(), Error> {
         let Some(tracked) = self.find(id) else { return Ok(()) };
         let _writing = tracked.writing.lock().await;
-        tracked.end();
-        let version = tracked.version();
-        let delete = Change::Delete { kind: HEALTH.to_owned(), id: id.to_string(), expected: version };
+        if tracked.ended.is_cancelled() {
+            return Ok(());
+        }
+        let (kind, expected) = (HEALTH.to_owned(), tracked.version());
+        let delete = Change::Delete { kind, id: id.to_string(), expected };
         let mut batch = Batch { changes: vec![delete], ..Batch::default() };
         batch.watermarks.extend(seen.map(|seen| watermark(id, seen)));
-        match self.store.commit(batch).await {
-            Ok(_) | Err(Error::Stale { .. }) => {}
-            Err(error) => return Err(error),
-        }
+        self.store.commit(batch).await?;
+        // Its task ends, and nothing of it is written any more.
+        tracked.ended.cancel();
         self.tracked().remove(id);
         self.signals.settle(|record| record.signal.instance.as_ref() == Some(id)).await
     }

@@ -229,11 +229,6 @@ impl Tracked {
         self.live().watched.leaving = true;
     }
 
-    /// It is forgotten: its task ends, and nothing of it is written any more.
-    pub(super) fn end(&self) {
-        self.ended.cancel();
-    }
-
     pub(super) fn seen(&self) -> Seen {
         self.live().watched.seen.clone()
     }

@@ -1,0 +1,220 @@
+use std::sync::atomic::Ordering;
+
+use kiln_api::events::{PlanUnchanged, Report, RevisionCreated};
+use kiln_api::monitor::monitor_service_server::MonitorService;
+use kiln_api::monitor::{
+    ApproveSignalRequest, GetServerStatusRequest, ListSignalsRequest, ReportSignalRequest, WatchHealthRequest,
+};
+use kiln_api::types;
+use kiln_model::event::Service;
+use kiln_store::Store;
+use prost::Message;
+use tonic::{Code, Request, Status};
+
+use crate::server::Server;
+use crate::world::{Running, World, instance, policy, server, until};
+
+fn request(request_id: &str, id: &str) -> ReportSignalRequest {
+    ReportSignalRequest {
+        request_id: request_id.to_owned(),
+        server: "web".to_owned(),
+        reporter: "scanner".to_owned(),
+        id: id.to_owned(),
+        summary: "CVE-2026-1 in nginx".to_owned(),
+        actor: "ann".to_owned(),
+        ..ReportSignalRequest::default()
+    }
+}
+
+async fn report(monitor: &Running, request: ReportSignalRequest) -> Result<types::Signal, Status> {
+    let answer = monitor.api.report_signal(Request::new(request)).await?;
+    Ok(answer.into_inner().signal.unwrap())
+}
+
+async fn signals(monitor: &Running) -> Vec<types::Signal> {
+    let request = Request::new(ListSignalsRequest::default());
+    MonitorService::list_signals(&monitor.api, request).await.unwrap().into_inner().signals
+}
+
+/// A monitor that knows the server `web`.
+async fn started(mode: types::Mode) -> (World, Running) {
+    let world = World::new().await;
+    world.has_server(server("web", mode));
+    let monitor = world.start().await;
+    until("the server is known", async || {
+        let request = Request::new(GetServerStatusRequest { server: "web".to_owned() });
+        monitor.api.get_server_status(request).await.ok()
+    })
+    .await;
+    (world, monitor)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_report_is_one_signal_however_often_it_comes() {
+    let (world, monitor) = started(types::Mode::Auto).await;
+    let first = report(&monitor, request("r1", "17")).await.unwrap();
+    assert_eq!((first.state(), first.remedy()), (types::SignalState::Open, types::Remedy::Rebuild));
+    assert_eq!(first.evidence, ["CVE-2026-1 in nginx"]);
+    // The same call, and the same report in another call.
+    assert_eq!(report(&monitor, request("r1", "17")).await.unwrap(), first);
+    assert_eq!(report(&monitor, request("r2", "17")).await.unwrap(), first);
+    let second = report(&monitor, request("r3", "18")).await.unwrap();
+    assert_ne!(second.id, first.id);
+    world.hears("needs_update reported web").await;
+    until("both are told", async || (world.said().len() == 2).then_some(())).await;
+    let (_, audit) = world.store.audit(0, 10).await.unwrap().into_iter().next_back().unwrap();
+    assert_eq!((audit.actor.as_str(), audit.action.as_str()), ("ann", "report_signal"));
+
+    // It outlives a restart as one.
+    monitor.stop().await;
+    let monitor = world.start().await;
+    assert_eq!(report(&monitor, request("r4", "17")).await.unwrap(), first);
+    monitor.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_revision_or_an_unchanged_plan_answers_a_report() {
+    let (world, monitor) = started(types::Mode::Auto).await;
+    let first = report(&monitor, request("r1", "17")).await.unwrap();
+    let cause = Some(types::Cause { id: first.id.clone(), ..types::Cause::default() });
+    let event = PlanUnchanged { server: "web".to_owned(), cause: cause.clone(), lock_key: String::new() };
+    world.publish(Service::Builder, "plan", "unchanged", "web", 1, event.encode_to_vec()).await;
+    world.hears("settled reported web").await;
+
+    // A revision that is newer than the report, whatever caused it.
+    report(&monitor, request("r2", "18")).await.unwrap();
+    let revision =
+        types::Revision { server: "web".to_owned(), generation: 2, cause, ..types::Revision::default() };
+    let event = RevisionCreated { revision: Some(revision) };
+    world.publish(Service::Builder, "revision", "created", "web", 2, event.encode_to_vec()).await;
+    until("both are settled", async || (world.said().len() == 4).then_some(())).await;
+    assert!(signals(&monitor).await.iter().all(|signal| signal.state() == types::SignalState::Resolved));
+    monitor.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_report_whose_answer_was_lost_is_found_to_be_done() {
+    let (world, monitor) = started(types::Mode::Auto).await;
+    world.builder.plan.lock().unwrap().needs_build = true;
+    report(&monitor, request("r1", "17")).await.unwrap();
+    until("it was asked for", async || (world.builder.planned.load(Ordering::SeqCst) > 0).then_some(()))
+        .await;
+    assert_eq!(world.said(), ["needs_update reported web"]);
+    world.builder.plan.lock().unwrap().needs_build = false;
+    world.hears("settled reported web").await;
+    monitor.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replacement_can_be_asked_for_by_name() {
+    let (world, monitor) = started(types::Mode::Auto).await;
+    let backend = Server::start().await;
+    let a1 = instance("web-r1-0-a1", Some(policy(backend.check(), 100, 30_000)));
+    let ask = |request_id: &str| ReportSignalRequest {
+        remedy: types::Remedy::Replace.into(),
+        instance: "web-r1-0-a1".to_owned(),
+        ..request(request_id, "19")
+    };
+    assert_eq!(report(&monitor, ask("r1")).await.unwrap_err().code(), Code::NotFound);
+    world.tells(a1.clone()).await;
+    world.hears("healthy web-r1-0-a1").await;
+    report(&monitor, ask("r2")).await.unwrap();
+    world.hears("needs_update reported web-r1-0-a1").await;
+    world.tells(crate::world::in_state(&a1, kiln_api::deployer::InstanceState::Retired)).await;
+    world.hears("settled reported web-r1-0-a1").await;
+    monitor.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_waits_for_approval_acts_when_it_is_given() {
+    let (world, monitor) = started(types::Mode::Approve).await;
+    // Sickness asks nobody here; a changed definition does.
+    let observed = kiln_monitor_core::signal::Observation {
+        server: "web".parse().unwrap(),
+        cause: kiln_model::cause::CauseKind::DefinitionChanged,
+        fingerprint: "d".to_owned(),
+        remedy: kiln_model::signal::Remedy::Rebuild,
+        evidence: vec!["commit 1".to_owned()],
+        instance: None,
+        since: jiff::Timestamp::now(),
+        reporter: "monitor".to_owned(),
+        generation: 1,
+    };
+    let id = observed.id().to_string();
+    let scope = kiln_monitor::signals::Scope::Cause(observed.server.clone(), observed.cause);
+    monitor.api.signals.see(&scope, &[observed]).await.unwrap();
+    world.hears("waits_for_approval definition_changed web").await;
+
+    let approve = |request_id: &str, id: &str| {
+        Request::new(ApproveSignalRequest {
+            request_id: request_id.to_owned(),
+            id: id.to_owned(),
+            actor: "ann".to_owned(),
+        })
+    };
+    let unknown = kiln_model::digest::Digest::of(b"unknown").to_string();
+    assert_eq!(monitor.api.approve_signal(approve("a0", &unknown)).await.unwrap_err().code(), Code::NotFound);
+    let wrong = monitor.api.approve_signal(approve("a0", "../x")).await.unwrap_err();
+    assert_eq!(wrong.code(), Code::InvalidArgument);
+    let approved = monitor.api.approve_signal(approve("a1", &id)).await.unwrap().into_inner().signal.unwrap();
+    assert_eq!(approved.state(), types::SignalState::Open);
+    assert_eq!(approved.evidence, ["commit 1", "approved by ann"]);
+    world.hears("needs_update definition_changed web").await;
+    // Again the same call; another one finds nothing that waits.
+    let again = monitor.api.approve_signal(approve("a1", &id)).await.unwrap().into_inner().signal.unwrap();
+    assert_eq!(again, approved);
+    let late = monitor.api.approve_signal(approve("a2", &id)).await.unwrap_err();
+    assert_eq!(late.code(), Code::FailedPrecondition);
+    monitor.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_calls_are_refused_with_the_field() {
+    let (_world, monitor) = started(types::Mode::Auto).await;
+    for (change, code) in [
+        ((|r| r.server = "Web!".to_owned()) as fn(&mut ReportSignalRequest), Code::InvalidArgument),
+        (|r| r.server = "db".to_owned(), Code::NotFound),
+        (|r| r.request_id = String::new(), Code::InvalidArgument),
+        (|r| r.reporter = "a\nb".to_owned(), Code::InvalidArgument),
+        (|r| r.summary = "x".repeat(5000), Code::InvalidArgument),
+        (|r| r.remedy = 77, Code::InvalidArgument),
+        (|r| r.instance = "web".to_owned(), Code::InvalidArgument),
+    ] {
+        let mut request = request("r1", "17");
+        change(&mut request);
+        assert_eq!(report(&monitor, request.clone()).await.unwrap_err().code(), code, "{request:?}");
+    }
+    assert!(signals(&monitor).await.is_empty());
+    let watch = Request::new(WatchHealthRequest { server: "../x".to_owned() });
+    assert_eq!(monitor.api.watch_health(watch).await.err().unwrap().code(), Code::InvalidArgument);
+    let token = types::ListOptions { page_token: "junk".to_owned(), ..types::ListOptions::default() };
+    let list = Request::new(ListSignalsRequest { options: Some(token), server: String::new() });
+    let refused = MonitorService::list_signals(&monitor.api, list).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    monitor.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn reports_come_in_on_the_bus_and_bad_ones_are_put_aside() {
+    let (world, monitor) = started(types::Mode::Auto).await;
+    let subject = "kiln.in.v1.test.report";
+    let send = |payload: &[u8]| world.bus.publish_raw(subject, Default::default(), payload).unwrap();
+    send(b"not a report");
+    send(br#"{"server":"nobody","reporter":"scanner","id":"1","summary":"x"}"#);
+    let json = br#"{"server":"web","reporter":"scanner","id":"17","summary":"CVE-2026-1"}"#;
+    send(json);
+    send(json);
+    let binary = Report {
+        server: "web".to_owned(),
+        reporter: "scanner".to_owned(),
+        id: "17".to_owned(),
+        summary: "the same in protobuf".to_owned(),
+        ..Report::default()
+    };
+    send(&binary.encode_to_vec());
+    world.hears("needs_update reported web").await;
+    until("the bad ones are put aside", async || (world.bus.dead_letters().len() == 2).then_some(())).await;
+    assert_eq!(signals(&monitor).await.len(), 1);
+    assert_eq!(world.said(), ["needs_update reported web"]);
+    monitor.stop().await;
+}
