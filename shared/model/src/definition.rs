@@ -3,6 +3,7 @@
 mod check;
 mod context;
 mod node;
+mod number;
 mod parents;
 mod parse;
 mod problem;
@@ -10,7 +11,7 @@ mod raw;
 mod read;
 mod schema;
 mod template;
-mod value;
+mod text;
 
 use std::collections::BTreeMap;
 

@@ -13,6 +13,12 @@ pub struct BadName {
     wanted: &'static str,
 }
 
+impl BadName {
+    fn new(text: &str, wanted: &'static str) -> Self {
+        Self { text: text.chars().take(80).collect(), wanted }
+    }
+}
+
 fn is_label(text: &str, max: usize) -> bool {
     let bytes = text.as_bytes();
     let edge = |b: Option<&u8>| matches!(b, Some(b'a'..=b'z' | b'0'..=b'9'));
@@ -20,6 +26,22 @@ fn is_label(text: &str, max: usize) -> bool {
         && edge(bytes.first())
         && edge(bytes.last())
         && bytes.iter().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'))
+}
+
+macro_rules! serde_by_text {
+    ($name:ident) => {
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+            }
+        }
+    };
 }
 
 macro_rules! text_name {
@@ -48,22 +70,12 @@ macro_rules! text_name {
                 if check(text) {
                     Ok(Self(text.to_owned()))
                 } else {
-                    Err(BadName { text: text.chars().take(80).collect(), wanted: $wanted })
+                    Err(BadName::new(text, $wanted))
                 }
             }
         }
 
-        impl Serialize for $name {
-            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-                serializer.serialize_str(&self.0)
-            }
-        }
-
-        impl<'de> Deserialize<'de> for $name {
-            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
-            }
-        }
+        serde_by_text!($name);
     };
 }
 
@@ -133,10 +145,7 @@ impl FromStr for BuildId {
             let (server, number_text) = text.rsplit_once("-b")?;
             Some(Self { server: server.parse().ok()?, number: number(number_text)? })
         };
-        parse().ok_or_else(|| BadName {
-            text: text.chars().take(80).collect(),
-            wanted: "a build id such as `web-b7`",
-        })
+        parse().ok_or_else(|| BadName::new(text, "a build id such as `web-b7`"))
     }
 }
 
@@ -161,27 +170,8 @@ impl FromStr for InstanceId {
                 attempt: number(attempt)?,
             })
         };
-        parse().ok_or_else(|| BadName {
-            text: text.chars().take(80).collect(),
-            wanted: "an instance id such as `web-r12-0-a3`",
-        })
+        parse().ok_or_else(|| BadName::new(text, "an instance id such as `web-r12-0-a3`"))
     }
-}
-
-macro_rules! serde_by_text {
-    ($name:ident) => {
-        impl Serialize for $name {
-            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-                serializer.collect_str(self)
-            }
-        }
-
-        impl<'de> Deserialize<'de> for $name {
-            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
-            }
-        }
-    };
 }
 
 serde_by_text!(BuildId);
@@ -189,6 +179,8 @@ serde_by_text!(InstanceId);
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -199,6 +191,51 @@ mod tests {
         for bad in ["", "-web", "web-", "Web", "web.example", "we b", "../web", "web*", ">", &"a".repeat(41)]
         {
             assert!(bad.parse::<ServerName>().is_err(), "{bad}");
+        }
+    }
+
+    fn servers() -> impl Strategy<Value = ServerName> {
+        // Also names that look like the rest of an id.
+        let nasty = "(a|web|[0-9])(-(r[0-9]|b[0-9]|a[0-9]|[0-9]|-)){0,6}-?[a-z0-9]";
+        prop_oneof!["[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?", nasty]
+            .prop_map(|name| name.parse().expect("a server name"))
+    }
+
+    proptest! {
+        #[test]
+        fn an_instance_id_comes_back(
+            server in servers(), release in any::<u64>(), ordinal in any::<u32>(), attempt in any::<u64>()
+        ) {
+            let id = InstanceId { server, release, ordinal, attempt };
+            prop_assert_eq!(id.to_string().parse(), Ok(id.clone()));
+            let document = serde_json::to_string(&id).expect("JSON");
+            prop_assert_eq!(document, format!("\"{id}\""));
+        }
+
+        #[test]
+        fn a_build_id_comes_back(server in servers(), number in any::<u64>()) {
+            let id = BuildId { server, number };
+            prop_assert_eq!(id.to_string().parse(), Ok(id));
+        }
+
+        /// Subjects, paths and nft rules are made from names: whatever is taken is what it looks like.
+        #[test]
+        fn what_is_taken_has_one_text(text in ".{0,12}|[a-z0-9ABZ._/*> -]{0,70}|[a-b0-2rb-]{0,16}") {
+            if let Ok(id) = text.parse::<InstanceId>() {
+                prop_assert_eq!(&id.to_string(), &text);
+            }
+            if let Ok(id) = text.parse::<BuildId>() {
+                prop_assert_eq!(&id.to_string(), &text);
+            }
+            if let Ok(name) = text.parse::<ServerName>() {
+                prop_assert_eq!(name.as_str(), &text);
+                prop_assert!(text.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-')));
+                prop_assert!((1..=40).contains(&text.len()) && !text.starts_with('-') && !text.ends_with('-'));
+            }
+            if let Ok(id) = text.parse::<RequestId>() {
+                prop_assert_eq!(id.as_str(), &text);
+                prop_assert!((1..=64).contains(&text.len()) && text.is_ascii());
+            }
         }
     }
 

@@ -26,6 +26,32 @@ pub struct RunSpec {
     pub drain: Millis,
 }
 
+/// Capabilities that a definition may ask for. With the others a process could leave its instance: load code into the
+/// kernel, mount, read every file, change the machine's devices, clock or audit.
+pub const GRANTABLE: [&str; 21] = [
+    "AUDIT_WRITE",
+    "BLOCK_SUSPEND",
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "FOWNER",
+    "FSETID",
+    "IPC_LOCK",
+    "IPC_OWNER",
+    "KILL",
+    "LEASE",
+    "LINUX_IMMUTABLE",
+    "NET_ADMIN",
+    "NET_BIND_SERVICE",
+    "NET_BROADCAST",
+    "NET_RAW",
+    "SETFCAP",
+    "SETGID",
+    "SETPCAP",
+    "SETUID",
+    "SYS_CHROOT",
+    "SYS_NICE",
+];
+
 impl RunSpec {
     /// # Errors
     /// None in practice: every field has a JSON form.

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 
 use super::node::quoted;
+use super::number::time_text;
 use super::problem::{Place, Problem};
 use super::raw;
 use super::read::At;
-use super::value::{AbsolutePath, Text, time_text};
+use super::text::{AbsolutePath, Text};
 use super::{ArchiveSpec, Definition, FileSpec, ImageSpec, Source, Step, UpdatePolicy};
 use crate::check::{Check, CommandCheck, FileCheck, HttpCheck, TcpCheck};
 use crate::name::ServerName;

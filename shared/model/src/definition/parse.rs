@@ -4,7 +4,7 @@ use super::check::check;
 use super::node::{Node, Tree, Value};
 use super::problem::{DefinitionErrors, Place, Problem};
 use super::read::read;
-use super::value::{InnerPath, Syntax as _};
+use super::text::{InnerPath, Syntax as _};
 use super::{Definition, raw};
 
 /// What is longer is refused unread.

@@ -8,10 +8,11 @@ use serde::de::value::MapAccessDeserializer;
 use serde::de::{Error, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::number::{Cpus, Memory, Port, Time, Whole};
 use super::read::At;
-use super::value::{
-    AbsolutePath, ArchiveUrl, Capability, ComponentName, Cpus, EnvName, FileMode, InnerPath, Memory, Name,
-    Owner, PackageName, Port, Script, SuiteName, Text, Time, UrlPath, User, Wanted, Whole,
+use super::text::{
+    AbsolutePath, ArchiveUrl, Capability, ComponentName, EnvName, FileMode, InnerPath, Name, Owner,
+    PackageName, Script, SuiteName, Text, UrlPath, User, Wanted,
 };
 use super::{DebianVariant, Mode};
 use crate::time::Millis;
