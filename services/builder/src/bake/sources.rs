@@ -30,26 +30,33 @@ pub(crate) enum Signer {
 const HOST_SOURCES: &str = "/etc/apt/sources.list";
 const HOST_SOURCES_PARTS: &str = "/etc/apt/sources.list.d";
 
-/// The archives for a definition. The first place that has one for the suite wins whole: archives of two places are not mixed.
+/// The archives for a definition: its own, and those of the suite. Where one of its own is of the suite, that is all;
+/// else the configuration's for the suite, else the host's.
 pub(crate) fn archives(
     root: &DebianRoot,
     configured: &[ConfiguredArchive],
     keys: &Path,
 ) -> Result<Vec<Archive>, BakeError> {
-    if !root.archives.is_empty() {
-        return root
-            .archives
-            .iter()
-            .map(|archive| {
-                checked(
-                    &archive.url,
-                    &archive.suite,
-                    &archive.components,
-                    signer(&archive.signed_by, &root.context, keys)?,
-                )
-            })
-            .collect();
+    let mut all = root
+        .archives
+        .iter()
+        .map(|archive| {
+            let signer = signer(&archive.signed_by, &root.context, keys)?;
+            checked(&archive.url, &archive.suite, &archive.components, signer)
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    if !all.iter().any(|archive| belongs(&archive.suite, &root.suite)) {
+        all.extend(suite_archives(root, configured, keys)?);
     }
+    Ok(all)
+}
+
+/// Where the suite itself comes from, when the definition does not say.
+fn suite_archives(
+    root: &DebianRoot,
+    configured: &[ConfiguredArchive],
+    keys: &Path,
+) -> Result<Vec<Archive>, BakeError> {
     let of_suite: Vec<_> = configured.iter().filter(|c| belongs(&c.archive.suite, &root.suite)).collect();
     if !of_suite.is_empty() {
         return of_suite
