@@ -59,6 +59,9 @@ impl Cni {
             "type": "bridge",
             "bridge": names.bridge(),
             "isGateway": true,
+            // An instance that calls its own server may be sent to itself. Where br_netfilter is loaded, the bridge then
+            // has to give a frame back to the port that it came from.
+            "hairpinMode": true,
             "ipam": {
                 "type": "host-local",
                 "dataDir": names.leases_dir(),

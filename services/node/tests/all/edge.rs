@@ -1,6 +1,6 @@
 //! Users on the edge: while instances are replaced, when one is killed, and with the node dead.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -151,16 +151,21 @@ async fn users_come_from_everywhere_and_are_shared_out() {
     assert!(seen.values().all(|count| *count > 20), "{seen:?}");
 
     // From a namespace beside, to the machine's address there; and from an instance, through the edge to a fellow.
+    let own = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
+    let own = own.local_addr().map(|address| (address.port(), own)).unwrap();
     let beside = Beside::make(&site.site.id.to_string());
+    // A new link takes a moment to carry anything at all.
+    wait_for("the link", || beside.connects(own.0)).await;
     let answer = beside.get(port);
     assert!(answer.contains("Hello from web-r1-0-a"), "{answer}");
     let gateway = site.site.subnet.host(1);
-    let through = site.command(&id(1), &format!("connect {gateway} {port}"), "connect: done").await;
-    assert!(through.passed, "{}", through.detail);
+    // As often as it takes to be sent to itself too.
+    for _ in 0..12 {
+        let through = site.command(&id(1), &format!("connect {gateway} {port}"), "connect: done").await;
+        assert!(through.passed, "{}", through.detail);
+    }
     // Not the machine's own services, nor the instances themselves from outside.
-    let own = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
-    let own = own.local_addr().unwrap().port();
-    let refused = site.command(&id(1), &format!("connect {gateway} {own}"), "connect: done").await;
+    let refused = site.command(&id(1), &format!("connect {gateway} {}", own.0), "connect: done").await;
     assert!(!refused.passed);
     let (instances, _) = site.list().await;
     assert!(!beside.reaches(&instances[0].address, 80), "instances are reached through the edge only");
@@ -250,6 +255,11 @@ impl Beside {
     fn get(&self, port: u16) -> String {
         let address = SocketAddr::new(self.gateway.parse().unwrap(), port);
         self.inside(move || get(address, "/")).unwrap()
+    }
+
+    fn connects(&self, port: u16) -> bool {
+        let address = SocketAddr::new(self.gateway.parse().unwrap(), port);
+        self.inside(move || TcpStream::connect_timeout(&address, Duration::from_secs(1))).is_ok()
     }
 
     fn reaches(&self, address: &str, port: u16) -> bool {
