@@ -157,12 +157,19 @@ impl Board {
         let checks = health.last_checks.into_iter().map(CheckResult::try_from);
         let last_checks = checks.collect::<Result<Vec<_>, _>>()?;
         let age = Duration::try_from(now.wall.duration_since(observed)).unwrap_or_default();
-        self.change(&id.server.clone(), |server| {
-            if server.health.get(&id).is_none_or(|heard| heard.observed <= observed) {
-                let at = now.monotonic;
-                server.health.insert(id, Heard { state, last_checks, observed, age, at });
-            }
-        });
+        let mut known = self.lock();
+        let server = known.servers.entry(id.server.clone()).or_default();
+        let before = server.health.get(&id);
+        if before.is_some_and(|heard| heard.observed > observed) {
+            return Ok(());
+        }
+        // That nothing changed is told all the time. Who needs it to be fresh looks every second anyway.
+        let changed = before.is_none_or(|heard| heard.state != state);
+        let at = now.monotonic;
+        server.health.insert(id, Heard { state, last_checks, observed, age, at });
+        if changed {
+            server.wake.notify_one();
+        }
         Ok(())
     }
 

@@ -43,7 +43,7 @@ pub(crate) struct Api<S, C> {
 }
 
 pub(crate) fn service<S: Store, C: Clock>(deployer: Deployer<S, C>) -> DeployerServiceServer<Api<S, C>> {
-    DeployerServiceServer::new(Api { deployer })
+    DeployerServiceServer::new(Api::new(deployer))
 }
 
 #[tonic::async_trait]
@@ -89,7 +89,7 @@ impl<S: Store, C: Clock> DeployerService for Api<S, C> {
         // Whoever asks for one that does not exist is told so by the call itself.
         self.fleet(&server).await?;
         let (sender, receiver) = mpsc::channel(WAITING);
-        let api = Self { deployer: self.deployer.clone() };
+        let api = Self::new(self.deployer.clone());
         tokio::spawn(async move { api.watch(&server, &sender).await });
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
@@ -143,6 +143,10 @@ impl<S: Store, C: Clock> DeployerService for Api<S, C> {
 }
 
 impl<S: Store, C: Clock> Api<S, C> {
+    pub(crate) fn new(deployer: Deployer<S, C>) -> Self {
+        Self { deployer }
+    }
+
     async fn existing(&self, server: &ServerName) -> Result<Loaded, ApiError> {
         let loaded = load(&self.deployer.store, server).await?;
         if loaded.version == 0 {

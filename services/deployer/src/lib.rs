@@ -12,6 +12,9 @@ mod reconcile;
 mod record;
 mod revisions;
 mod store;
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::panic)]
+mod tests;
 mod watch;
 mod wire;
 

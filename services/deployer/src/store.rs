@@ -197,6 +197,11 @@ impl<S: Store> Writer<'_, S> {
             Event::Instance(verb, id, _) => (INSTANCE, id.to_string(), "instance", verb.as_str()),
         };
         let version = self.version(kind, &id).await?;
+        let aggregate_id = match event {
+            // As people write it.
+            Event::Release(release) => format!("{server}-r{}", release.number),
+            Event::Rollout(..) | Event::Instance(..) => id.clone(),
+        };
         let (payload, traceparent) = match event {
             Event::Release(release) => {
                 let message =
@@ -223,7 +228,7 @@ impl<S: Store> Writer<'_, S> {
             kind: EventType::new(Service::Deployer, entity, verb),
             server: Some(server.clone()),
             aggregate_kind: kind.to_owned(),
-            aggregate_id: id,
+            aggregate_id,
             aggregate_version: version,
             payload,
             time: outcome.now,
