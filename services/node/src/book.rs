@@ -12,6 +12,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
 
+use crate::metrics;
 use crate::record::Record;
 
 const SCHEMA: u32 = 1;
@@ -76,6 +77,7 @@ impl<S: Store> Book<S> {
         let mut instances = BTreeMap::new();
         for document in list(&store, INSTANCE).await? {
             let held: Versioned<Record> = read(&document)?;
+            metrics::moved(None, Some(&held.value));
             instances.insert(held.value.spec.id.clone(), held);
         }
         let changes = broadcast::Sender::new(BEHIND);
@@ -110,7 +112,10 @@ impl<S: Store> Book<S> {
         // An id that was forgotten is retired and never written again, so its count begins with 1.
         let version = expected + 1;
         let message = record.to_message(version);
-        self.with(|all| all.insert(id, Versioned { value: record, version }));
+        self.with(|all| {
+            metrics::moved(all.get(&id).map(|held| &held.value), Some(&record));
+            all.insert(id, Versioned { value: record, version });
+        });
         // Fails where nobody watches.
         let _ = self.changes.send(message.clone());
         Ok(message)
@@ -126,6 +131,7 @@ impl<S: Store> Book<S> {
             expected: held.version,
         });
         self.store.commit(batch).await?;
+        metrics::moved(Some(&held.value), None);
         self.with(|all| all.remove(id));
         Ok(())
     }

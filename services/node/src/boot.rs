@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use kiln_model::name::InstanceId;
@@ -30,7 +29,10 @@ impl<S: Store> Node<S> {
         for record in self.book.all().into_iter().map(|held| held.value) {
             let id = record.spec.id.clone();
             match &record.state {
-                State::Launching => self.fail_half_made(record).await?,
+                State::Launching => {
+                    let _alone = self.alone(&id).await;
+                    self.fail_half_made(record).await?;
+                }
                 State::Running { process } => match process.open()? {
                     Some(pidfd) => self.watch_for_end(id, pidfd),
                     None => ended.push(id),
@@ -46,13 +48,12 @@ impl<S: Store> Node<S> {
         self.remove_orphans().await
     }
 
-    /// Half-made is never resumed: nobody knows how far it got.
-    async fn fail_half_made(self: &Arc<Self>, record: Record) -> Result<(), ApiError> {
+    /// Half-made is never resumed: nobody knows how far it got. The caller holds the instance's lock.
+    async fn fail_half_made(&self, record: Record) -> Result<(), ApiError> {
         let id = record.spec.id.clone();
-        let _alone = self.alone(&id).await;
         let namespace = record.plug.as_ref().map(|plug| plug.namespace.clone());
         self.take_apart(&id, namespace).await?;
-        let why = "the node ended while it was launching this; launch a new attempt".to_owned();
+        let why = "its launch was cut off; launch a new attempt".to_owned();
         self.book.write(advance(record, Fact::CouldNotLaunch { why })?, Batch::default()).await?;
         Ok(())
     }
@@ -60,26 +61,37 @@ impl<S: Store> Node<S> {
     fn finish_in_background(self: &Arc<Self>, id: InstanceId) {
         let node = Arc::clone(self);
         tokio::spawn(async move {
-            let mut pause = Duration::from_millis(100);
-            loop {
-                let _alone = node.alone(&id).await;
-                // Whoever asked for it may have asked again, and be done.
-                let record = node.book.get(&id).map(|held| held.value);
-                let Some(record) = record.filter(|record| matches!(record.state, State::Retiring { .. }))
-                else {
-                    return;
-                };
-                match node.finish_retiring(record).await {
-                    Ok(_) => return,
-                    Err(error) => {
-                        tracing::warn!(instance = %id, %error, again_in = ?pause, "could not be retired")
-                    }
-                }
-                drop(_alone);
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(Duration::from_secs(30));
+            let _alone = node.alone(&id).await;
+            // Whoever asked for it may have asked again, and be done.
+            let record = node.book.get(&id).map(|held| held.value);
+            let Some(record) = record.filter(|record| matches!(record.state, State::Retiring { .. })) else {
+                return;
+            };
+            if let Err(error) = node.finish_retiring(record).await {
+                tracing::warn!(instance = %id, %error, "could not be retired; trying again at the next look");
             }
         });
+    }
+
+    /// Flows that failed half-way, as on a full disk, and that nobody has asked for again.
+    async fn finish_flows(self: &Arc<Self>) -> Result<(), ApiError> {
+        for record in self.book.all().into_iter().map(|held| held.value) {
+            let id = record.spec.id;
+            if !matches!(record.state, State::Launching | State::Retiring { .. }) {
+                continue;
+            }
+            // A flow that still runs holds the lock. Without one the record is looked at again: it may just have ended.
+            let Some(alone) = self.try_alone(&id) else { continue };
+            match self.book.get(&id).map(|held| held.value) {
+                Some(record) if record.state == State::Launching => self.fail_half_made(record).await?,
+                Some(record) if matches!(record.state, State::Retiring { .. }) => {
+                    drop(alone);
+                    self.finish_in_background(id);
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Ids and namespaces of instances that have something on the machine.
@@ -116,6 +128,7 @@ impl<S: Store> Node<S> {
         firewall::ensure(&self.names, &self.helpers).await?;
         self.restore_edge().await?;
         self.notice_missed_ends().await?;
+        self.finish_flows().await?;
         let now = Timestamp::now();
         self.forget_old(now).await?;
         self.book.prune(now).await

@@ -5,7 +5,7 @@ mod seccomp;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use kiln_model::run::Limits;
+use kiln_model::run::{GRANTABLE, Limits};
 use serde_json::{Value, json};
 
 use crate::failure::{During, Failure};
@@ -14,32 +14,6 @@ use crate::rootfs::Rootfs;
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 const OPEN_FILES: u64 = 65_536;
-
-/// Capabilities that a definition may ask for. With the others a process could leave its instance: load code into the
-/// kernel, mount, read every file, change the machine's devices, clock or audit.
-const GRANTABLE: [&str; 21] = [
-    "AUDIT_WRITE",
-    "BLOCK_SUSPEND",
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "FOWNER",
-    "FSETID",
-    "IPC_LOCK",
-    "IPC_OWNER",
-    "KILL",
-    "LEASE",
-    "LINUX_IMMUTABLE",
-    "NET_ADMIN",
-    "NET_BIND_SERVICE",
-    "NET_BROADCAST",
-    "NET_RAW",
-    "SETFCAP",
-    "SETGID",
-    "SETPCAP",
-    "SETUID",
-    "SYS_CHROOT",
-    "SYS_NICE",
-];
 
 /// The first capability that can't be granted.
 pub(crate) fn refused_capability(capabilities: &[String]) -> Option<&str> {

@@ -47,7 +47,7 @@ fn finding(name: &str, ok: bool, detail: impl Into<String>, fix: &str) -> Findin
 }
 
 /// Looks at everything. With a site, also at what that site needs for itself. Changes nothing that stays.
-pub async fn examine(site: Option<&Site>) -> Vec<Finding> {
+pub async fn examine(site: Option<&Site>, ports: &[u16]) -> Vec<Finding> {
     let helpers = Helpers::outside();
     let mut all = vec![root()];
     for (program, flag, package) in PROGRAMS {
@@ -62,11 +62,12 @@ pub async fn examine(site: Option<&Site>) -> Vec<Finding> {
     if let Some(site) = site {
         all.push(subnet(&Names::of(site), &helpers).await);
     }
+    all.extend(ports.iter().map(|listen| port(*listen)));
     all
 }
 
 /// Whether something on the machine listens on a port that users are to connect to.
-pub fn port(listen: u16) -> Finding {
+fn port(listen: u16) -> Finding {
     let name = format!("port {listen}");
     match edge::holder(listen) {
         Ok(None) => finding(&name, true, "free", ""),

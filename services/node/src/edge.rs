@@ -13,6 +13,7 @@ use tokio::sync::Mutex;
 
 use crate::failure::Failure;
 use crate::helper::Helpers;
+use crate::metrics;
 use crate::names::Names;
 
 pub(crate) use ports::holder;
@@ -64,6 +65,7 @@ impl Edge {
         }
         table::run(&self.helpers, &script).await?;
         *now = next;
+        metrics::flipped();
         Ok(true)
     }
 

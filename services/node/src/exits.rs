@@ -11,6 +11,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use crate::launch::advance;
+use crate::metrics;
 use crate::node::{Node, blocking};
 use crate::record::Fact;
 use crate::rootfs;
@@ -63,6 +64,7 @@ impl<S: Store> Node<S> {
             None => "ended; nobody saw its exit code".to_owned(),
         };
         tracing::warn!(instance = %id, exit_code, "{why}");
+        metrics::ended();
         let namespace = record.plug.as_ref().map(|plug| plug.namespace.clone());
         let exited = advance(record, Fact::Ended { exit_code, why })?;
         self.book.write(exited, Batch::default()).await?;

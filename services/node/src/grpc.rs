@@ -59,6 +59,13 @@ fn instance_id(id: &str) -> Result<InstanceId, ApiError> {
     Ok(convert::text("id", id)?)
 }
 
+/// Under the cause that the request names, else under the call itself.
+fn span(traceparent: &str, name: &str) -> tracing::Span {
+    let span = tracing::info_span!("work", otel.name = name);
+    trace::follow(&span, traceparent);
+    span
+}
+
 #[tonic::async_trait]
 impl<S: Store + std::fmt::Debug> EngineService for Engine<S> {
     type WatchInstancesStream = Answers<WatchInstancesResponse>;
@@ -67,7 +74,7 @@ impl<S: Store + std::fmt::Debug> EngineService for Engine<S> {
     async fn launch(&self, request: Request<LaunchRequest>) -> Answer<LaunchResponse> {
         let LaunchRequest { spec, generation, traceparent, .. } = request.into_inner();
         let spec = convert::required("spec", spec).map_err(ApiError::from)?;
-        let span = trace::span_under(&traceparent, "launch");
+        let span = span(&traceparent, "launch");
         let launch = Launch { spec, generation, traceparent };
         let instance = self.node.launch(launch).instrument(span).await?;
         Ok(Response::new(LaunchResponse { instance: Some(instance) }))
@@ -84,14 +91,14 @@ impl<S: Store + std::fmt::Debug> EngineService for Engine<S> {
             Some(drain) => convert::from_duration("drain", Some(drain)).map_err(ApiError::from)?,
             None => kiln_model::time::Millis(0),
         };
-        let span = trace::span_under(&traceparent, "retire");
+        let span = span(&traceparent, "retire");
         let instance = self.node.retire(Retire { id, generation, drain }).instrument(span).await?;
         Ok(Response::new(RetireResponse { instance: Some(instance) }))
     }
 
     async fn route(&self, request: Request<RouteRequest>) -> Answer<RouteResponse> {
         let request = request.into_inner();
-        let span = trace::span_under(&request.traceparent, "route");
+        let span = span(&request.traceparent, "route");
         let plan = Plan::try_from(request).map_err(ApiError::from)?;
         let changed = self.node.route(plan).instrument(span).await?;
         Ok(Response::new(RouteResponse { unchanged: !changed }))

@@ -2,16 +2,19 @@
 //! that never ended, which the next node takes apart.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use jiff::Timestamp;
 use kiln_api::engine;
 use kiln_model::digest::Digest;
 use kiln_service::error::ApiError;
 use kiln_store::{Batch, Store};
+use tracing::{Instrument, info_span};
 
 use crate::book::Book;
 use crate::bundle::{self, Contents};
 use crate::failure::{During, Failure};
+use crate::metrics;
 use crate::network::{Plug, namespace};
 use crate::node::{Node, to_the_end};
 use crate::process::Process;
@@ -38,6 +41,7 @@ impl<S: Store> Node<S> {
 
     async fn launch_alone(self: &Arc<Self>, launch: Launch) -> Result<engine::Instance, ApiError> {
         let Launch { spec, generation, traceparent } = launch;
+        let asked = Instant::now();
         let _alone = self.alone(&spec.id).await;
         let digest = Digest::of_json(&spec).map_err(|error| ApiError::internal(&error))?;
         if let Some(answer) = self.launched_before(&spec, &digest).await? {
@@ -51,14 +55,18 @@ impl<S: Store> Node<S> {
             ));
         }
         let _turn = self.at_once.acquire().await.map_err(|error| ApiError::internal(&error))?;
-        let verified = self.verifier.verify(&self.book, spec.image).await?;
-        let plug = self.pool.take().await?;
+        let verified = self.verifier.verify(&self.book, spec.image).instrument(info_span!("verify")).await?;
+        let plug = self.pool.take().instrument(info_span!("network")).await?;
         let record = Record::launching(spec, digest, plug.clone(), traceparent, Timestamp::now());
         if let Err(error) = begin(&self.book, &record, generation).await {
             self.pool.give_back(&plug.namespace).await?;
             return Err(error);
         }
-        self.carry_out(record, verified).await
+        let instance = self.carry_out(record, verified).await?;
+        if instance.state() == engine::InstanceState::Running {
+            metrics::launched(asked.elapsed());
+        }
+        Ok(instance)
     }
 
     /// What an earlier launch of this id came to; an error where it was another, or is over.
@@ -94,10 +102,18 @@ impl<S: Store> Node<S> {
         let id = record.spec.id.clone();
         match self.start(&record, verified).await {
             Ok((process, pidfd)) => {
-                let running = advance(record, Fact::Started { process })?;
-                let message = self.book.write(running, Batch::default()).await?;
-                self.watch_for_end(id, pidfd);
-                Ok(message)
+                let running = advance(record.clone(), Fact::Started { process })?;
+                match self.book.write(running, Batch::default()).await {
+                    Ok(message) => {
+                        self.watch_for_end(id, pidfd);
+                        Ok(message)
+                    }
+                    Err(error) => {
+                        // It runs, but nobody will ever know: as good as half-made. The next look records that.
+                        self.take_apart(&id, record.plug.map(|plug| plug.namespace)).await?;
+                        Err(error)
+                    }
+                }
             }
             Err(failure) => {
                 tracing::warn!(instance = %id, error = %failure, "could not be launched");
@@ -124,14 +140,15 @@ impl<S: Store> Node<S> {
         let spec = record.spec.clone();
         let prepared = dir.clone();
         tokio::task::spawn_blocking(move || prepare(&prepared, &spec, &plug, &cgroup, &verified))
+            .instrument(info_span!("prepare"))
             .await
             .during(what)??;
-        let pid = self.runtime.create(&id).await?;
+        let pid = self.runtime.create(&id).instrument(info_span!("create")).await?;
         self.runtime.keep_conmon(&id)?;
         let process = Process::of(pid)?;
         let pidfd =
             process.open()?.ok_or_else(|| Failure::new(what(), "its process ended before it began"))?;
-        self.runtime.start(&id).await?;
+        self.runtime.start(&id).instrument(info_span!("start")).await?;
         // The instance has its own view of the mounts by now.
         rootfs::detach(&dir)?;
         Ok((process, pidfd))

@@ -15,6 +15,7 @@ mod grpc;
 mod helper;
 mod launch;
 mod logs;
+mod metrics;
 mod names;
 mod network;
 mod node;

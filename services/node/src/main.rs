@@ -24,6 +24,9 @@ struct Other {
     /// Look at the machine and print the findings as JSON
     #[arg(long)]
     doctor: bool,
+    /// With --doctor: a port that users are to connect to
+    #[arg(long, requires = "doctor")]
+    port: Vec<u16>,
 }
 
 fn main() -> ExitCode {
@@ -51,7 +54,7 @@ async fn act(other: Other) -> Result<ExitCode, Failure> {
         }
     };
     if other.doctor {
-        let findings = doctor::examine(site.as_ref()).await;
+        let findings = doctor::examine(site.as_ref(), &other.port).await;
         let json = serde_json::to_string_pretty(&findings);
         println!("{}", json.map_err(|error| Failure::new("writing the findings", error))?);
         let fine = findings.iter().all(|finding| finding.ok);

@@ -76,13 +76,19 @@ impl<S: Store> Node<S> {
 
     /// Waits until no other flow of this instance runs, and keeps others away.
     pub(crate) async fn alone(&self, id: &InstanceId) -> OwnedMutexGuard<()> {
-        let lock = {
-            let mut flows = self.flows.lock().unwrap_or_else(PoisonError::into_inner);
-            // Locks that nobody holds or waits for.
-            flows.retain(|_, lock| Arc::strong_count(lock) > 1);
-            Arc::clone(flows.entry(id.clone()).or_default())
-        };
-        lock.lock_owned().await
+        self.flow(id).lock_owned().await
+    }
+
+    /// The same where no flow of this instance runs now.
+    pub(crate) fn try_alone(&self, id: &InstanceId) -> Option<OwnedMutexGuard<()>> {
+        self.flow(id).try_lock_owned().ok()
+    }
+
+    fn flow(&self, id: &InstanceId) -> Arc<tokio::sync::Mutex<()>> {
+        let mut flows = self.flows.lock().unwrap_or_else(PoisonError::into_inner);
+        // Locks that nobody holds or waits for.
+        flows.retain(|_, lock| Arc::strong_count(lock) > 1);
+        Arc::clone(flows.entry(id.clone()).or_default())
     }
 }
 

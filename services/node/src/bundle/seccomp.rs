@@ -38,11 +38,9 @@ uname unlink unlinkat utime utimensat utimes vfork vmsplice wait4 waitid write w
 ";
 
 /// Allowed with a capability that would be useless without them.
-const WITH_CAPABILITY: [(&str, &[&str]); 4] = [
+const WITH_CAPABILITY: [(&str, &[&str]); 2] = [
     ("SYS_CHROOT", &["chroot"]),
-    ("SYS_TIME", &["clock_settime", "clock_adjtime", "settimeofday", "stime"]),
     ("SYS_NICE", &["mbind", "get_mempolicy", "set_mempolicy", "migrate_pages", "move_pages"]),
-    ("SYS_PTRACE", &["ptrace", "process_vm_readv", "process_vm_writev", "kcmp"]),
 ];
 
 /// CLONE_NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET: no namespaces of one's own.

@@ -50,6 +50,9 @@ pub(crate) async fn ensure(names: &Names, helpers: &Helpers) -> Result<(), Failu
     if !exists(names) {
         ip(helpers, &["link", "add", bridge, "type", "bridge"]).await?;
     }
+    // Before it is up: with an address of its own there, the machine would answer instances past the table, which is
+    // for IPv4.
+    no_ipv6(bridge)?;
     let gateway = format!("{}/{}", names.gateway(), Subnet::PREFIX);
     let local_users = format!("{}/32", names.local_users());
     ip(helpers, &["addr", "replace", &gateway, "dev", bridge]).await?;
@@ -109,6 +112,11 @@ pub(crate) fn is_there(names: &Names) -> bool {
 
 pub(crate) fn number(name: &str) -> Option<u64> {
     fs::read_to_string(PathBuf::from("/proc/sys").join(name)).ok()?.trim().parse().ok()
+}
+
+fn no_ipv6(bridge: &str) -> Result<(), Failure> {
+    let name = format!("net/ipv6/conf/{bridge}/disable_ipv6");
+    if PathBuf::from("/proc/sys").join(&name).exists() { sysctl(&name, "1") } else { Ok(()) }
 }
 
 fn sysctl(name: &str, value: &str) -> Result<(), Failure> {

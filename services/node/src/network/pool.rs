@@ -14,6 +14,9 @@ use crate::names::Names;
 /// A rollout takes one at a time, a cold start a few at once.
 const AHEAD: usize = 4;
 
+/// Left to the launch that took one: making the next costs as much of a core as the launch itself.
+const LAUNCH: Duration = Duration::from_millis(120);
+
 /// A namespace with an address on the site's bridge.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Plug {
@@ -70,6 +73,7 @@ impl Pool {
             let wait = async {
                 if full {
                     self.taken.notified().await;
+                    tokio::time::sleep(LAUNCH).await;
                     return;
                 }
                 match self.make().await {

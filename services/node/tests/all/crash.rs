@@ -21,7 +21,7 @@ async fn a_launch_that_was_cut_off_is_taken_apart() {
         let mut client = site.client();
         let launch = request(spec(&image, attempt));
         let call = tokio::spawn(async move { client.launch(launch).await });
-        tokio::time::sleep(Duration::from_millis(round * 4)).await;
+        tokio::time::sleep(Duration::from_millis(round * 8)).await;
         site.kill_node();
         let answered = call.await.unwrap().ok();
         site.start_node();

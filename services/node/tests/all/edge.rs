@@ -170,6 +170,10 @@ async fn users_come_from_everywhere_and_are_shared_out() {
     let (instances, _) = site.list().await;
     assert!(!beside.reaches(&instances[0].address, 80), "instances are reached through the edge only");
 
+    // Nor by the machine's IPv6, which the table knows nothing of: it has none there.
+    let ipv6 = format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", site.site.bridge);
+    assert!(std::fs::read_to_string(ipv6).is_ok_and(|off| off.trim() == "1"));
+
     site.route(port, &[]).await.unwrap();
     assert!(get(local(port), "/").is_err());
 }
