@@ -10,7 +10,9 @@ use crate::error::Error;
 
 /// An OCI image layout in a folder, and the layers' trees.
 ///
-///     oci-layout  index.json  blobs/sha256/<hex>  layers/<hex>/  tmp/  locks/
+/// ```text
+/// oci-layout  index.json  blobs/sha256/<hex>  layers/<hex>/  tmp/  locks/
+/// ```
 #[derive(Debug, Clone)]
 pub struct ImageStore {
     root: PathBuf,
@@ -199,3 +201,6 @@ pub(crate) fn replace(temporary: &Path, path: &Path, content: &[u8]) -> Result<(
 fn sync_folder(folder: &Path) -> Result<(), Error> {
     File::open(folder).and_then(|f| f.sync_all()).map_err(Error::io("sync", folder))
 }
+
+#[cfg(test)]
+mod tests;

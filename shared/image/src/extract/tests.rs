@@ -1,0 +1,225 @@
+use std::fs;
+use std::os::unix::ffi::OsStringExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::Path;
+
+use super::*;
+
+/// A header as anyone can write it, with a right checksum.
+fn header(name: &[u8], flag: u8, size: &[u8], link: &[u8]) -> Vec<u8> {
+    let mut header = vec![0; 512];
+    header[..name.len()].copy_from_slice(name);
+    header[100..108].copy_from_slice(b"0000644\0");
+    header[108..116].copy_from_slice(b"0000000\0");
+    header[116..124].copy_from_slice(b"0000000\0");
+    header[124..124 + size.len()].copy_from_slice(size);
+    header[136..148].copy_from_slice(b"00000000000\0");
+    header[156] = flag;
+    header[157..157 + link.len()].copy_from_slice(link);
+    header[257..265].copy_from_slice(b"ustar\x0000");
+    header[148..156].fill(b' ');
+    let sum: u32 = header.iter().map(|b| u32::from(*b)).sum();
+    header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    header
+}
+
+fn member(name: &[u8], flag: u8, content: &[u8], link: &[u8]) -> Vec<u8> {
+    let mut bytes = header(name, flag, format!("{:011o}\0", content.len()).as_bytes(), link);
+    bytes.extend_from_slice(content);
+    bytes.resize(bytes.len().next_multiple_of(512), 0);
+    bytes
+}
+
+fn file(name: &[u8]) -> Vec<u8> {
+    member(name, b'0', b"x", b"")
+}
+
+fn pax(records: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut content = Vec::new();
+    for (key, value) in records {
+        let rest = key.len() + value.len() + 3;
+        let length = (rest + 1..rest + 5).find(|n| *n == rest + n.to_string().len()).unwrap();
+        content.extend_from_slice(format!("{length} {key}=").as_bytes());
+        content.extend_from_slice(value);
+        content.push(b'\n');
+    }
+    member(b"PaxHeader", b'x', &content, b"")
+}
+
+fn tar(members: &[Vec<u8>]) -> Vec<u8> {
+    [members.concat(), vec![0; 1024]].concat()
+}
+
+struct Place {
+    above: tempfile::TempDir,
+}
+
+impl Place {
+    /// A folder to extract into, beside one that nothing may change.
+    fn new() -> Self {
+        let above = tempfile::tempdir().unwrap();
+        fs::create_dir(above.path().join("root")).unwrap();
+        fs::create_dir(above.path().join("outside")).unwrap();
+        fs::set_permissions(above.path().join("outside"), fs::Permissions::from_mode(0o700)).unwrap();
+        fs::write(above.path().join("outside/secret"), "secret").unwrap();
+        Self { above }
+    }
+
+    fn root(&self) -> std::path::PathBuf {
+        self.above.path().join("root")
+    }
+
+    fn extract(&self, tar: &[u8]) -> Result<(), Problem> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+        extract(
+            tar,
+            &rfs::open(self.root(), flags, Mode::empty()).unwrap(),
+            Limits { entries: 50, bytes: 4096 },
+        )
+    }
+
+    fn outside_is_untouched(&self) {
+        let outside = self.above.path().join("outside");
+        assert_eq!(fs::metadata(&outside).unwrap().permissions().mode() & 0o777, 0o700);
+        assert_eq!(fs::metadata(outside.join("secret")).unwrap().nlink(), 1);
+        let names: Vec<_> = fs::read_dir(&outside).unwrap().map(|item| item.unwrap().file_name()).collect();
+        assert_eq!(names, ["secret"]);
+        assert_eq!(fs::read_dir(self.above.path()).unwrap().count(), 2);
+    }
+}
+
+#[test]
+fn what_is_hostile_is_refused_and_reaches_nothing_outside() {
+    let outside = |place: &Place| place.above.path().join("outside").into_os_string().into_vec();
+    let deep = "d/".repeat(2000) + "x";
+    let long = [b"a/".as_slice(), &[b'n'; 256]].concat();
+    type Case = (&'static str, Box<dyn Fn(&Place) -> Vec<u8>>);
+    let plain =
+        |members: Vec<Vec<u8>>| -> Box<dyn Fn(&Place) -> Vec<u8>> { Box::new(move |_| tar(&members)) };
+    let raw = |bytes: Vec<u8>| -> Box<dyn Fn(&Place) -> Vec<u8>> { Box::new(move |_| bytes.clone()) };
+    let mut bad_sum = file(b"x");
+    bad_sum[0] = b'y';
+    let cases: Vec<Case> = vec![
+        ("up", plain(vec![file(b"../outside/new")])),
+        ("up in the middle", plain(vec![file(b"a/../../outside/new")])),
+        ("absolute", plain(vec![file(b"/new")])),
+        (
+            "through a link",
+            Box::new(move |place| tar(&[member(b"a", b'2', b"", &outside(place)), file(b"a/new")])),
+        ),
+        (
+            "a folder in the place of a link",
+            Box::new(move |place| {
+                tar(&[member(b"a", b'2', b"", &outside(place)), member(b"a/", b'5', b"", b"")])
+            }),
+        ),
+        (
+            "a file in the place of a link",
+            Box::new(move |place| {
+                let target = [outside(place).as_slice(), b"/secret"].concat();
+                tar(&[member(b"a", b'2', b"", &target), file(b"a")])
+            }),
+        ),
+        (
+            "a hard link through a link",
+            Box::new(move |place| {
+                tar(&[member(b"a", b'2', b"", &outside(place)), member(b"b", b'1', b"", b"a/secret")])
+            }),
+        ),
+        ("a hard link up", plain(vec![member(b"a", b'1', b"", b"../outside/secret")])),
+        ("an absolute hard link", plain(vec![member(b"a", b'1', b"", b"/etc/passwd")])),
+        ("a hard link to nothing", plain(vec![member(b"a", b'1', b"", b"b")])),
+        (
+            "a hard link to a folder",
+            plain(vec![member(b"d/", b'5', b"", b""), member(b"a", b'1', b"", b"d")]),
+        ),
+        ("two sizes", plain(vec![pax(&[("size", b"600")]), member(b"a", b'0', b"12345", b"")])),
+        ("a record longer than the rest", plain(vec![member(b"P", b'x', b"99 path=a\n", b""), file(b"x")])),
+        ("a record without `=`", plain(vec![member(b"P", b'x', b"7 path\n", b""), file(b"x")])),
+        ("a record without its end", plain(vec![member(b"P", b'x', b"9 path=a ", b""), file(b"x")])),
+        ("a record twice", plain(vec![pax(&[("path", b"a"), ("path", b"b")]), file(b"x")])),
+        ("NUL in a name", plain(vec![pax(&[("path", b"a\0b")]), file(b"x")])),
+        ("up by a record", plain(vec![pax(&[("path", b"../outside/new")]), file(b"x")])),
+        (
+            "two long names",
+            plain(vec![member(b"L", b'L', b"a\0", b""), member(b"L", b'L', b"b\0", b""), file(b"x")]),
+        ),
+        ("an extension without its entry", plain(vec![pax(&[("path", b"a")])])),
+        ("a global path", plain(vec![member(b"g", b'g', b"10 path=a\n\n"[..10].as_ref(), b""), file(b"x")])),
+        ("a file twice", plain(vec![file(b"a"), file(b"a")])),
+        ("a file, then a folder", plain(vec![file(b"a"), member(b"a/", b'5', b"", b"")])),
+        ("below a file", plain(vec![file(b"a"), file(b"a/b")])),
+        ("a device", plain(vec![member(b"a", b'3', b"", b"")])),
+        ("a block device", plain(vec![member(b"a", b'4', b"", b"")])),
+        ("sparse", plain(vec![member(b"a", b'S', b"", b"")])),
+        ("sparse by a record", plain(vec![pax(&[("GNU.sparse.size", b"9")]), file(b"x")])),
+        ("an unknown type", plain(vec![member(b"a", b'Z', b"", b"")])),
+        ("a negative size", raw(tar(&[header(b"a", b'0', &[0xff; 12], b"")]))),
+        ("a size that is no number", raw(tar(&[header(b"a", b'0', b"12x", b"")]))),
+        (
+            "overlayfs's own attribute",
+            plain(vec![pax(&[("SCHILY.xattr.trusted.overlay.opaque", b"y")]), file(b"x")]),
+        ),
+        ("a redirect", plain(vec![pax(&[("SCHILY.xattr.trusted.overlay.redirect", b"/etc")]), file(b"x")])),
+        ("too many", plain((0..51).map(|n| file(format!("f{n}").as_bytes())).collect())),
+        ("too much", plain(vec![member(b"a", b'0', &[b'x'; 4097], b"")])),
+        ("too deep", plain(vec![pax(&[("path", deep.as_bytes())]), file(b"x")])),
+        ("too long a name", plain(vec![pax(&[("path", &long)]), file(b"x")])),
+        ("a whiteout of the folder above", plain(vec![member(b".wh...", b'0', b"", b"")])),
+        ("a whiteout of nothing", plain(vec![member(b".wh.", b'0', b"", b"")])),
+        ("an unknown whiteout", plain(vec![member(b".wh..wh.plnk", b'0', b"", b"")])),
+        ("a whiteout with content", plain(vec![file(b".wh.a")])),
+        ("a whiteout as a folder", plain(vec![file(b".wh.a/b")])),
+        ("a whiteout of the same layer", plain(vec![file(b"a"), member(b".wh.a", b'0', b"", b"")])),
+        ("cut in a header", raw(file(b"a")[..300].to_vec())),
+        ("cut in the content", raw(file(b"a")[..512].to_vec())),
+        ("without an end", raw(file(b"a"))),
+        ("half an end", raw([file(b"a"), vec![0; 512]].concat())),
+        ("something after the end", raw([tar(&[file(b"a")]), file(b"b")].concat())),
+        ("a wrong checksum", raw(tar(&[bad_sum]))),
+        ("an owner that means none", plain(vec![pax(&[("uid", b"4294967295")]), file(b"x")])),
+    ];
+    for (what, make) in cases {
+        let place = Place::new();
+        let bytes = make(&place);
+        assert!(place.extract(&bytes).is_err(), "{what} was taken");
+        place.outside_is_untouched();
+    }
+}
+
+#[test]
+fn names_that_are_not_text_stay_what_they_are() {
+    let place = Place::new();
+    place.extract(&tar(&[file(b"\xff\xfe")])).unwrap();
+    let name = fs::read_dir(place.root()).unwrap().next().unwrap().unwrap().file_name();
+    assert_eq!(name.into_vec(), b"\xff\xfe");
+}
+
+#[test]
+fn whiteouts_become_what_overlayfs_knows() {
+    let place = Place::new();
+    let members = [
+        member(b"d/", b'5', b"", b""),
+        member(b"d/.wh..wh..opq", b'0', b"", b""),
+        member(b"d/.wh.gone", b'0', b"", b""),
+    ];
+    place.extract(&tar(&members)).unwrap();
+    let gone = fs::symlink_metadata(place.root().join("d/gone")).unwrap();
+    assert!(FileType::from_raw_mode(gone.mode()) == FileType::CharacterDevice && gone.rdev() == 0);
+    let mut value = [0; 8];
+    let length = rfs::lgetxattr(place.root().join("d"), OVERLAY_OPAQUE, &mut value[..]).unwrap();
+    assert_eq!(&value[..length], b"y");
+}
+
+#[test]
+fn folders_without_an_entry_are_made_and_later_entries_set_them() {
+    let place = Place::new();
+    let mut folder = member(b"a/b/", b'5', b"", b"");
+    folder[100..108].copy_from_slice(b"0001750\0");
+    let sum: u32 = folder[..148].iter().chain(&folder[156..512]).map(|b| u32::from(*b)).sum::<u32>() + 8 * 32;
+    folder[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    place.extract(&tar(&[file(b"a/b/c"), folder])).unwrap();
+    let mode =
+        |path: &str| fs::metadata(Path::new(&place.root()).join(path)).unwrap().permissions().mode() & 0o7777;
+    assert_eq!((mode("a"), mode("a/b")), (0o755, 0o1750));
+}

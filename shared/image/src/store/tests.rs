@@ -1,0 +1,289 @@
+use std::collections::BTreeMap;
+use std::os::unix::fs::{PermissionsExt as _, chown, symlink};
+use std::thread;
+
+use ed25519_dalek::SigningKey;
+use rustix::fs::{self as rfs, AtFlags, FileType, Mode, XattrFlags};
+
+use super::*;
+use crate::index::Index;
+use crate::{Error, Layer, NewImage, Packer, Thoroughness, Whiteouts};
+
+fn key(seed: u8) -> SigningKey {
+    SigningKey::from_bytes(&[seed; 32])
+}
+
+fn store() -> (tempfile::TempDir, ImageStore) {
+    let folder = tempfile::tempdir().unwrap();
+    let store = ImageStore::open(&folder.path().join("images")).unwrap();
+    (folder, store)
+}
+
+fn packer(whiteouts: Whiteouts) -> Packer {
+    Packer { whiteouts, newest: 1_000_000, shift: 0 }
+}
+
+/// A layer with one file.
+fn layer(store: &ImageStore, content: &str) -> Layer {
+    let tree = tempfile::tempdir().unwrap();
+    fs::write(tree.path().join("file"), content).unwrap();
+    let packed = packer(Whiteouts::None).pack(store, tree.path()).unwrap();
+    Layer {
+        diff_id: packed.diff_id,
+        size: packed.size,
+        created_by: format!("step {content}"),
+        created: "1970-01-12T13:46:40Z".to_owned(),
+    }
+}
+
+fn image(store: &ImageStore, contents: &[&str]) -> Digest {
+    store
+        .put_image(&NewImage {
+            architecture: "amd64".to_owned(),
+            created: "2026-01-01T00:00:00Z".to_owned(),
+            env: BTreeMap::from([("A".to_owned(), "b".to_owned())]),
+            user: "0".to_owned(),
+            command: vec!["true".to_owned()],
+            labels: BTreeMap::from([("one".to_owned(), "1".to_owned()), ("two".to_owned(), "2".to_owned())]),
+            layers: contents.iter().map(|content| layer(store, content)).collect(),
+        })
+        .unwrap()
+}
+
+#[test]
+fn the_same_image_has_the_same_digest_and_is_there_once() {
+    let (_a, first) = store();
+    let (_b, second) = store();
+    let digest = image(&first, &["x", "y"]);
+    assert_eq!(digest, image(&second, &["x", "y"]));
+    assert_eq!(digest, image(&first, &["x", "y"]));
+    assert_eq!(first.images().unwrap(), [digest]);
+    let read = first.image(&digest).unwrap();
+    assert_eq!(read.layers[1].created_by, "step y");
+    assert_eq!(read.config.created().as_deref(), Some("2026-01-01T00:00:00Z"));
+}
+
+#[test]
+fn a_blob_is_what_its_name_says_or_not_there() {
+    let (_folder, store) = store();
+    let wanted = Digest::of(b"wanted");
+    assert!(matches!(store.put_blob(&mut &b"other"[..], Some(&wanted)), Err(Error::Corrupt { .. })));
+    assert!(!store.has_blob(&wanted));
+    assert_eq!(fs::read_dir(store.root().join("tmp")).unwrap().count(), 0);
+    store.put_blob(&mut &b"wanted"[..], Some(&wanted)).unwrap();
+    assert!(store.has_blob(&wanted));
+}
+
+#[test]
+fn packing_what_was_extracted_gives_the_same_bytes() {
+    let (folder, store) = store();
+    let tree = folder.path().join("tree");
+    fs::create_dir_all(tree.join("d/e")).unwrap();
+    let put = |path: &str, mode: u32, uid: u32| {
+        let path = tree.join(path);
+        fs::write(&path, path.display().to_string()).unwrap();
+        chown(&path, Some(uid), Some(uid + 1)).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+    };
+    put("d/setuid", 0o4755, 0);
+    put("d/secret", 0o600, 5);
+    put("d/large-id", 0o640, 3_000_000);
+    put(&format!("d/{}", "n".repeat(200)), 0o644, 0);
+    put("d/capable", 0o755, 0);
+    // cap_net_raw=ep, revision 2.
+    let capability = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    rfs::lsetxattr(tree.join("d/capable"), "security.capability", &capability, XattrFlags::empty()).unwrap();
+    fs::hard_link(tree.join("d/secret"), tree.join("d/e/again")).unwrap();
+    symlink("../../etc/passwd", tree.join("d/link")).unwrap();
+    rfs::mknodat(rfs::CWD, tree.join("d/fifo"), FileType::Fifo, Mode::RUSR, 0).unwrap();
+    rfs::mknodat(rfs::CWD, tree.join("d/gone"), FileType::CharacterDevice, Mode::empty(), 0).unwrap();
+    rfs::lsetxattr(tree.join("d/e"), "trusted.overlay.opaque", b"y", XattrFlags::empty()).unwrap();
+
+    let packed = packer(Whiteouts::Overlay).pack(&store, &tree).unwrap();
+    let extracted = store.layer_tree(&packed.diff_id).unwrap();
+    let again = packer(Whiteouts::Overlay).pack(&store, &extracted).unwrap();
+    assert_eq!(packed, again);
+
+    use std::os::unix::fs::MetadataExt as _;
+    let stat = |path: &str| fs::symlink_metadata(extracted.join(path)).unwrap();
+    assert_eq!(stat("d/setuid").mode() & 0o7777, 0o4755);
+    assert_eq!((stat("d/large-id").uid(), stat("d/large-id").gid()), (3_000_000, 3_000_001));
+    assert_eq!(stat("d/secret").ino(), stat("d/e/again").ino());
+    assert_eq!(stat("d/secret").mtime(), 1_000_000, "younger than `newest`");
+    let mut value = [0; 32];
+    let length = rfs::lgetxattr(extracted.join("d/capable"), "security.capability", &mut value[..]).unwrap();
+    assert_eq!(value[..length], capability);
+}
+
+#[test]
+fn owners_below_the_shift_are_not_packed() {
+    let (folder, store) = store();
+    let tree = folder.path().join("tree");
+    fs::create_dir(&tree).unwrap();
+    fs::write(tree.join("file"), "x").unwrap();
+    let shifted = Packer { whiteouts: Whiteouts::Overlay, newest: 0, shift: 200_000 };
+    assert!(shifted.pack(&store, &tree).is_err());
+    chown(tree.join("file"), Some(200_007), Some(200_000)).unwrap();
+    let packed = shifted.pack(&store, &tree).unwrap();
+    let extracted = store.layer_tree(&packed.diff_id).unwrap();
+    assert_eq!(rfs::statat(rfs::CWD, extracted.join("file"), AtFlags::empty()).unwrap().st_uid, 7);
+}
+
+#[test]
+fn only_a_trusted_signature_of_this_image_counts() {
+    let (_folder, store) = store();
+    let (good, other) = (image(&store, &["good"]), image(&store, &["other"]));
+    let (ours, theirs) = (key(1), key(2));
+    let trusted = [ours.verifying_key()];
+    let verify = |digest| store.verify(digest, &trusted, Thoroughness::Blobs);
+
+    assert!(matches!(verify(&good), Err(Error::Unsigned(_))));
+    store.sign(&good, &theirs).unwrap();
+    assert!(matches!(verify(&good), Err(Error::Untrusted { .. })));
+    let id = store.sign(&good, &ours).unwrap();
+    assert_eq!(verify(&good).unwrap(), id);
+    assert_eq!(store.sign(&good, &ours).unwrap(), id);
+    assert!(store.verify(&good, &[], Thoroughness::Manifest).is_err());
+
+    // Somebody who can write the index says that the signature is the other image's.
+    assert!(matches!(verify(&other), Err(Error::Unsigned(_))));
+    store
+        .change_index(|entries| {
+            for entry in entries.iter_mut().filter(|entry| entry.artifact_type.is_some()) {
+                entry.annotations.insert(crate::index::SUBJECT.to_owned(), other.to_string());
+            }
+        })
+        .unwrap();
+    assert!(matches!(verify(&other), Err(Error::Untrusted { .. })));
+    assert!(matches!(verify(&good), Err(Error::Unsigned(_))));
+}
+
+#[test]
+fn a_changed_blob_is_found() {
+    let (_folder, store) = store();
+    let digest = image(&store, &["x"]);
+    store.sign(&digest, &key(1)).unwrap();
+    let trusted = [key(1).verifying_key()];
+    let layer = store.image(&digest).unwrap().layers[0].diff_id;
+    let path = store.blob_path(&layer);
+    let mut content = fs::read(&path).unwrap();
+    // In the file's content, so that the tar stays well-formed.
+    let at = content.iter().position(|b| *b == b'x').unwrap();
+    content[at] = b'y';
+    fs::write(&path, &content).unwrap();
+    // Of the same size, so looking at the manifest alone does not show it; extracting does.
+    store.verify(&digest, &trusted, Thoroughness::Manifest).unwrap();
+    assert!(matches!(store.verify(&digest, &trusted, Thoroughness::Blobs), Err(Error::Corrupt { .. })));
+    assert!(store.layer_tree(&layer).is_err());
+    assert!(!store.root().join("layers").join(layer.hex()).exists());
+    content.push(0);
+    fs::write(&path, &content).unwrap();
+    assert!(store.verify(&digest, &trusted, Thoroughness::Manifest).is_err());
+}
+
+#[test]
+fn manifests_that_lie_are_refused() {
+    let (_folder, store) = store();
+    let digest = image(&store, &["x"]);
+    let content = fs::read_to_string(store.blob_path(&digest)).unwrap();
+    let manifest: serde_json::Value = serde_json::from_str(&content).unwrap();
+    let change = |change: &dyn Fn(&mut serde_json::Value)| {
+        let mut changed = manifest.clone();
+        change(&mut changed);
+        let (digest, _) = store.put_json(&changed).unwrap();
+        store.image(&digest)
+    };
+    assert!(change(&|_| {}).is_ok());
+    let bad: [(&str, &dyn Fn(&mut serde_json::Value)); 10] = [
+        ("index too", &|m| m["manifests"] = serde_json::json!([])),
+        ("type", &|m| m["mediaType"] = "application/vnd.oci.image.index.v1+json".into()),
+        ("schema", &|m| m["schemaVersion"] = 1.into()),
+        ("layer type", &|m| {
+            m["layers"][0]["mediaType"] = "application/vnd.oci.image.layer.v1.tar+gzip".into()
+        }),
+        ("layer size", &|m| m["layers"][0]["size"] = 1.into()),
+        ("layer digest", &|m| m["layers"][0]["digest"] = "sha256:../../../etc/passwd".into()),
+        ("upper case", &|m| {
+            m["layers"][0]["digest"] = m["layers"][0]["digest"].as_str().unwrap().to_uppercase().into();
+        }),
+        ("elsewhere", &|m| m["layers"][0]["urls"] = serde_json::json!(["https://example.test/"])),
+        ("fewer layers", &|m| m["layers"] = serde_json::json!([])),
+        ("config size", &|m| m["config"]["size"] = 3.into()),
+    ];
+    for (what, lie) in bad {
+        assert!(change(lie).is_err(), "{what}");
+    }
+    let twice = content.replacen('{', r#"{"layers":[],"#, 1);
+    let (digest, _) = store.put_blob(&mut twice.as_bytes(), None).unwrap();
+    assert!(store.image(&digest).is_err(), "a key that is there twice");
+}
+
+#[test]
+fn many_who_want_one_tree_get_the_same() {
+    let (_folder, store) = store();
+    let layer = layer(&store, "x").diff_id;
+    let trees: Vec<_> = thread::scope(|scope| {
+        let threads: Vec<_> = (0..8).map(|_| scope.spawn(|| store.layer_tree(&layer).unwrap())).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    assert!(trees.iter().all(|tree| *tree == trees[0]));
+    assert_eq!(fs::read_to_string(trees[0].join("file")).unwrap(), "x");
+}
+
+#[test]
+fn a_tree_of_before_the_last_boot_is_made_anew() {
+    let (_folder, store) = store();
+    let layer = layer(&store, "x").diff_id;
+    let tree = store.layer_tree(&layer).unwrap();
+    fs::write(tree.join("file"), "").unwrap();
+    store.layer_tree(&layer).unwrap();
+    assert_eq!(fs::read_to_string(tree.join("file")).unwrap(), "", "the same boot: not looked at again");
+    fs::write(tree.with_extension("boot"), "another boot").unwrap();
+    store.layer_tree(&layer).unwrap();
+    assert_eq!(fs::read_to_string(tree.join("file")).unwrap(), "x");
+}
+
+#[test]
+fn deleting_keeps_what_others_have() {
+    let (_folder, store) = store();
+    let (one, two) = (image(&store, &["shared", "one"]), image(&store, &["shared", "two"]));
+    store.sign(&one, &key(1)).unwrap();
+    store.sign(&two, &key(1)).unwrap();
+    let layers = |digest| store.image(digest).unwrap().layers;
+    let (gone, kept) = (layers(&one), layers(&two));
+    for layer in &gone {
+        store.layer_tree(&layer.diff_id).unwrap();
+    }
+    store.delete(&one).unwrap();
+    assert!(matches!(store.image(&one), Err(Error::NoImage(_))));
+    assert_eq!(store.images().unwrap(), [two]);
+    assert!(!store.has_blob(&gone[1].diff_id) && store.has_blob(&kept[0].diff_id));
+    assert!(!store.root().join("layers").join(gone[1].diff_id.hex()).exists());
+    store.verify(&two, &[key(1).verifying_key()], Thoroughness::Blobs).unwrap();
+}
+
+#[test]
+fn an_export_is_a_layout_with_just_this_image() {
+    let (folder, store) = store();
+    let digest = image(&store, &["x", "y"]);
+    image(&store, &["z"]);
+    store.sign(&digest, &key(1)).unwrap();
+    let mut bytes = Vec::new();
+    store.export(&digest, "web", &mut bytes).unwrap();
+    let mut reader = crate::tar::Reader::new(bytes.as_slice());
+    let mut names = Vec::new();
+    while let Some(entry) = reader.next_entry().unwrap() {
+        let name = String::from_utf8(entry.path).unwrap();
+        let mut content = Vec::new();
+        reader.read_to_end(&mut content).unwrap();
+        if let Some(hex) = name.strip_prefix("blobs/sha256/") {
+            assert_eq!(Digest::of(&content).hex(), hex);
+        } else if name == "index.json" {
+            let index: Index = serde_json::from_slice(&content).unwrap();
+            assert_eq!(index.manifests.iter().map(|entry| entry.digest).collect::<Vec<_>>(), [digest]);
+        }
+        names.push(name);
+    }
+    assert_eq!(names.iter().filter(|name| name.starts_with("blobs/")).count(), 4);
+    drop(folder);
+}
