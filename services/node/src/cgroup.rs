@@ -5,7 +5,7 @@
 //! that of the `pids` controller.
 
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -101,12 +101,6 @@ impl Cgroup {
         // SAFETY: the closure calls write(2) only, which is allowed between fork and exec; it does not allocate.
         unsafe { command.pre_exec(join) };
         Ok(())
-    }
-
-    pub(crate) fn add(&self, pid: u32) -> Result<(), Failure> {
-        let procs = self.dir.join("cgroup.procs");
-        let write = || fs::OpenOptions::new().write(true).open(&procs)?.write_all(pid.to_string().as_bytes());
-        write().during(|| format!("moving process {pid} to {}", self.dir.display()))
     }
 
     pub(crate) fn pids(&self) -> Result<Vec<u32>, Failure> {

@@ -34,15 +34,9 @@ impl Helpers {
         Self { cgroup: None }
     }
 
-    /// A command that will run as a helper. Its environment is only what a program needs to find others.
+    /// A command that will run as a helper.
     pub(crate) fn command(&self, program: impl AsRef<OsStr>) -> Result<Command, Failure> {
-        let mut command = Command::new(program);
-        command
-            .env_clear()
-            .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-            .env("LC_ALL", "C")
-            .stdin(Stdio::null())
-            .kill_on_drop(true);
+        let mut command = plain(program);
         if let Some(cgroup) = &self.cgroup {
             cgroup.join_before_exec(&mut command)?;
         }
@@ -67,6 +61,18 @@ impl Helpers {
         let said: String = said.trim().chars().take(SHOWN).collect();
         Err(Failure::new(what, format!("{}: {said}", output.status)))
     }
+}
+
+/// A command whose environment is only what a program needs to find others.
+pub(crate) fn plain(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new(program);
+    command
+        .env_clear()
+        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+        .env("LC_ALL", "C")
+        .stdin(Stdio::null())
+        .kill_on_drop(true);
+    command
 }
 
 /// Runs a command to its end, whatever the end is.

@@ -144,7 +144,6 @@ impl<S: Store> Node<S> {
             .await
             .during(what)??;
         let pid = self.runtime.create(&id).instrument(info_span!("create")).await?;
-        self.runtime.keep_conmon(&id)?;
         let process = Process::of(pid)?;
         let pidfd =
             process.open()?.ok_or_else(|| Failure::new(what(), "its process ended before it began"))?;

@@ -15,7 +15,7 @@ use tokio::net::unix::pipe;
 
 use crate::cgroup::Cgroup;
 use crate::failure::{During, Failure};
-use crate::helper::{Helpers, outcome};
+use crate::helper::{Helpers, outcome, plain};
 use crate::names::Names;
 
 /// A start takes 50 ms; a machine that swaps may need seconds.
@@ -87,7 +87,10 @@ impl Runtime {
         let dir = self.names.instance_dir(id);
         let errors = dir.join("conmon.err");
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).during(what)?;
-        let mut command = self.helpers.command(&self.conmon)?;
+        // Not with the helpers, which do not outlive the node.
+        let group = Cgroup::make(&self.names.cgroup(), &conmon_group(id))?;
+        let mut command = plain(&self.conmon);
+        group.join_before_exec(&mut command)?;
         command
             .args(["--api-version", "1", "--cid", id, "--cuuid", id, "--name", id, "--runtime"])
             .arg(&self.runc)
@@ -134,14 +137,6 @@ impl Runtime {
             .map_err(|_| Failure::new(what(), format!("conmon ended: {}", said())))?;
         let pid = u32::try_from(sync.data).ok().filter(|pid| *pid > 0);
         pid.ok_or_else(|| Failure::new(what(), format!("{} {}", sync.message.trim(), said()).trim()))
-    }
-
-    /// Moves conmon out of the helpers, which do not outlive the node.
-    pub(crate) fn keep_conmon(&self, id: &str) -> Result<(), Failure> {
-        let path = self.names.instance_dir(id).join("conmon.pid");
-        let what = || format!("reading {}", path.display());
-        let pid = fs::read_to_string(&path).during(what)?.trim().parse().during(what)?;
-        Cgroup::make(&self.names.cgroup(), &conmon_group(id))?.add(pid)
     }
 
     /// Lets the instance's program begin.
@@ -205,7 +200,8 @@ impl Runtime {
     /// Ends whatever is left of an instance's processes, and forgets it; fine if there is nothing. Blocks.
     pub(crate) fn remove(&self, id: &str) -> Result<(), Failure> {
         let site = self.names.cgroup();
-        for group in [id.to_owned(), conmon_group(id)] {
+        // conmon first: it may be about to start the other.
+        for group in [conmon_group(id), id.to_owned()] {
             Cgroup::named(&site, &group)?.empty()?;
             crate::cgroup::remove_everywhere(&format!("{site}/{group}"))?;
         }

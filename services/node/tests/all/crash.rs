@@ -64,21 +64,7 @@ async fn a_retirement_that_was_cut_off_is_finished() {
         site.serving(&image, attempt).await;
         site.route(port, &[&id(1000), &id(attempt)]).await.unwrap();
         site.route(port, &[&id(1000)]).await.unwrap();
-        let retire = {
-            let site = site.client();
-            let (mut client, id) = (site, id(attempt));
-            tokio::spawn(async move {
-                let request = kiln_api::engine::RetireRequest {
-                    request_id: "r".to_owned(),
-                    id,
-                    server: "web".to_owned(),
-                    generation: 1,
-                    drain: Some(prost_types::Duration { seconds: 1, nanos: 0 }),
-                    traceparent: String::new(),
-                };
-                client.retire(request).await
-            })
-        };
+        let retire = tokio::spawn(site.retire_by(site.client(), &id(attempt), Duration::from_secs(1)));
         tokio::time::sleep(Duration::from_millis(round * 25)).await;
         site.kill_node();
         let _ = retire.await.unwrap();

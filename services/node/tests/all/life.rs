@@ -164,6 +164,33 @@ async fn without_conmon_an_end_is_still_noticed() {
 }
 
 #[tokio::test]
+async fn many_are_launched_and_retired_at_once() {
+    let mut site = TestSite::start().await;
+    let image = site.server_image();
+    let attempts: Vec<u64> = (1..=12).collect();
+    let launched = attempts.iter().map(|attempt| {
+        let (mut client, launch) = (site.client(), request(spec(&image, *attempt)));
+        // Twice each, as a caller does that got no answer.
+        let mut again = client.clone();
+        let repeated = launch.clone();
+        tokio::spawn(async move { tokio::join!(client.launch(launch), again.launch(repeated)) })
+    });
+    let mut addresses = std::collections::BTreeSet::new();
+    for call in launched.collect::<Vec<_>>() {
+        let (first, second) = call.await.unwrap();
+        let [first, second] = [first, second].map(|answer| answer.unwrap().into_inner().instance.unwrap());
+        assert_eq!((first.state(), first.pid), (InstanceState::Running, second.pid), "{}", first.detail);
+        addresses.insert(first.address);
+    }
+    assert_eq!(addresses.len(), attempts.len());
+    let retired = attempts.iter().map(|attempt| site.retire_by(site.client(), &id(*attempt), Duration::ZERO));
+    for answer in retired.map(tokio::spawn).collect::<Vec<_>>() {
+        assert_eq!(answer.await.unwrap().unwrap().state(), InstanceState::Retired);
+    }
+    site.purge();
+}
+
+#[tokio::test]
 async fn a_launch_is_fast() {
     let site = TestSite::start().await;
     let image = site.server_image();

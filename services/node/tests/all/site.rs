@@ -155,15 +155,24 @@ impl TestSite {
     }
 
     pub(crate) async fn retire(&self, id: &str, drain: Duration) -> Result<Instance, Status> {
+        self.retire_by(self.client(), id, drain).await
+    }
+
+    pub(crate) fn retire_by(
+        &self,
+        mut client: EngineServiceClient<Channel>,
+        id: &str,
+        drain: Duration,
+    ) -> impl Future<Output = Result<Instance, Status>> + Send + use<> {
         let request = RetireRequest {
             request_id: "r".to_owned(),
             id: id.to_owned(),
-            server: id.split("-r").next().unwrap().to_owned(),
+            server: SERVER.to_owned(),
             generation: 1,
             drain: Some(drain.try_into().unwrap()),
             traceparent: String::new(),
         };
-        self.client().retire(request).await.map(|answer| answer.into_inner().instance.unwrap())
+        async move { client.retire(request).await.map(|answer| answer.into_inner().instance.unwrap()) }
     }
 
     /// True where the edge was so already.
