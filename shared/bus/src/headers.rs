@@ -29,6 +29,19 @@ pub fn schema(kind: &EventType) -> Option<&'static str> {
     })
 }
 
+/// The broker takes a MiB, headers included.
+const MAX_PAYLOAD: usize = 960 << 10;
+
+/// An event that no broker will ever take is refused before it is sent.
+pub(crate) fn check_size(subject: &str, event: &Event) -> Result<(), Error> {
+    let size = event.event.payload.len();
+    if size <= MAX_PAYLOAD {
+        return Ok(());
+    }
+    let reason = format!("its payload has {size} bytes, at most {MAX_PAYLOAD} can be carried");
+    Err(Error::Undecodable { subject: subject.to_owned(), reason })
+}
+
 /// The headers of an event of a site.
 pub fn headers(site: &SiteName, event: &Event) -> HeaderMap {
     let Event { id, sequence, epoch, event } = event;

@@ -24,8 +24,8 @@ pub enum Error {
     /// The broker can't be reached, or did not answer in time. Try again; nothing is lost.
     #[error("{what} on the bus at {place} failed: {reason}")]
     Unavailable { what: &'static str, place: String, reason: String },
-    /// What was sent is not an event.
-    #[error("undecodable event on {subject}: {reason}")]
+    /// What was sent, or is to be sent, is not an event. Trying again does not help.
+    #[error("no event on {subject}: {reason}")]
     Undecodable { subject: String, reason: String },
     /// The broker is not as it must be: too old, or a stream that it configured otherwise than asked.
     #[error("the broker at {place} can't be used: {reason}")]

@@ -11,7 +11,7 @@ use kiln_model::name::SiteName;
 use tokio::sync::watch;
 
 use crate::delivery::{Backoff, Message, Target, Verdict, stopped};
-use crate::headers::{MESSAGE_ID, headers};
+use crate::headers::{MESSAGE_ID, check_size, headers};
 use crate::subjects::{filters, matches, report_filter};
 use crate::{Bus, Error, Handler, Interest, ReportHandler, headers as wire};
 
@@ -240,6 +240,7 @@ impl InFlight {
 impl Bus for MemoryBus {
     async fn publish(&self, event: &Event) -> Result<(), Error> {
         let subject = event.event.kind.subject(&self.site, event.event.server.as_ref());
+        check_size(&subject, event)?;
         self.publish_raw(&subject, headers(&self.site, event), &event.event.payload)
     }
 

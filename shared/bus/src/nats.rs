@@ -20,7 +20,7 @@ use kiln_model::name::SiteName;
 use tokio::sync::watch;
 
 use crate::delivery::Target;
-use crate::headers::headers;
+use crate::headers::{check_size, headers};
 use crate::subjects::{Stream, filters, report_filter};
 use crate::{Bus, Error, Handler, Interest, PUBLISH_TIMEOUT, ReportHandler};
 
@@ -277,6 +277,7 @@ impl NatsBus {
 impl Bus for NatsBus {
     async fn publish(&self, event: &Event) -> Result<(), Error> {
         let subject = event.event.kind.subject(&self.inner.site, event.event.server.as_ref());
+        check_size(&subject, event)?;
         self.store(subject, headers(&self.inner.site, event), event.event.payload.clone()).await
     }
 

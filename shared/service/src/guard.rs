@@ -4,11 +4,15 @@ use std::fs::File;
 use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use kiln_model::event::Service;
 use rustix::fs::FlockOperation;
 
 use crate::config::Paths;
+
+/// A service that was killed while it started a child leaves the lock with it until that becomes another program.
+const PATIENCE: Duration = Duration::from_millis(500);
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -38,10 +42,16 @@ impl Guard {
             options.open(path).map_err(|error| failed(path, error.to_string()))
         };
         let lock = open(&path)?;
-        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(Error::Held { service, path }),
-            Err(error) => return Err(failed(&path, error.to_string())),
+        let begin = Instant::now();
+        loop {
+            match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => break,
+                Err(rustix::io::Errno::WOULDBLOCK) if begin.elapsed() < PATIENCE => {
+                    std::thread::sleep(PATIENCE / 20);
+                }
+                Err(rustix::io::Errno::WOULDBLOCK) => return Err(Error::Held { service, path }),
+                Err(error) => return Err(failed(&path, error.to_string())),
+            }
         }
         // Written aside and moved: a reader never sees half a number.
         let pid = paths.pid(service);

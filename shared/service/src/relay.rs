@@ -114,8 +114,13 @@ async fn publish_all<B: Bus>(
     let rounds = futures::stream::iter(aggregates.into_values().map(|events| async move {
         let mut published = 0;
         for event in events {
-            if let Err(error) = bus.publish(&event).await {
-                return (published, Some(error.to_string()));
+            match bus.publish(&event).await {
+                Ok(()) => {}
+                // It would hold up its aggregate for ever. What it tells is in the state.
+                Err(error @ kiln_bus::Error::Undecodable { .. }) => {
+                    tracing::error!(%error, id = %event.id, "an event can't be published and is left out");
+                }
+                Err(error) => return (published, Some(error.to_string())),
             }
             published += 1;
             sent.with(|sent| sent.insert(event.sequence));
@@ -169,5 +174,93 @@ async fn prune<S: Store>(store: &S) {
             Ok(dropped) => tracing::info!(dropped, "dropped what is too old to be asked for"),
             Err(error) => tracing::warn!(%error, "can't prune the store"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    use kiln_bus::MemoryBus;
+    use kiln_model::event::{EventType, NewEvent, Service};
+    use kiln_store::{Batch, SqliteStore};
+
+    fn event(aggregate: &str, version: u64) -> NewEvent {
+        NewEvent {
+            kind: EventType::new(Service::Builder, "build", "queued"),
+            server: None,
+            aggregate_kind: "build".to_owned(),
+            aggregate_id: aggregate.to_owned(),
+            aggregate_version: version,
+            payload: Vec::new(),
+            time: Timestamp::UNIX_EPOCH,
+            traceparent: String::new(),
+        }
+    }
+
+    async fn commit(store: &SqliteStore, events: Vec<NewEvent>) {
+        store.commit(Batch { events, ..Batch::default() }).await.unwrap();
+    }
+
+    async fn until(mut condition: impl AsyncFnMut() -> bool) {
+        let begin = Instant::now();
+        while !condition().await {
+            assert!(begin.elapsed() < Duration::from_secs(30));
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_committed_is_published_in_order_and_marked() {
+        let (store, bus) = (SqliteStore::in_memory().await.unwrap(), MemoryBus::new("home".parse().unwrap()));
+        // Some from before it starts, some while it runs.
+        commit(&store, vec![event("a", 1), event("b", 1), event("a", 2)]).await;
+        let (stop, stopped) = watch::channel(false);
+        let relay = tokio::spawn(run(store.clone(), bus.clone(), stopped));
+        for version in 3..=20 {
+            commit(&store, vec![event("a", version), event("b", version)]).await;
+        }
+        until(async || bus.published().len() == 39).await;
+        stop.send_replace(true);
+        relay.await.unwrap();
+        assert_eq!(store.unsent(10).await.unwrap(), []);
+        let versions: Vec<_> = bus.published().into_iter().map(|event| event.event).collect();
+        for (aggregate, count) in [("a", 20), ("b", 19)] {
+            let own = versions.iter().filter(|event| event.aggregate_id == aggregate);
+            let own: Vec<_> = own.map(|event| event.aggregate_version).collect();
+            assert_eq!(own.len(), count);
+            assert!(own.is_sorted(), "{aggregate}: {own:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_event_that_no_broker_takes_holds_nothing_up() {
+        let (store, bus) = (SqliteStore::in_memory().await.unwrap(), MemoryBus::new("home".parse().unwrap()));
+        let big = NewEvent { payload: vec![0; 1 << 20], ..event("a", 1) };
+        commit(&store, vec![big, event("a", 2)]).await;
+        let (_stop, stopped) = watch::channel(false);
+        let relay = tokio::spawn(run(store.clone(), bus.clone(), stopped));
+        until(async || store.unsent(10).await.unwrap().is_empty()).await;
+        assert_eq!(bus.published().iter().map(|event| event.sequence).collect::<Vec<_>>(), [2]);
+        relay.abort();
+    }
+
+    #[tokio::test]
+    async fn while_the_broker_is_away_events_wait_and_the_stop_is_heard() {
+        let (store, bus) = (SqliteStore::in_memory().await.unwrap(), MemoryBus::new("home".parse().unwrap()));
+        bus.set_away(true);
+        commit(&store, vec![event("a", 1), event("a", 2)]).await;
+        let (stop, stopped) = watch::channel(false);
+        let relay = tokio::spawn(run(store.clone(), bus.clone(), stopped));
+        stop.send_replace(true);
+        tokio::time::timeout(Duration::from_secs(30), relay).await.unwrap().unwrap();
+        assert_eq!(store.unsent(10).await.unwrap().len(), 2);
+        let (_stop, stopped) = watch::channel(false);
+        let relay = tokio::spawn(run(store.clone(), bus.clone(), stopped));
+        bus.set_away(false);
+        until(async || store.unsent(10).await.unwrap().is_empty()).await;
+        assert_eq!(bus.published().len(), 2);
+        relay.abort();
     }
 }

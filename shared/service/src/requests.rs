@@ -88,8 +88,9 @@ mod tests {
     async fn a_repeated_call_does_nothing_twice() {
         let store = SqliteStore::in_memory().await.unwrap();
         let decided = AtomicU64::new(0);
+        let request = remove("web");
         let call = || {
-            once(&store, "r1", &remove("web"), || async {
+            once(&store, "r1", &request, || async {
                 decided.fetch_add(1, Ordering::SeqCst);
                 Ok((put(0), Server { name: "web".to_owned(), ..Server::default() }))
             })
@@ -131,8 +132,9 @@ mod tests {
     #[tokio::test]
     async fn two_copies_of_a_call_act_once() {
         let store = SqliteStore::in_memory().await.unwrap();
+        let request = remove("web");
         let call = || {
-            once(&store, "r1", &remove("web"), || {
+            once(&store, "r1", &request, || {
                 std::future::ready(Ok((put(0), Server { version: 7, ..Server::default() })))
             })
         };

@@ -1,7 +1,7 @@
 //! The main of every service: configuration first and as a whole, then telemetry, the lock, the work, and a clean end.
 
 use std::error::Error as StdError;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Arg, Command, value_parser};
@@ -37,7 +37,15 @@ where
     let command = Command::new(service.as_str()).display_name(&name).bin_name(name);
     let matches = command.version(env!("CARGO_PKG_VERSION")).arg(home).get_matches();
     let home = matches.get_one::<PathBuf>("home").cloned().unwrap_or_default();
-    let site = match Site::load(&home) {
+    at_home(service, &home, work)
+}
+
+/// As [`main`], with the folder already known.
+pub fn at_home<W>(service: Service, home: &Path, work: impl FnOnce(Start) -> W) -> ExitCode
+where
+    W: Future<Output = Result<(), Failure>>,
+{
+    let site = match Site::load(home) {
         Ok(site) => site,
         Err(error) => {
             eprintln!("kiln-{service}: {error}");

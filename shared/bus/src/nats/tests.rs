@@ -186,16 +186,21 @@ async fn nobody_may_do_another_s_work() {
 
     // A consumer in another's name, a stream, another site.
     let filters = [Stream::Events.subjects(&"home".parse().unwrap())];
-    assert!(consumer::bind(&nats.monitor, Stream::Events, "builder", &filters).await.is_err());
-    assert!(consumer::bind(&nats.monitor, Stream::DeadLetters, "monitor", &filters).await.is_err());
-    consumer::bind(&nats.monitor, Stream::Events, "monitor", &filters).await.unwrap();
     let builder = NatsBus::connect(nats.server.options(User::Builder)).await.unwrap();
-    assert!(consumer::bind(&builder, Stream::Reports, "builder", &filters).await.is_err());
-    assert!(streams::ensure(&builder, Stream::Events).await.is_err());
-
     let reader = NatsBus::connect(nats.server.options(User::Reader)).await.unwrap();
-    assert!(reader.publish(&event("server", 2)).await.is_err());
-    assert!(reader.report("report", "1", Vec::new(), "").await.is_err());
+    let event = event("server", 2);
+    // A refusal is a silence that runs out: all of them at once.
+    let refused = tokio::join!(
+        consumer::bind(&nats.monitor, Stream::Events, "builder", &filters),
+        consumer::bind(&nats.monitor, Stream::DeadLetters, "monitor", &filters),
+        consumer::bind(&builder, Stream::Reports, "builder", &filters),
+        streams::ensure(&builder, Stream::Events),
+        reader.publish(&event),
+        reader.report("report", "1", Vec::new(), ""),
+    );
+    assert!(refused.0.is_err() && refused.1.is_err() && refused.2.is_err());
+    assert!(refused.3.is_err() && refused.4.is_err() && refused.5.is_err());
+    consumer::bind(&nats.monitor, Stream::Events, "monitor", &filters).await.unwrap();
 }
 
 #[tokio::test]
