@@ -1,0 +1,12 @@
+//! The service crate from outside: a real server on a real socket.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "tests stop where they can't go on"
+)]
+
+mod monitor;
+mod server;
+mod start;
+mod trace;
