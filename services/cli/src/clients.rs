@@ -1,5 +1,7 @@
 //! The services of a site, as clients.
 
+use std::time::Duration;
+
 use kiln_api::builder::builder_service_client::BuilderServiceClient;
 use kiln_api::builder::{self, Build, Server};
 use kiln_api::deployer::deployer_service_client::DeployerServiceClient;
@@ -11,6 +13,7 @@ use kiln_api::types::{ListInfo, ListOptions, Revision, Signal};
 use kiln_model::event::Service;
 use kiln_service::client::{self, Channel};
 use kiln_service::config::Site;
+use tonic::Status;
 
 use crate::failure::{Code, During as _, Failure, Outcome};
 use crate::home::Home;
@@ -18,6 +21,9 @@ use crate::site;
 
 /// What one page may hold; the services give no more.
 const PAGE: u32 = 500;
+
+/// A look at what is known takes milliseconds; a service that is stopped or hangs answers never.
+const LOOK: Duration = Duration::from_secs(5);
 
 pub(crate) struct Services {
     site: Site,
@@ -55,16 +61,15 @@ impl Services {
 
     pub(crate) async fn server(&self, name: &str) -> Outcome<Server> {
         let request = builder::GetServerRequest { server: name.to_owned() };
-        let answer =
-            self.builder().get_server(request).await.during(format_args!("asking the builder for {name}"))?;
+        let answer = look(self.builder().get_server(request))
+            .await
+            .during(format_args!("asking the builder for {name}"))?;
         answer.into_inner().server.ok_or_else(|| missing("server", name))
     }
 
     pub(crate) async fn fleet(&self, name: &str) -> Outcome<Fleet> {
         let request = deployer::GetFleetRequest { server: name.to_owned() };
-        let answer = self
-            .deployer()
-            .get_fleet(request)
+        let answer = look(self.deployer().get_fleet(request))
             .await
             .during(format_args!("asking the deployer for {name}"))?;
         answer.into_inner().fleet.ok_or_else(|| missing("fleet", name))
@@ -81,15 +86,17 @@ impl Services {
 
     pub(crate) async fn build(&self, id: &str) -> Outcome<Build> {
         let request = builder::GetBuildRequest { build: id.to_owned() };
-        let answer =
-            self.builder().get_build(request).await.during(format_args!("asking the builder for {id}"))?;
+        let answer = look(self.builder().get_build(request))
+            .await
+            .during(format_args!("asking the builder for {id}"))?;
         answer.into_inner().build.ok_or_else(|| missing("build", id))
     }
 
     pub(crate) async fn servers(&self) -> Outcome<Vec<Server>> {
         all(async |options| {
             let request = builder::ListServersRequest { options };
-            let page = self.builder().list_servers(request).await.during("listing the servers")?.into_inner();
+            let page =
+                look(self.builder().list_servers(request)).await.during("listing the servers")?.into_inner();
             Ok((page.servers, page.info))
         })
         .await
@@ -99,7 +106,8 @@ impl Services {
     pub(crate) async fn builds(&self, server: &str) -> Outcome<Vec<Build>> {
         let mut builds = all(async |options| {
             let request = builder::ListBuildsRequest { options, server: server.to_owned() };
-            let page = self.builder().list_builds(request).await.during("listing the builds")?.into_inner();
+            let page =
+                look(self.builder().list_builds(request)).await.during("listing the builds")?.into_inner();
             Ok((page.builds, page.info))
         })
         .await?;
@@ -111,8 +119,10 @@ impl Services {
     pub(crate) async fn revisions(&self, server: &str) -> Outcome<Vec<Revision>> {
         let mut revisions = all(async |options| {
             let request = builder::ListRevisionsRequest { options, server: server.to_owned() };
-            let page =
-                self.builder().list_revisions(request).await.during("listing the revisions")?.into_inner();
+            let page = look(self.builder().list_revisions(request))
+                .await
+                .during("listing the revisions")?
+                .into_inner();
             Ok((page.revisions, page.info))
         })
         .await?;
@@ -123,7 +133,8 @@ impl Services {
     pub(crate) async fn fleets(&self) -> Outcome<Vec<Fleet>> {
         all(async |options| {
             let request = deployer::ListFleetsRequest { options };
-            let page = self.deployer().list_fleets(request).await.during("listing the fleets")?.into_inner();
+            let page =
+                look(self.deployer().list_fleets(request)).await.during("listing the fleets")?.into_inner();
             Ok((page.fleets, page.info))
         })
         .await
@@ -133,8 +144,10 @@ impl Services {
     pub(crate) async fn releases(&self, server: &str) -> Outcome<Vec<Release>> {
         let mut releases = all(async |options| {
             let request = deployer::ListReleasesRequest { options, server: server.to_owned() };
-            let page =
-                self.deployer().list_releases(request).await.during("listing the releases")?.into_inner();
+            let page = look(self.deployer().list_releases(request))
+                .await
+                .during("listing the releases")?
+                .into_inner();
             Ok((page.releases, page.info))
         })
         .await?;
@@ -146,8 +159,10 @@ impl Services {
     pub(crate) async fn rollouts(&self, server: &str) -> Outcome<Vec<Rollout>> {
         let mut rollouts = all(async |options| {
             let request = deployer::ListRolloutsRequest { options, server: server.to_owned() };
-            let page =
-                self.deployer().list_rollouts(request).await.during("listing the rollouts")?.into_inner();
+            let page = look(self.deployer().list_rollouts(request))
+                .await
+                .during("listing the rollouts")?
+                .into_inner();
             Ok((page.rollouts, page.info))
         })
         .await?;
@@ -159,8 +174,10 @@ impl Services {
         let mut instances = all(async |options| {
             let request =
                 deployer::ListInstancesRequest { options, server: server.to_owned(), all: with_retired };
-            let page =
-                self.deployer().list_instances(request).await.during("listing the instances")?.into_inner();
+            let page = look(self.deployer().list_instances(request))
+                .await
+                .during("listing the instances")?
+                .into_inner();
             Ok((page.instances, page.info))
         })
         .await?;
@@ -174,7 +191,8 @@ impl Services {
     pub(crate) async fn signals(&self, server: &str) -> Outcome<Vec<Signal>> {
         let mut signals = all(async |options| {
             let request = monitor::ListSignalsRequest { options, server: server.to_owned() };
-            let page = self.monitor().list_signals(request).await.during("listing the signals")?.into_inner();
+            let page =
+                look(self.monitor().list_signals(request)).await.during("listing the signals")?.into_inner();
             Ok((page.signals, page.info))
         })
         .await?;
@@ -185,10 +203,32 @@ impl Services {
     pub(crate) async fn health(&self, server: &str) -> Outcome<Vec<Health>> {
         all(async |options| {
             let request = monitor::ListHealthRequest { options, server: server.to_owned() };
-            let page = self.monitor().list_health(request).await.during("listing the health")?.into_inner();
+            let page =
+                look(self.monitor().list_health(request)).await.during("listing the health")?.into_inner();
             Ok((page.health, page.info))
         })
         .await
+    }
+}
+
+/// A call that only reads, with a bound on its time.
+pub(crate) async fn look<T>(call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
+    let late = |_| Err(Status::unavailable(format!("no answer within {} s", LOOK.as_secs())));
+    tokio::time::timeout(LOOK, call).await.unwrap_or_else(late)
+}
+
+/// What a service answered; where it is away, what it knows is left out and its absence is said.
+pub(crate) fn or_away<T: Default>(
+    answer: Outcome<T>,
+    service: &'static str,
+    away: &mut Vec<&'static str>,
+) -> Outcome<T> {
+    match answer {
+        Err(failure) if failure.is_unavailable() => {
+            away.push(service);
+            Ok(T::default())
+        }
+        other => other,
     }
 }
 
@@ -222,11 +262,32 @@ pub(crate) fn request_id() -> String {
     ulid::Ulid::generate().to_string()
 }
 
-/// Who asks, for the audit record.
+/// Who asks, for the audit record: behind sudo the person, not root.
 pub(crate) fn actor() -> String {
-    ["SUDO_USER", "USER", "LOGNAME"]
-        .iter()
-        .filter_map(|name| std::env::var(name).ok())
+    let named = ["SUDO_USER", "USER", "LOGNAME"].iter().filter_map(|name| std::env::var(name).ok());
+    let uid = rustix::process::getuid().as_raw();
+    let users = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+    named
+        .into_iter()
         .find(|name| !name.is_empty())
-        .unwrap_or_else(|| format!("uid {}", rustix::process::getuid().as_raw()))
+        .or_else(|| user_name(&users, uid))
+        .unwrap_or_else(|| format!("uid {uid}"))
+}
+
+fn user_name(users: &str, uid: u32) -> Option<String> {
+    let fields = users.lines().map(|line| line.split(':').collect::<Vec<_>>());
+    let mut names = fields.filter(|it| it.get(2).and_then(|text| text.parse().ok()) == Some(uid));
+    names.next()?.first().map(|name| (*name).to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::user_name;
+
+    #[test]
+    fn a_user_is_named_by_the_list_of_users() {
+        let users = "root:x:0:0:root:/root:/bin/bash\nann:x:1000:1000::/home/ann:/bin/sh\nbroken\n";
+        assert_eq!(user_name(users, 1000).as_deref(), Some("ann"));
+        assert_eq!(user_name(users, 7), None);
+    }
 }

@@ -97,15 +97,7 @@ async fn look(services: &Services, server: &str, digest: &str, settled: bool) ->
         return Ok(under_way(rollout));
     }
     if release.quarantined {
-        let rollouts = services.rollouts(server).await?;
-        let last = rollouts
-            .iter()
-            .rev()
-            .find(|it| it.to_release == release.number || it.from_release == release.number);
-        return Err(last.map_or_else(
-            || Failure::failed(format!("deploying {server} r{}", release.number), "it is quarantined"),
-            failed_rollout,
-        ));
+        return Err(convicted(services, server, release, &fleet).await?);
     }
     if fleet.release != release.number || !release.good {
         return Look::at(format!("r{} is next", release.number));
@@ -118,6 +110,25 @@ async fn look(services: &Services, server: &str, digest: &str, settled: bool) ->
         });
     }
     Ok(Look::There(Box::new(fleet)))
+}
+
+/// Why a release is not to be had: the rollout that failed, or a person's word.
+async fn convicted(services: &Services, server: &str, release: &Release, fleet: &Fleet) -> Outcome<Failure> {
+    let rollouts = services.rollouts(server).await?;
+    let failed = rollouts.iter().rev().find(|it| {
+        it.to_release == release.number
+            && matches!(it.state(), RolloutState::RolledBack | RolloutState::Failed)
+    });
+    Ok(failed.map_or_else(
+        || {
+            let verdict = fleet.quarantine.iter().rev().find(|it| it.release == release.number);
+            let why = verdict.map_or("it is quarantined", |it| &it.reason);
+            Failure::failed(format!("deploying {server} r{}", release.number), why)
+                .reason("quarantined")
+                .todo("change the definition and apply it again")
+        },
+        failed_rollout,
+    ))
 }
 
 async fn look_at_build(services: &Services, known: &Server, digest: &str, settled: bool) -> Outcome<Look> {

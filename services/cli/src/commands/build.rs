@@ -75,6 +75,10 @@ pub(crate) async fn run(it: &Build, services: &Services, screen: Screen) -> Outc
         return Err(follow::failed_build(&build));
     }
     show(&build, screen)?;
+    if it.verify {
+        // A digest that differs fails the build, so this one is equal.
+        screen.line("baked again without the layer cache: the same image, bit for bit")?;
+    }
     screen.next(&[format!("kiln status {server}"), format!("kiln image inspect {server}")])
 }
 

@@ -7,7 +7,7 @@ use kiln_api::deployer::{Release, Rollout};
 use kiln_api::types::Signal;
 use serde_json::json;
 
-use crate::clients::Services;
+use crate::clients::{Services, or_away};
 use crate::failure::Outcome;
 use crate::json;
 use crate::screen::{Screen, plain};
@@ -35,16 +35,19 @@ struct Line {
 
 pub(crate) async fn run(it: &History, services: &Services, screen: Screen) -> Outcome {
     let server = it.server.as_str();
-    services.server(server).await?;
-    let builds = services.builds(server).await?;
-    let releases = services.releases(server).await?;
-    let rollouts = services.rollouts(server).await?;
-    let signals = services.signals(server).await?;
+    let mut away = Vec::new();
+    or_away(services.server(server).await, "builder", &mut away)?;
+    let builds = or_away(services.builds(server).await, "builder", &mut away)?;
+    let releases = or_away(services.releases(server).await, "deployer", &mut away)?;
+    let rollouts = or_away(services.rollouts(server).await, "deployer", &mut away)?;
+    let signals = or_away(services.signals(server).await, "monitor", &mut away)?;
+    away.dedup();
     screen.json(&json!({
         "signals": json::list("kiln.types.v1.Signal", &signals)?,
         "builds": json::list("kiln.builder.v1.Build", &builds)?,
         "releases": json::list("kiln.deployer.v1.Release", &releases)?,
         "rollouts": json::list("kiln.deployer.v1.Rollout", &rollouts)?,
+        "away": away,
     }))?;
 
     let mut lines: Vec<Line> = signals.iter().map(signal_line).collect();
@@ -63,6 +66,10 @@ pub(crate) async fn run(it: &History, services: &Services, screen: Screen) -> Ou
     if skipped > 0 {
         screen
             .line(format_args!("\n{} before these: kiln history {server} -n 0", plural(skipped, "line")))?;
+    }
+    if !away.is_empty() {
+        screen.line(format_args!("\nNot running: {}. What it knows is left out.", away.join(", ")))?;
+        return screen.next(&["kiln up"]);
     }
     Ok(())
 }

@@ -65,13 +65,18 @@ async fn inspect(name: &str, services: &Services, screen: Screen) -> Outcome {
     screen.line(format_args!("lock       {}", or_dash(&image.lock_key)))?;
     let signature = if image.verified { "verified" } else { "NOT VERIFIED" };
     screen.line(format_args!("signature  {signature}, key {}", or_dash(&image.key_id)))?;
-    screen.line(format_args!("packages   {}\n", image.packages.len()))?;
+    screen.line("")?;
     let rows = image
         .layers
         .iter()
         .map(|layer| vec![plain(&layer.digest), plain(size(layer.size)), plain(&layer.created_by)])
         .collect();
     screen.table(&["LAYER", "SIZE", "MADE BY"], rows)?;
+    if !image.packages.is_empty() {
+        screen.line("")?;
+        let rows = image.packages.iter().map(|(name, version)| vec![plain(name), plain(version)]).collect();
+        screen.table(&["PACKAGE", "VERSION"], rows)?;
+    }
     screen.next(&[format!("kiln image export {name}"), format!("kiln image inspect {name} -o json")])
 }
 

@@ -1,10 +1,11 @@
 //! `kiln lint`
 
 use std::fs;
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use kiln_model::definition::{self, Definition, Source, Step};
+use kiln_model::definition::{self, Definition, Source, Step, WrongPath};
 use miette::{GraphicalReportHandler, GraphicalTheme};
 use serde::Serialize;
 use serde_json::json;
@@ -23,9 +24,6 @@ pub(crate) struct Lint {
 
 const FILE: &str = "server.yaml";
 
-/// A definition is a page or two; more is read by mistake or in malice.
-const LARGEST: u64 = 1 << 20;
-
 /// One thing that is wrong.
 #[derive(Debug, Serialize)]
 struct Problem {
@@ -37,6 +35,7 @@ struct Problem {
 }
 
 /// What one file came to.
+#[derive(Default)]
 struct Looked {
     file: String,
     name: Option<String>,
@@ -100,66 +99,44 @@ fn find(path: &Path) -> Outcome<Vec<PathBuf>> {
 fn look(path: &Path) -> Outcome<Looked> {
     let file = path.display().to_string();
     let shown = file.strip_prefix("./").unwrap_or(&file).to_owned();
-    let size = fs::metadata(path).during(format_args!("reading {file}"))?.len();
-    if size > LARGEST {
-        let message = format!("it has {size} bytes; a definition has at most {LARGEST}");
-        return Ok(of_folder(shown, None, vec![("".to_owned(), message, None)], ""));
-    }
-    let text = fs::read_to_string(path).during(format_args!("reading {file}"))?;
-    match definition::parse(text.as_bytes(), &shown) {
+    let mut content = Vec::new();
+    // What is longer is refused by its first bytes.
+    fs::File::open(path)
+        .and_then(|opened| opened.take(definition::MAX_TEXT as u64 + 1).read_to_end(&mut content))
+        .during(format_args!("reading {file}"))?;
+    let (name, errors) = match definition::parse(&content, &shown) {
         Ok(definition) => {
             let folder =
                 path.parent().filter(|it| !it.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
-            let problems = check_folder(&definition, folder);
-            Ok(of_folder(shown, Some(definition.name.to_string()), problems, &text))
+            let wrong = check_folder(&definition, folder);
+            let errors = (!wrong.is_empty()).then(|| definition::wrong_paths(&content, &shown, wrong));
+            (Some(definition.name), errors)
         }
-        Err(errors) => {
-            let mut drawn = String::new();
-            let handler = GraphicalReportHandler::new_themed(GraphicalTheme::unicode_nocolor());
-            // Writing to a String does not fail; without a drawing the plain lines do.
-            if handler.render_report(&mut drawn, &errors.report()).is_err() {
-                drawn = errors.to_string();
-            }
-            let problems = errors
-                .problems()
-                .iter()
-                .map(|it| Problem {
-                    file: shown.clone(),
-                    line: it.line(),
-                    column: it.column(),
-                    message: it.message().to_owned(),
-                    help: it.help().map(ToOwned::to_owned),
-                })
-                .collect();
-            Ok(Looked { file: shown, name: None, problems, drawn })
+        Err(errors) => (errors.server().cloned(), Some(errors)),
+    };
+    let mut looked = Looked { file: shown, name: name.map(|it| it.to_string()), ..Looked::default() };
+    if let Some(errors) = errors {
+        let handler = GraphicalReportHandler::new_themed(GraphicalTheme::unicode_nocolor());
+        // Writing to a String does not fail; without a drawing the plain lines do.
+        if handler.render_report(&mut looked.drawn, &errors.report()).is_err() {
+            looked.drawn = errors.to_string();
         }
+        looked.problems = errors
+            .problems()
+            .iter()
+            .map(|it| Problem {
+                file: looked.file.clone(),
+                line: it.line(),
+                column: it.column(),
+                message: it.message().to_owned(),
+                help: it.help().map(ToOwned::to_owned),
+            })
+            .collect();
     }
+    Ok(looked)
 }
 
-/// The text that names what is wrong, the problem, what to do.
-type Found = (String, String, Option<String>);
-
-/// Problems of the files around a definition, at the lines that name them.
-fn of_folder(file: String, name: Option<String>, found: Vec<Found>, text: &str) -> Looked {
-    let problems: Vec<_> = found
-        .into_iter()
-        .map(|(named, message, help)| {
-            let start = if named.is_empty() { 0 } else { text.find(&named).unwrap_or_default() };
-            let before = text.get(..start).unwrap_or_default();
-            let line = before.matches('\n').count() + 1;
-            let column = before.rsplit('\n').next().map_or(0, |it| it.chars().count()) + 1;
-            Problem { file: file.clone(), line, column, message, help }
-        })
-        .collect();
-    let mut drawn = String::new();
-    for it in &problems {
-        drawn.push_str(&format!("{}:{}:{}: {}\n", it.file, it.line, it.column, it.message));
-        drawn.extend(it.help.iter().map(|help| format!("  help: {help}\n")));
-    }
-    Looked { file, name, problems, drawn }
-}
-
-fn check_folder(definition: &Definition, folder: &Path) -> Vec<Found> {
+fn check_folder(definition: &Definition, folder: &Path) -> Vec<WrongPath> {
     let mut named = Vec::new();
     if let Source::Debian { archives, .. } = &definition.image.from {
         named.extend(
@@ -174,17 +151,19 @@ fn check_folder(definition: &Definition, folder: &Path) -> Vec<Found> {
     named.into_iter().flat_map(|src| check_source(src, folder)).collect()
 }
 
-fn check_source(src: &str, folder: &Path) -> Vec<Found> {
+fn check_source(src: &str, folder: &Path) -> Vec<WrongPath> {
+    let wrong =
+        |message: String, help: &str| WrongPath { path: src.to_owned(), message, help: help.to_owned() };
     let path = folder.join(src);
     let Ok(root) = folder.canonicalize() else { return Vec::new() };
     if path.symlink_metadata().is_err() {
         let help = format!("put it into {}, or correct the path", folder.display());
-        return vec![(src.to_owned(), format!("`{src}` does not exist"), Some(help))];
+        return vec![wrong(format!("`{src}` does not exist"), &help)];
     }
     let mut found = Vec::new();
     for entry in WalkDir::new(&path) {
         let Ok(entry) = entry else {
-            found.push((src.to_owned(), format!("something in `{src}` can't be read"), None));
+            found.push(wrong(format!("something in `{src}` can't be read"), "make it readable for you"));
             continue;
         };
         if !entry.path_is_symlink() {
@@ -195,7 +174,7 @@ fn check_source(src: &str, folder: &Path) -> Vec<Found> {
         if !inside {
             let message =
                 format!("the symbolic link `{}` leaves the folder, or leads nowhere", entry.path().display());
-            found.push((src.to_owned(), message, Some("copy what it leads to into the folder".to_owned())));
+            found.push(wrong(message, "copy what it leads to into the folder"));
         }
     }
     found
@@ -212,7 +191,9 @@ mod tests {
         std::os::unix::fs::symlink("/etc/passwd", folder.path().join("site/link")).unwrap();
         std::os::unix::fs::symlink("../good", folder.path().join("site/other")).unwrap();
         fs::write(folder.path().join("good"), "x").unwrap();
-        let text = |problems: Vec<Found>| problems.into_iter().map(|it| it.1).collect::<Vec<_>>().join("\n");
+        let text = |problems: Vec<WrongPath>| {
+            problems.into_iter().map(|it| it.message).collect::<Vec<_>>().join("\n")
+        };
         assert_eq!(text(check_source("good", folder.path())), "");
         assert_eq!(text(check_source("bad", folder.path())), "`bad` does not exist");
         let site = text(check_source("site/", folder.path()));

@@ -5,7 +5,10 @@ use std::io::Write as _;
 use clap::Args;
 use futures::StreamExt as _;
 use futures::stream::SelectAll;
+use kiln_api::builder::watch_build_response::Item;
+use kiln_api::builder::{Build, BuildState, WatchBuildRequest};
 use kiln_api::engine::{LogsRequest, LogsResponse};
+use kiln_model::name::{BuildId, InstanceId};
 use serde_json::json;
 
 use crate::clients::Services;
@@ -15,8 +18,8 @@ use crate::words::timestamp;
 
 #[derive(Debug, Args)]
 pub(crate) struct Logs {
-    /// An instance, or a server for all of its instances
-    #[arg(value_name = "SERVER|INSTANCE")]
+    /// An instance, a server for all of its instances, or a build
+    #[arg(value_name = "SERVER|INSTANCE|BUILD")]
     target: String,
     /// Go on with what is written from now on
     #[arg(short, long)]
@@ -27,6 +30,9 @@ pub(crate) struct Logs {
 }
 
 pub(crate) async fn run(it: &Logs, services: &Services, screen: Screen) -> Outcome {
+    if it.target.parse::<BuildId>().is_ok() {
+        return build(it, services, screen).await;
+    }
     let ids = instances(&it.target, services).await?;
     if ids.is_empty() {
         return Err(Failure::new(Code::NotFound, format!("{} has no instances", it.target), "")
@@ -60,8 +66,33 @@ pub(crate) async fn run(it: &Logs, services: &Services, screen: Screen) -> Outco
     Ok(())
 }
 
+/// A build's log, from its beginning; with `--follow` until the build ends.
+async fn build(it: &Logs, services: &Services, screen: Screen) -> Outcome {
+    let id = it.target.as_str();
+    let what = format!("reading the log of {id}");
+    let is_over = |build: &Build| !matches!(build.state(), BuildState::Queued | BuildState::Running);
+    let mut stream = services
+        .builder()
+        .watch_build(WatchBuildRequest { build: id.to_owned() })
+        .await
+        .during(&what)?
+        .into_inner();
+    while let Some(item) = stream.message().await.during(&what)? {
+        match item.item {
+            Some(Item::Line(line)) if screen.is_json() => print(json!({ "build": id, "line": line }))?,
+            Some(Item::Line(line)) => print(line.trim_end())?,
+            Some(Item::Build(build)) if !it.follow && !is_over(&build) => {
+                screen.progress(format_args!("{id} goes on; -f shows what comes"));
+                return Ok(());
+            }
+            Some(Item::Build(_)) | None => {}
+        }
+    }
+    Ok(())
+}
+
 async fn instances(target: &str, services: &Services) -> Outcome<Vec<String>> {
-    if target.parse::<kiln_model::name::InstanceId>().is_ok() {
+    if target.parse::<InstanceId>().is_ok() {
         return Ok(vec![target.to_owned()]);
     }
     services.fleet(target).await?;

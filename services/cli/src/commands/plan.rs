@@ -61,6 +61,7 @@ pub(crate) async fn run(it: &Plan, services: &Services, screen: Screen) -> Outco
             .collect();
         screen.table(&["    PACKAGE", "FROM", "TO"], rows)?;
     }
-    screen.line(format_args!("  {} would be replaced", plural(plan.replicas as usize, "instance")))?;
+    let done = if plan.current_image.is_empty() { "launched" } else { "replaced" };
+    screen.line(format_args!("  {} would be {done}", plural(plan.replicas as usize, "instance")))?;
     screen.next(&[format!("kiln build {server} --wait")])
 }

@@ -39,7 +39,7 @@ enum SignalCommand {
     List {
         /// Those of one server
         server: Option<String>,
-        /// Also what is resolved
+        /// All that is resolved, not just the last ten
         #[arg(short, long)]
         all: bool,
     },
@@ -49,6 +49,9 @@ enum SignalCommand {
         id: String,
     },
 }
+
+/// Resolved signals that a list shows beside those that are open.
+const SHOWN: usize = 10;
 
 pub(crate) async fn run(it: &Signal, services: &Services, screen: Screen) -> Outcome {
     match &it.command {
@@ -97,7 +100,14 @@ async fn report(it: &Signal, services: &Services, screen: Screen) -> Outcome {
 
 async fn list(server: &str, all: bool, services: &Services, screen: Screen) -> Outcome {
     let mut signals = services.signals(server).await?;
-    signals.retain(|signal| all || signal.state() != SignalState::Resolved);
+    let resolved = signals.iter().filter(|it| it.state() == SignalState::Resolved).count();
+    let mut too_old = if all { 0 } else { resolved.saturating_sub(SHOWN) };
+    // Oldest first, so the first ones that are resolved are those to leave out.
+    signals.retain(|signal| {
+        let left_out = too_old > 0 && signal.state() == SignalState::Resolved;
+        too_old -= usize::from(left_out);
+        !left_out
+    });
     screen.json(&json!({ "signals": json::list("kiln.types.v1.Signal", &signals)? }))?;
     if signals.is_empty() {
         return screen.line("No signals: nothing needs an update.");

@@ -10,7 +10,7 @@ use kiln_api::monitor::{GetServerStatusRequest, GetServerStatusResponse};
 use kiln_api::types::SignalState;
 use serde_json::{Value, json};
 
-use crate::clients::Services;
+use crate::clients::{Services, look, or_away};
 use crate::commands::apply::answers;
 use crate::commands::instances;
 use crate::failure::{Code, During as _, Failure, Outcome};
@@ -40,17 +40,6 @@ struct Known {
     server: Option<Server>,
     fleet: Option<Fleet>,
     build: Option<Build>,
-}
-
-/// What a service answered; where it is away, what it knows is left out and its absence is said.
-fn or_away<T: Default>(answer: Outcome<T>, service: &str, away: &mut Vec<String>) -> Outcome<T> {
-    match answer {
-        Err(failure) if failure.is_unavailable() => {
-            away.push(service.to_owned());
-            Ok(T::default())
-        }
-        other => other,
-    }
 }
 
 async fn all(services: &Services, screen: Screen) -> Outcome {
@@ -227,7 +216,7 @@ async fn one(name: &str, services: &Services, screen: Screen) -> Outcome {
 
 async fn seen(name: &str, services: &Services) -> Outcome<Option<GetServerStatusResponse>> {
     let request = GetServerStatusRequest { server: name.to_owned() };
-    let answer = services.monitor().get_server_status(request).await.during("asking the monitor");
+    let answer = look(services.monitor().get_server_status(request)).await.during("asking the monitor");
     match answer {
         Ok(answer) => Ok(Some(answer.into_inner())),
         Err(failure) if failure.is_not_found() => Ok(None),

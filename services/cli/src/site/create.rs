@@ -2,14 +2,14 @@
 
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use kiln_model::event::Service;
 use kiln_service::config::{NatsFile, Site, SiteFile};
 use rand::Rng as _;
 use toml::{Table, Value};
 
-use super::{keys, network};
+use super::{keys, network, supervisor};
 use crate::failure::{Code, During as _, Failure, Outcome};
 use crate::home::Home;
 
@@ -37,6 +37,15 @@ pub(crate) fn ensure(home: &Home, wishes: &Wishes) -> Outcome<Site> {
         Failure::new(Code::Invalid, format!("the settings in {}", path.display()), why).reason("bad_config")
     })?;
     let new = text(&file)?;
+    if new != old && Site::load(folder).is_ok_and(|site| supervisor::running(&site).is_some()) {
+        return Err(Failure::new(
+            Code::Refused,
+            "changing the site's settings",
+            "its services read them when they start",
+        )
+        .reason("running")
+        .todo("kiln down --keep-instances, then this again: the instances serve on meanwhile"));
+    }
     let folder = folder.canonicalize().during(&what)?;
     let site = file
         .check(&folder)
@@ -121,6 +130,10 @@ pub(crate) fn broker_config(site: &Site) -> PathBuf {
     site.paths().nats().join("nats.conf")
 }
 
+pub(crate) fn broker_pid(site: &Site) -> PathBuf {
+    site.paths().run().join("nats.pid")
+}
+
 /// With a broker of the site's own its configuration; with another's the users that it must be given.
 fn write_broker(site: &Site, wishes: &Wishes) -> Outcome {
     let own = broker_config(site);
@@ -132,29 +145,32 @@ fn write_broker(site: &Site, wishes: &Wishes) -> Outcome {
         return keys::write(&site.paths().nats().join("users.conf"), &users);
     }
     let listen = site.nats_url.trim_start_matches("nats://").trim_end_matches('/');
-    keys::write(&own, &config(listen, &site.paths().nats(), site.name.as_str(), &users))
+    keys::write(&own, &config(listen, site, &users))
 }
 
 fn home_is_made(site: &Site) -> bool {
     site.home.join("site.toml").exists()
 }
 
-fn config(listen: &str, folder: &Path, name: &str, users: &str) -> String {
-    let folder = folder.display();
+fn config(listen: &str, site: &Site, users: &str) -> String {
+    let (folder, pid) = (site.paths().nats().join("jetstream"), broker_pid(site));
+    let (name, folder, pid) = (&site.name, folder.display(), pid.display());
     // State is the truth: what a power failure takes of the last second's events is found by the resyncs.
     format!(
         "# Made by `kiln up`, anew each time.\n\
          server_name: \"kiln-{name}\"\n\
          listen: \"{listen}\"\n\
-         pid_file: \"{folder}/nats.pid\"\n\
+         pid_file: \"{pid}\"\n\
          max_payload: 4MB\n\
-         jetstream {{\n  store_dir: \"{folder}/jetstream\"\n  sync_interval: 1s\n}}\n\
+         jetstream {{\n  store_dir: \"{folder}\"\n  sync_interval: 1s\n}}\n\
          {users}"
     )
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     fn home(folder: &Path) -> Home {

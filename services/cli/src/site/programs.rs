@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use kiln_model::event::Service;
 use kiln_service::config::Site;
 
-use super::create::broker_config;
+use super::create::{broker_config, broker_pid};
 use super::process::Process;
 use crate::failure::{Code, During as _, Failure, Outcome};
 
@@ -56,7 +56,7 @@ pub(crate) fn of(site: &Site) -> Outcome<Vec<Program>> {
             binary: PathBuf::new(),
             arguments: vec!["--config".to_owned(), config.clone()],
             log: site.paths().logs().join("nats-server.log"),
-            pid_file: site.paths().nats().join("nats.pid"),
+            pid_file: broker_pid(site),
             mark: config,
         });
     }
