@@ -30,6 +30,8 @@ const CHECK_TIMEOUT: Duration = Duration::from_secs(10);
 /// Between two tries of a check.
 const PAUSE: Duration = Duration::from_millis(200);
 const CALL: Duration = Duration::from_secs(60);
+/// Attempts of a build whose instance could not be launched.
+const LAUNCHES: u64 = 3;
 /// Of the instance, after a test failed.
 const LOG_LINES: u32 = 20;
 
@@ -179,8 +181,9 @@ impl Instance {
         let instance = launched.instance.unwrap_or_default();
         match instance.state() {
             InstanceState::Failed => {
+                // The image may be at fault, or the machine at this moment: the machine gets a second and a third chance.
                 let problem = format!("the instance could not be launched: {}", instance.detail);
-                Err(TestFault { problem, transient: false })
+                Err(TestFault { problem, transient: run.attempt < LAUNCHES })
             }
             _ => Ok(()),
         }
