@@ -259,6 +259,10 @@ impl NatsBus {
 
     /// Returns once the stream has it on disk.
     async fn store(&self, subject: String, headers: HeaderMap, payload: Vec<u8>) -> Result<(), Error> {
+        // What the client would keep back until the broker is there is kept better in the outbox.
+        if !self.connected() {
+            return Err(self.unavailable("publish", &"no connection"));
+        }
         self.check_version()?;
         let stored = async {
             let sent = self.inner.context.publish_with_headers(subject, headers, payload.into()).await?;

@@ -19,7 +19,8 @@ const PAGE: u32 = 500;
 const CONCURRENT: usize = 32;
 const PRUNE: Duration = Duration::from_secs(3600);
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// After a restart of the broker events flow within this time.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// Publishes what the store commits, at once and in order per aggregate, until told to stop. While the broker is away
 /// the rows wait. Once an hour it drops what is too old to be asked for.

@@ -115,7 +115,11 @@ pub(super) async fn run(
         };
         if let Some(reason) = interruption {
             tracing::warn!(durable, reason, "can't consume now, trying again");
-            consumer.pause().await;
+            // A broker that is back is asked at once.
+            tokio::select! {
+                _ = consumer.pause() => {}
+                _ = connected.changed() => consumer.backoff.reset(),
+            }
         }
     }
     Ok(())
