@@ -127,6 +127,7 @@ impl<S: Store, C: Clock> Monitor<S, C> {
             signals.run(stop.clone()),
             relay::run(self.store.clone(), bus.clone(), stop),
         );
+        watcher.end();
         consumed.and(reported)
     }
 }

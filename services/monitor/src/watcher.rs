@@ -225,11 +225,19 @@ impl<S: Store, C: Clock> Watcher<S, C> {
         if tracked.ended.is_cancelled() {
             return Ok(());
         }
-        let (kind, expected) = (HEALTH.to_owned(), tracked.version());
-        let delete = Change::Delete { kind, id: id.to_string(), expected };
-        let mut batch = Batch { changes: vec![delete], ..Batch::default() };
-        batch.watermarks.extend(seen.map(|seen| watermark(id, seen)));
-        self.store.commit(batch).await?;
+        let mut news = seen;
+        loop {
+            let (kind, expected) = (HEALTH.to_owned(), tracked.version());
+            let delete = Change::Delete { kind, id: id.to_string(), expected };
+            let mut batch = Batch { changes: vec![delete], ..Batch::default() };
+            batch.watermarks.extend(news.map(|seen| watermark(id, seen)));
+            match self.store.commit(batch).await {
+                Ok(_) => break,
+                Err(Error::Stale { .. }) => news = None,
+                Err(Error::Conflict { .. }) => tracked.found(self.document_version(id).await?),
+                Err(error) => return Err(error),
+            }
+        }
         // Its task ends, and nothing of it is written any more.
         tracked.ended.cancel();
         self.tracked().remove(id);
@@ -324,13 +332,14 @@ impl<S: Store, C: Clock> Watcher<S, C> {
                 }
                 // Handled before a restart that forgot it, or by another replica.
                 Err(Error::Stale { .. }) => tracked.no_news(&draft),
-                Err(Error::Conflict { .. }) => {
-                    let document = self.store.get(HEALTH, &id).await?;
-                    tracked.found(document.map_or(0, |document| document.version));
-                }
+                Err(Error::Conflict { .. }) => tracked.found(self.document_version(&tracked.id).await?),
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    async fn document_version(&self, id: &InstanceId) -> Result<u64, Error> {
+        Ok(self.store.get(HEALTH, &id.to_string()).await?.map_or(0, |document| document.version))
     }
 
     async fn judge(&self, tracked: &Arc<Tracked>) -> Result<(), Error> {
@@ -348,6 +357,13 @@ impl<S: Store, C: Clock> Watcher<S, C> {
         }
         let retired = |id: &InstanceId| !self.is_watched(id);
         self.signals.settle(|record| record.signal.instance.as_ref().is_some_and(retired)).await
+    }
+
+    /// Ends every task. A state that was not written is found again after the next start.
+    pub fn end(&self) {
+        for tracked in self.tracked().values() {
+            tracked.ended.cancel();
+        }
     }
 
     fn find(&self, id: &InstanceId) -> Option<Arc<Tracked>> {

@@ -80,7 +80,7 @@ pub(super) struct Tracked {
     live: Mutex<Live>,
     /// Something other than time calls for attention.
     pub(super) wake: Notify,
-    /// It is forgotten.
+    /// It is forgotten, or the monitor ends: its task ends, and nothing of it is written any more.
     pub(super) ended: CancellationToken,
     /// One writer at a time.
     pub(super) writing: tokio::sync::Mutex<()>,
