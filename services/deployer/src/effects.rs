@@ -15,6 +15,7 @@ use tokio::task::JoinSet;
 use tracing::Instrument as _;
 
 use crate::board::Board;
+use crate::metrics;
 use crate::ports::{Builder, Engine, Launch, Monitor, Problem};
 
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -55,6 +56,19 @@ impl Key {
             Effect::Hold { .. } => Self::Hold,
         }
     }
+
+    const fn word(&self) -> &'static str {
+        match self {
+            Self::Verify(_) => "verify",
+            Self::Launch(_) => "launch",
+            Self::Route(_) => "route",
+            Self::Retire(_) => "retire",
+            Self::Check(_) => "check",
+            Self::Observe => "observe",
+            Self::Evidence(_) => "evidence",
+            Self::Hold => "hold",
+        }
+    }
 }
 
 /// What became of an effect.
@@ -80,7 +94,8 @@ pub(crate) struct Hands<C> {
     clock: C,
     /// The newest generation that effects were given with.
     generation: Arc<AtomicU64>,
-    running: HashMap<tokio::task::Id, Key>,
+    /// Under way, and since when.
+    running: HashMap<tokio::task::Id, (Key, Duration)>,
     pauses: HashMap<Key, Pause>,
     tasks: JoinSet<Outcome>,
 }
@@ -108,7 +123,7 @@ impl<C: Clock> Hands<C> {
         self.pauses.retain(|key, _| keys.contains(key));
         let mut next: Option<Duration> = None;
         for (effect, key) in effects.into_iter().zip(keys) {
-            if self.running.values().any(|running| *running == key) {
+            if self.running.values().any(|(running, _)| *running == key) {
                 continue;
             }
             let until = self.pauses.get(&key).map_or(Duration::ZERO, |pause| pause.until);
@@ -124,7 +139,7 @@ impl<C: Clock> Hands<C> {
                 generation: self.generation.clone(),
             };
             let handle = self.tasks.spawn(async move { task.carry_out(effect).await });
-            self.running.insert(handle.id(), key);
+            self.running.insert(handle.id(), (key, now.monotonic));
         }
         next
     }
@@ -139,13 +154,15 @@ impl<C: Clock> Hands<C> {
             }
             None => return std::future::pending().await,
         };
-        let Some(key) = self.running.remove(&task) else { return };
+        let Some((key, since)) = self.running.remove(&task) else { return };
+        let now = self.clock.now();
+        let worked = !matches!(outcome, Outcome::Again { after: None });
+        metrics::carried_out(key.word(), worked, now.monotonic.saturating_sub(since));
         match outcome {
             Outcome::Done => {
                 self.pauses.remove(&key);
             }
             Outcome::Again { after } => {
-                let now = self.clock.now();
                 let pause = self.pauses.entry(key).or_default();
                 let wait = after.unwrap_or_else(|| {
                     LONGEST_PAUSE.min(FIRST_PAUSE * 2_u32.saturating_pow(pause.failures.min(16)))

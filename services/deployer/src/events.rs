@@ -61,7 +61,9 @@ impl<S: Store, C: Clock> Events<S, C> {
             Err(failed) => return failed,
         };
         match message.signal.map(revisions::signal) {
-            Some(Ok((signal, version))) => handled(self.deployer.take_signal(&signal, version).await),
+            Some(Ok((signal, version))) => {
+                handled(self.deployer.take_signal(&signal, &event.epoch, version).await)
+            }
             Some(Err(invalid)) => Handled::Failed(format!("the signal makes no sense: {invalid}")),
             None => Handled::Failed("there is no signal in it".to_owned()),
         }

@@ -6,6 +6,7 @@ mod board;
 mod effects;
 mod events;
 mod grpc;
+mod metrics;
 mod peers;
 mod ports;
 mod reconcile;
@@ -18,7 +19,7 @@ mod tests;
 mod watch;
 mod wire;
 
-pub use ports::{Builder, Engine, Launch, Listing, Monitor, Problem, Revisions};
+pub use ports::{Builder, Engine, Launch, Listing, Monitor, Problem, Revisions, Signals};
 
 use std::sync::Arc;
 use std::time::Duration;

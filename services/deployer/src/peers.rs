@@ -26,7 +26,7 @@ use kiln_service::requests::new_id;
 use kiln_service::trace;
 use tonic::{Code, Request, Status};
 
-use crate::ports::{Builder, Engine, Launch, Listing, Monitor, Problem, Revisions};
+use crate::ports::{Builder, Engine, Launch, Listing, Monitor, Problem, Revisions, Signals};
 use crate::wire;
 
 const ASK: Duration = Duration::from_secs(5);
@@ -245,15 +245,17 @@ impl Monitor for Watcher {
         Ok(watched(stream, |item| item.health))
     }
 
-    async fn signals(&self) -> Result<Vec<types::Signal>, Problem> {
-        let mut all = Vec::new();
+    async fn signals(&self) -> Result<Signals, Problem> {
+        let mut all = Signals::default();
         let mut token = String::new();
         loop {
             let message = ListSignalsRequest { options: page(&mut token, None), server: String::new() };
             let answer = self.client.clone().list_signals(request(message, ASK)).await?.into_inner();
-            all.extend(answer.signals);
-            token = answer.info.unwrap_or_default().next_page_token;
+            all.signals.extend(answer.signals);
+            let info = answer.info.unwrap_or_default();
+            token = info.next_page_token;
             if token.is_empty() {
+                all.epoch = info.cursor.unwrap_or_default().epoch;
                 return Ok(all);
             }
         }

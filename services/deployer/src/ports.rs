@@ -61,6 +61,13 @@ pub trait Engine: Send + Sync + 'static {
     async fn watch(&self) -> Result<BoxStream<'static, engine::Instance>, Problem>;
 }
 
+/// Every signal, and the epoch of the store that their versions count in.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Signals {
+    pub epoch: String,
+    pub signals: Vec<types::Signal>,
+}
+
 /// Who knows how instances are.
 #[async_trait]
 pub trait Monitor: Send + Sync + 'static {
@@ -68,7 +75,7 @@ pub trait Monitor: Send + Sync + 'static {
     async fn health(&self, server: Option<&ServerName>) -> Result<Vec<monitor::Health>, Problem>;
     /// Each change from now on. It ends when the monitor does.
     async fn watch(&self) -> Result<BoxStream<'static, monitor::Health>, Problem>;
-    async fn signals(&self) -> Result<Vec<types::Signal>, Problem>;
+    async fn signals(&self) -> Result<Signals, Problem>;
 }
 
 /// Revisions after a cursor, and the cursor to ask with the next time.

@@ -15,6 +15,7 @@ use tokio::task::JoinSet;
 
 use crate::board::Board;
 use crate::effects::{Hands, Peers};
+use crate::metrics;
 use crate::store::{Loaded, Outcome, batch, load};
 
 /// After a failure of the store.
@@ -112,6 +113,10 @@ struct Desk<'a, S, C> {
 impl<S: Store, C: Clock> Desk<'_, S, C> {
     async fn look(&mut self, hands: &mut Hands<C>) -> Result<Looked, Error> {
         let loaded = self.fresh().await?;
+        if loaded.version == 0 {
+            // Not a server of ours (yet): what runs under its name is not ours to judge.
+            return Ok(Looked::Rest(None));
+        }
         let now = self.deployer.clock.now();
         let elapsed = now.monotonic.saturating_sub(self.committed);
         let view = self.deployer.board.view(self.server, now, self.deployer.started, elapsed);
@@ -156,7 +161,7 @@ impl<S: Store, C: Clock> Desk<'_, S, C> {
         };
         let batch = batch(&self.deployer.store, loaded, &outcome).await?;
         match self.deployer.store.commit(batch).await {
-            Ok(_) => {}
+            Ok(_) => metrics::happened(&decision.events),
             Err(Error::Conflict { .. }) => {
                 self.held = None;
                 return Ok(false);

@@ -65,7 +65,8 @@ impl<S: Store, C: Clock> Deployer<S, C> {
     }
 
     /// Marks what a signal wants replaced, once. Signals that wait, or want something else, are not ours.
-    pub(crate) async fn take_signal(&self, signal: &Signal, version: u64) -> Result<(), Error> {
+    /// `version` is its document's, in a store of this epoch: a monitor whose store was restored counts anew.
+    pub(crate) async fn take_signal(&self, signal: &Signal, epoch: &str, version: u64) -> Result<(), Error> {
         if signal.remedy != Remedy::Replace || signal.state != SignalState::Open {
             return Ok(());
         }
@@ -93,7 +94,7 @@ impl<S: Store, C: Clock> Deployer<S, C> {
                 None => Batch::default(),
             };
             changes.watermarks.push(Watermark {
-                source_kind: SIGNAL.to_owned(),
+                source_kind: format!("{SIGNAL}/{epoch}"),
                 source_id: id.clone(),
                 version,
             });

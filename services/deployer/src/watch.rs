@@ -130,11 +130,11 @@ pub(crate) async fn resync<S: Store, C: Clock>(deployer: &Deployer<S, C>) -> Res
 
 async fn take_signals<S: Store, C: Clock>(
     deployer: &Deployer<S, C>,
-    signals: Vec<types::Signal>,
+    listed: ports::Signals,
 ) -> Result<(), kiln_store::Error> {
-    for message in signals {
+    for message in listed.signals {
         match revisions::signal(message) {
-            Ok((signal, version)) => deployer.take_signal(&signal, version).await?,
+            Ok((signal, version)) => deployer.take_signal(&signal, &listed.epoch, version).await?,
             Err(invalid) => {
                 tracing::warn!(error = %invalid, "the monitor lists a signal that makes no sense")
             }

@@ -186,6 +186,7 @@ fn start_back(work: &mut Work<'_>, to: &Release, cause: &Cause) {
         total: to.replicas(),
         verified: true,
         first_attempt: fleet.next_attempt,
+        failed_launches: 0,
         elapsed: Millis(0),
         back_to: Some(to.number),
     };

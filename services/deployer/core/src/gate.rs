@@ -14,6 +14,9 @@ use crate::release::Release;
 use crate::rollout::{Failure, Rollout, RolloutState};
 use crate::view::{Verdict, View};
 
+/// Launches that may fail before the release is to blame. A node that is killed in the middle of one cuts it off.
+const LAUNCHES: u32 = 3;
+
 /// A gate that failed.
 struct Failed {
     reason: String,
@@ -74,7 +77,9 @@ fn failed_instance(work: &Work<'_>, rollout: &Rollout) -> Option<Failed> {
         .filter(|(id, i)| id.attempt >= rollout.first_attempt && i.content == content);
     launched.into_iter().find_map(|(id, instance)| {
         let reason = match instance.state {
-            InstanceState::Failed => format!("{id} could not be launched: {}", instance.detail),
+            InstanceState::Failed if rollout.failed_launches >= LAUNCHES => {
+                format!("{id} could not be launched: {}", instance.detail)
+            }
             InstanceState::Exited => match instance.exit_code {
                 Some(code) => format!("{id} exited with {code}: {}", instance.detail),
                 None => format!("{id} ended: {}", instance.detail),
@@ -170,6 +175,7 @@ pub(crate) fn turn_back(
     rollout.back_to = Some(good);
     rollout.elapsed = Millis(0);
     rollout.first_attempt = work.fleet.next_attempt;
+    rollout.failed_launches = 0;
     rollout.done = 0;
     rollout.total = work.release(good).map_or(0, Release::replicas);
     work.tell_rollout(RolloutVerb::RollingBack, &rollout);

@@ -92,6 +92,7 @@ impl<'a> Work<'a> {
             total: to.replicas(),
             verified: false,
             first_attempt: fleet.next_attempt,
+            failed_launches: 0,
             elapsed: Millis(0),
             back_to: None,
         };

@@ -98,6 +98,12 @@ pub(crate) fn engine(work: &mut Work<'_>, engine: &BTreeMap<InstanceId, Seen>, v
         if !instance.takes_room() && instance.ended.is_none() {
             instance.ended = seen.and_then(|seen| seen.ended).or(Some(now));
         }
+        if let Some(rollout) = &mut work.fleet.rollout
+            && verb == InstanceVerb::Failed
+            && id.attempt >= rollout.first_attempt
+        {
+            rollout.failed_launches += 1;
+        }
         work.events.push(Event::Instance(verb, id.clone(), Box::new(instance.clone())));
     }
 }

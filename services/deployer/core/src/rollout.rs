@@ -31,6 +31,9 @@ pub struct Rollout {
     pub verified: bool,
     /// Attempts from here on were launched by the leg under way: forward, or back.
     pub first_attempt: u64,
+    /// Launches of that leg that failed: the node may have been cut off, so one says nothing yet of the release.
+    #[serde(default)]
+    pub failed_launches: u32,
     /// Time of that leg, as far as it counts for the deadline.
     pub elapsed: Millis,
     /// The release that it goes back to.

@@ -224,6 +224,8 @@ async fn what_nobody_means_to_run_is_retired_and_tests_are_left_alone() {
     site.world.plant(&orphan, types::Role::Fleet);
     site.world.plant(&test, types::Role::Test);
     site.world.plant(&stranger, types::Role::Fleet);
+    // A signal about it is none of ours either.
+    site.world.signal(gone(&stranger));
     site.boot(&Life::long(), NEVER);
     site.until("the orphan's end", || async { !site.world.running().contains(&orphan) }).await;
     let running = site.world.running();

@@ -20,7 +20,7 @@ use kiln_model::time::Millis;
 use tokio::sync::broadcast;
 use tokio_stream::wrappers::BroadcastStream;
 
-use crate::ports::{Builder, Engine, Launch, Listing, Monitor, Problem, Revisions};
+use crate::ports::{Builder, Engine, Launch, Listing, Monitor, Problem, Revisions, Signals};
 use crate::tests::life::Life;
 
 /// How instances of an image behave.
@@ -461,9 +461,9 @@ impl Monitor for FakeMonitor {
         Ok(stream.filter_map(|item| std::future::ready(item.ok())).boxed())
     }
 
-    async fn signals(&self) -> Result<Vec<types::Signal>, Problem> {
+    async fn signals(&self) -> Result<Signals, Problem> {
         self.life.alive().await;
-        Ok(self.world.others()?.signals.clone())
+        Ok(Signals { epoch: "e".to_owned(), signals: self.world.others()?.signals.clone() })
     }
 }
 

@@ -86,6 +86,20 @@ fn what_can_not_be_launched_or_verified_turns_back() {
 }
 
 #[test]
+fn a_launch_that_was_cut_off_is_tried_again() {
+    let mut world = standing();
+    world.behave("two", Behaviour::Refused);
+    world.revise(&Made::new("second", "two"));
+    world.look();
+    world.look();
+    world.say("> the node is killed in the middle of the launch, and starts again");
+    world.behave("two", Behaviour::Good);
+    world.play(60_000);
+    assert_snapshot!(world.told());
+    assert_eq!((world.fleet.last_good, world.outages), (2, 0));
+}
+
+#[test]
 fn a_deadline_turns_back() {
     let mut world = standing();
     world.behave("slow", Behaviour::NeverHealthy);
