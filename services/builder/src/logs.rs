@@ -84,17 +84,6 @@ impl Logs {
             _open: growth,
         }
     }
-
-    /// Removes the log of a build that is forgotten.
-    ///
-    /// # Errors
-    /// It is there and can't be removed.
-    pub fn remove(&self, build: &BuildId) -> std::io::Result<()> {
-        match std::fs::remove_file(self.path(build)) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        }
-    }
 }
 
 impl Writer {

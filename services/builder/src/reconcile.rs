@@ -15,6 +15,7 @@ use kiln_model::revision::RevisionContent;
 use kiln_service::clock::Clock;
 use kiln_service::shutdown;
 use kiln_store::{Cursor, Entry, Store};
+use serde::de::DeserializeOwned;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::Instrument as _;
@@ -60,6 +61,13 @@ impl Follower {
             token = page.next_page_token;
         }
     }
+}
+
+/// A changed document; none where it was deleted. One that can't be read is told and passed over: its change is not seen
+/// again, and the others' must be seen.
+pub(crate) fn readable<T: DeserializeOwned>(entry: &Entry) -> Option<Read<T>> {
+    let Entry::Document(document) = entry else { return None };
+    typed(document).inspect_err(|error| tracing::error!(%error, "a document is passed over")).ok()
 }
 
 /// What is remembered of a server between its changes.
@@ -143,12 +151,19 @@ impl<S: Store, K: Bakery, C: Clock> Reconciler<S, K, C> {
         self.dirty.extend(due);
         let waiting: Vec<_> =
             self.dirty.iter().filter(|name| !self.planning.contains(*name)).cloned().collect();
-        let mut starved = false;
+        let later = now.checked_add(PAUSE).unwrap_or(Timestamp::MAX);
         for name in waiting {
-            if self.evaluate(&name).await? {
-                self.dirty.remove(&name);
-            } else {
-                starved = true;
+            match self.evaluate(&name).await {
+                Ok(true) => {
+                    self.dirty.remove(&name);
+                }
+                Ok(false) => {}
+                // One that can't be read holds no other back.
+                Err(error) => {
+                    tracing::warn!(server = %name, %error, "could not be brought forward");
+                    self.dirty.remove(&name);
+                    self.due.insert(name, later);
+                }
             }
         }
         self.look(now);
@@ -156,7 +171,6 @@ impl<S: Store, K: Bakery, C: Clock> Reconciler<S, K, C> {
         let times = self.due.values().chain(self.asked.values());
         let next = times.filter(|at| **at > now).min().map(|at| at.duration_since(now));
         let next = next.map(|wait| Duration::try_from(wait).unwrap_or_default());
-        tracing::trace!(starved, ?next, "servers were brought forward");
         // Rounded up, so that it is time when the clock says so.
         Ok(next.map(|wait| wait + Duration::from_millis(1)))
     }
@@ -164,8 +178,7 @@ impl<S: Store, K: Bakery, C: Clock> Reconciler<S, K, C> {
     async fn notice(&mut self) -> Result<(), Error> {
         let store = self.builder.documents.store().clone();
         for entry in self.servers.changes(&store).await? {
-            let Entry::Document(document) = entry else { continue };
-            let Read { value, .. } = typed::<Server>(&document)?;
+            let Some(Read { value, .. }) = readable::<Server>(&entry) else { continue };
             let parent = value.effective().and_then(|effective| effective.parent.clone());
             let building = value.building.as_ref().map(|building| building.build.clone());
             self.dirty.insert(value.name.clone());
@@ -175,8 +188,7 @@ impl<S: Store, K: Bakery, C: Clock> Reconciler<S, K, C> {
         }
         let mut ended = BTreeSet::new();
         for entry in self.builds.changes(&store).await? {
-            let Entry::Document(document) = entry else { continue };
-            let Read { value, .. } = typed::<Build>(&document)?;
+            let Some(Read { value, .. }) = readable::<Build>(&entry) else { continue };
             if value.state.has_ended() {
                 ended.insert(value.id);
             }
@@ -185,18 +197,14 @@ impl<S: Store, K: Bakery, C: Clock> Reconciler<S, K, C> {
         let awaiting = self.known.iter().filter(|(_, known)| awaits(known)).map(|(name, _)| name.clone());
         self.dirty.extend(awaiting);
         for entry in self.sources.changes(&store).await? {
-            match entry {
-                Entry::Tombstone { id, .. } => {
-                    self.asked.remove(&id);
-                }
-                Entry::Document(document) => {
-                    let Read { value, .. } = typed::<Source>(&document)?;
-                    match value.due(self.builder.now()) {
-                        Some(at) => self.asked.insert(document.id, at),
-                        None => self.asked.remove(&document.id),
-                    };
-                }
+            if let Entry::Tombstone { id, .. } = &entry {
+                self.asked.remove(id);
             }
+            let Some(Read { value, .. }) = readable::<Source>(&entry) else { continue };
+            match value.due(self.builder.now()) {
+                Some(at) => self.asked.insert(value.id.to_string(), at),
+                None => self.asked.remove(value.id.as_str()),
+            };
         }
         Ok(())
     }

@@ -12,7 +12,7 @@ use kiln_model::digest::Digest;
 use kiln_model::name::BuildId;
 use kiln_service::clock::Clock;
 use kiln_service::shutdown;
-use kiln_store::{Entry, Store};
+use kiln_store::Store;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -23,8 +23,8 @@ use crate::bakery::Bakery;
 use crate::builder::{Builder, Error};
 use crate::image_tests::{TestRun, Tester};
 use crate::logs::Writer;
-use crate::reconcile::Follower;
-use crate::store::{Edit, IMAGE_KIND, Read, StoredImage, typed};
+use crate::reconcile::{Follower, readable};
+use crate::store::{Edit, IMAGE_KIND, Read, StoredImage};
 
 /// After the store refused.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -147,8 +147,7 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Dispatcher<S, K, C, T> {
     async fn turn(&mut self) -> Result<Option<Duration>, Error> {
         let store = self.builder.documents.store().clone();
         for entry in self.builds.changes(&store).await? {
-            let Entry::Document(document) = entry else { continue };
-            let Read { value, .. } = typed::<Build>(&document)?;
+            let Some(Read { value, .. }) = readable::<Build>(&entry) else { continue };
             match value.claimable_at(self.builder.now()) {
                 Some(at) => self.claimable.insert(value.id, at),
                 None => {

@@ -2,14 +2,15 @@
 
 use kiln_api::builder::apply_request::Source as From;
 use kiln_api::builder::{
-    AppliedServer, ApplyOutcome, ApplyRequest, ApplyResponse, InspectSourceRequest, InspectSourceResponse,
-    InspectedServer, RemoveRequest, RemoveResponse,
+    AppliedServer, ApplyOutcome, ApplyRequest, ApplyResponse, FolderSource, InspectSourceRequest,
+    InspectSourceResponse, InspectedServer, RemoveRequest, RemoveResponse,
 };
 use kiln_builder_core::build::{self, Build};
 use kiln_builder_core::head::{self, Outcome};
 use kiln_builder_core::server::{self, Server};
 use kiln_builder_core::source::Place;
 use kiln_model::cause::{Cause, CauseKind};
+use kiln_model::digest::Digest;
 use kiln_model::name::ServerName;
 use kiln_service::clock::Clock;
 use kiln_service::error::ApiError;
@@ -29,13 +30,19 @@ const MAX_FAULTS: usize = 50;
 
 impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
     pub(super) async fn apply_source(&self, mut request: ApplyRequest) -> Result<ApplyResponse, Status> {
-        let from = request.source.clone();
-        let look = match from {
+        // A repeated call is told by what was asked, not by what was found: a branch may have moved in between. A packed
+        // folder is what is asked, and its digest says the same in fewer bytes.
+        let look = match request.source.take() {
             Some(From::Git(git)) => {
-                let place = Place::Git { url: git.url, branch: git.branch };
+                let place = Place::Git { url: git.url.clone(), branch: git.branch.clone() };
+                request.source = Some(From::Git(git));
                 self.builder.sources.look(&place).await
             }
-            Some(From::Folder(folder)) => self.builder.sources.unpack(&folder.origin, folder.archive).await,
+            Some(From::Folder(FolderSource { archive, origin })) => {
+                let digest = Digest::of(&archive).to_string().into_bytes();
+                request.source = Some(From::Folder(FolderSource { archive: digest, origin: origin.clone() }));
+                self.builder.sources.unpack(&origin, archive).await
+            }
             None => {
                 let todo = "give a Git repository with its branch, or a packed folder";
                 return Err(ApiError::invalid("source", "is missing", todo).into());
@@ -47,10 +54,6 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
         let cause = apply_cause(&request.request_id, &by, &look, self.builder.now());
         self.builder.sources.apply(&look, &cause, self.builder.now()).await.map_err(refused)?;
         self.builder.sources.keep(&look).await.map_err(refused)?;
-        // A repeated request is told by its content, which is shorter as a digest than as an archive.
-        request.source = None;
-        let content: Vec<_> = look.found.iter().map(|found| found.digest().to_string()).collect();
-        request.actor = format!("{} {}", by, content.join(" "));
         let id = request.request_id.clone();
         let answer =
             requests::once(self.builder.documents.store(), &id, &request, || self.decide(&look, &cause, &by));
