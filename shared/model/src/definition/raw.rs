@@ -70,6 +70,7 @@ pub(super) struct Image {
     #[serde(default = "root")]
     pub(super) user: Text<User>,
     /// The program and its arguments; no shell is involved.
+    #[schemars(length(min = 1))]
     pub(super) command: At<Vec<At<String>>>,
     /// What must hold of a throwaway instance before the image is ready.
     #[serde(default)]
