@@ -99,7 +99,7 @@ port=$(free_port)
 make_repository "$repository"
 sed -i "s/listen: 8080/listen: $port/" "$repository/web/server.yaml"
 commit "$repository" "Take a free port"
-kiln up --config poll.git=1s
+kiln up --config poll.git=1s >&2
 
 say "Applying the example"
 begun=$(now)
@@ -176,7 +176,7 @@ rollback_s=$(jq -s '
 id=$(as_root sed -n 's/^id *= *"\(.*\)"/\1/p' "$KILN_HOME/site.toml")
 down=$(kiln down --delete-state -o json) || true
 leftovers=$(jq '.leftovers | length' <<<"$down" || echo null)
-expect "nothing is left" test "$leftovers" = 0
+expect "nothing is left: $(jq -c .leftovers <<<"$down")" test "$leftovers" = 0
 
 # The command's own word is checked by other means.
 seen() {
