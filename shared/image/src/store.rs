@@ -89,6 +89,37 @@ impl ImageStore {
         }
     }
 
+    /// Takes over a blob of another folder, without copying where both are on one file system. `false` where it is not there.
+    ///
+    /// # Errors
+    /// It can't be written, or copied it is something else.
+    pub fn adopt_blob(&self, from: &Path, digest: &Digest) -> Result<bool, Error> {
+        let path = self.blob_path(digest);
+        match fs::hard_link(from, &path) {
+            Ok(()) => sync_folder(&self.root.join("blobs/sha256")).map(|()| true),
+            Err(error) => match error.kind() {
+                io::ErrorKind::AlreadyExists => Ok(true),
+                io::ErrorKind::NotFound => Ok(false),
+                io::ErrorKind::CrossesDevices => {
+                    let mut file = File::open(from).map_err(Error::io("open", from))?;
+                    self.put_blob(&mut file, Some(digest)).map(|_| true)
+                }
+                _ => Err(Error::io("link", &path)(error)),
+            },
+        }
+    }
+
+    /// Gives a blob a second name outside of the store, on the same file system.
+    ///
+    /// # Errors
+    /// It is not there, or the other place is on another file system.
+    pub fn link_blob(&self, digest: &Digest, to: &Path) -> Result<(), Error> {
+        match fs::hard_link(self.blob_path(digest), to) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(Error::io("link", to)(error)),
+            _ => Ok(()),
+        }
+    }
+
     /// Opens a blob and gives its size. What is read still has to be checked against the digest.
     ///
     /// # Errors

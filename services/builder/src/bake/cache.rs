@@ -1,10 +1,17 @@
 //! Which step on which layers gave which layer.
 //!
-//! A step's key covers every input up to it, so that a change of a later step leaves the earlier ones what they are.
+//! A step's key covers every input up to it, so that a change of a later step leaves the earlier ones what they are. The
+//! layers have a second name here, so that a site can take what another one has baked.
+//!
+//! ```text
+//! <key>     blobs/<hex>: hard links into the image stores
+//! ```
 
 use std::fs;
 use std::io::Write as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use kiln_image::ImageStore;
 use kiln_model::digest::Digest;
@@ -31,18 +38,34 @@ pub(crate) struct LayerCache {
 
 impl LayerCache {
     pub(crate) fn open(root: &Path) -> Result<Self, BakeError> {
-        fs::create_dir_all(root).map_err(BakeError::io("make folder", root))?;
+        let blobs = root.join("blobs");
+        fs::create_dir_all(&blobs).map_err(BakeError::io("make folder", &blobs))?;
         Ok(Self { root: root.to_owned() })
     }
 
-    /// Nothing where the layer is no longer in the store: then it is baked anew.
+    fn blob(&self, digest: &Digest) -> PathBuf {
+        self.root.join("blobs").join(digest.hex())
+    }
+
+    /// Nothing where the layer is not in the store and can't be taken over: then it is baked anew.
     pub(crate) fn get(&self, key: &Digest, below: &[Digest], store: &ImageStore) -> Option<Record> {
         let text = fs::read(self.root.join(key.hex())).ok()?;
         let record: Record = serde_json::from_slice(&text).ok()?;
-        (record.below == below && store.has_blob(&record.diff_id)).then_some(record)
+        if record.below != below {
+            return None;
+        }
+        let is_there = store.has_blob(&record.diff_id)
+            || store.adopt_blob(&self.blob(&record.diff_id), &record.diff_id).unwrap_or_else(|error| {
+                tracing::warn!(%error, "a cached layer can't be used");
+                false
+            });
+        is_there.then_some(record)
     }
 
-    pub(crate) fn put(&self, key: &Digest, record: &Record) -> Result<(), BakeError> {
+    pub(crate) fn put(&self, key: &Digest, record: &Record, store: &ImageStore) -> Result<(), BakeError> {
+        if let Err(error) = store.link_blob(&record.diff_id, &self.blob(&record.diff_id)) {
+            tracing::debug!(%error, "a layer is not shared with other sites");
+        }
         let path = self.root.join(key.hex());
         let failed = || BakeError::io("write", &path);
         let text = serde_json::to_vec(record).map_err(|e| failed()(e.into()))?;
@@ -50,6 +73,21 @@ impl LayerCache {
         // Not synced: an empty or cut record reads as none.
         file.write_all(&text).map_err(failed())?;
         file.persist(&path).map_err(|e| failed()(e.error))?;
+        Ok(())
+    }
+}
+
+impl LayerCache {
+    /// Lets go of layers that no image store has any more, a while after they were made.
+    pub(crate) fn forget(&self, unused_for: Duration) -> Result<(), BakeError> {
+        let blobs = self.root.join("blobs");
+        for item in fs::read_dir(&blobs).map_err(BakeError::io("read", &blobs))?.filter_map(Result::ok) {
+            let Ok(metadata) = item.metadata() else { continue };
+            let age = metadata.modified().ok().and_then(|time| time.elapsed().ok()).unwrap_or_default();
+            if metadata.nlink() == 1 && age > unused_for {
+                fs::remove_file(item.path()).map_err(BakeError::io("remove", item.path()))?;
+            }
+        }
         Ok(())
     }
 }

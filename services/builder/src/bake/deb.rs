@@ -2,13 +2,15 @@
 
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use kiln_image::tar::{Kind, Reader};
 use kiln_model::lock::LockedPackage;
 
 use super::deb822::{self, Paragraph};
 use super::error::BakeError;
+use super::opened;
+use super::packages::PackageStore;
 
 /// Debian's largest control tar is a few MiB.
 const CONTROL_LIMIT: u64 = 64 << 20;
@@ -18,6 +20,7 @@ const DATA_LIMIT: u64 = 16 << 30;
 /// A package file that was opened and whose control part was read.
 pub(crate) struct Deb {
     path: PathBuf,
+    opened: PathBuf,
     pub(crate) name: String,
     pub(crate) control: Paragraph,
     /// What goes into dpkg's `info` folder, with its permission bits.
@@ -42,7 +45,9 @@ enum Compression {
 
 impl Deb {
     /// Reads the control part, and checks that it is the package that the lock names.
-    pub(crate) fn open(path: &Path, locked: &LockedPackage) -> Result<Self, BakeError> {
+    pub(crate) fn open(store: &PackageStore, locked: &LockedPackage) -> Result<Self, BakeError> {
+        let path = store.path(&locked.sha256);
+        let path = path.as_path();
         let malformed =
             |why: String| BakeError::Package { package: format!("{} {}", locked.name, locked.version), why };
         let mut file = File::open(path).map_err(BakeError::io("open", path))?;
@@ -66,6 +71,7 @@ impl Deb {
         }
         Ok(Self {
             path: path.to_owned(),
+            opened: store.opened_path(&locked.sha256),
             name: locked.name.clone(),
             control: std::mem::take(control),
             control_files,
@@ -101,9 +107,16 @@ impl Deb {
         self.data.size
     }
 
+    /// Its files. The first time they are kept as well, in a form that is quicker to read: xz takes longer than all else.
     pub(crate) fn data(&self) -> Result<Reader<BufReader<Box<dyn Read + Send>>>, BakeError> {
-        let file = File::open(&self.path).map_err(BakeError::io("open", &self.path))?;
-        let stream = open_member(&file, &self.data).map_err(BakeError::io("read", &self.path))?;
+        let stream: Box<dyn Read + Send> = match opened::read(&self.opened) {
+            Some(stream) => Box::new(stream),
+            None => {
+                let file = File::open(&self.path).map_err(BakeError::io("open", &self.path))?;
+                let stream = open_member(&file, &self.data).map_err(BakeError::io("read", &self.path))?;
+                Box::new(opened::Keeping::new(stream, &self.opened))
+            }
+        };
         let bounded: Box<dyn Read + Send> = Box::new(stream.take(DATA_LIMIT));
         Ok(Reader::new(BufReader::with_capacity(1 << 16, bounded)))
     }

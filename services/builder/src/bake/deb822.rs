@@ -8,7 +8,7 @@ pub(crate) struct Paragraph {
 
 impl Paragraph {
     pub(crate) fn get(&self, name: &str) -> Option<&str> {
-        self.fields.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.trim())
+        self.fields.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.trim_end())
     }
 
     /// As they are written, with spaces at their ends: dpkg keeps them.

@@ -112,7 +112,7 @@ impl Installer<'_> {
             let from = self.store.path(&package.sha256);
             let to = folder.join(format!("{at:05}.deb"));
             fs::copy(&from, &to).map_err(BakeError::io("copy", &from))?;
-            let mut tar = Deb::open(&from, package)?.data()?;
+            let mut tar = Deb::open(self.store, package)?.data()?;
             while let Some(entry) = tar.next_entry().map_err(|problem| BakeError::Package {
                 package: package.name.clone(),
                 why: format!("data.tar: {problem}"),
@@ -128,7 +128,7 @@ impl Installer<'_> {
     }
 
     fn open(&self, packages: &[LockedPackage]) -> Result<Vec<Deb>, BakeError> {
-        packages.iter().map(|package| Deb::open(&self.store.path(&package.sha256), package)).collect()
+        packages.iter().map(|package| Deb::open(self.store, package)).collect()
     }
 
     /// /bin and its like as links, before the first package brings files below them.

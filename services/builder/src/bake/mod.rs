@@ -13,6 +13,7 @@ mod dpkg;
 mod error;
 mod files;
 mod install;
+mod opened;
 mod owners;
 mod packages;
 mod resolve;
@@ -21,6 +22,8 @@ mod seal;
 mod seccomp;
 mod sources;
 mod steps;
+#[cfg(test)]
+mod tests;
 mod tree;
 mod unpack;
 mod work;
@@ -87,6 +90,9 @@ impl Default for BakeLimits {
         Self { memory: 4 << 30, pids: 4096, cpus: 64.0, tree: 8 << 30, step: Duration::from_secs(30 * 60) }
     }
 }
+
+/// How long a layer that no image has any more is kept for another bake.
+const LAYERS_KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// Takes one line of a build's log, without its line end.
 pub type LogSink = Arc<dyn Fn(&str) + Send + Sync>;
@@ -268,14 +274,18 @@ impl Baker {
         .await
     }
 
-    /// Removes what bakes of this site left over: containers, mounts, cgroups, work trees. To be called at boot, before the
-    /// first bake.
+    /// Removes what bakes of this site left over: containers, mounts, cgroups, work trees, and layers that nobody has used
+    /// for a week. To be called at boot, before the first bake.
     ///
     /// # Errors
     /// Something can't be removed.
     pub async fn sweep(&self) -> Result<(), BakeError> {
         let config = Arc::clone(&self.config);
-        blocking(move || sandbox::sweep(&config)).await
+        blocking(move || {
+            sandbox::sweep(&config)?;
+            cache::LayerCache::open(&config.layer_cache)?.forget(LAYERS_KEPT)
+        })
+        .await
     }
 }
 

@@ -1,6 +1,10 @@
 //! The package store: `.deb` files by their sha256, shared by all builds and by several sites.
 //!
-//!     sha256/<hex>.deb     where/<hex>: the address it can be had from
+//! ```text
+//! sha256/<hex>.deb
+//! where/<hex>          the address it can be had from
+//! opened/<hex>         its files, in a form that is quicker to read
+//! ```
 //!
 //! A file gets its name by a rename once its hash was checked, so two processes can put the same one.
 
@@ -33,7 +37,7 @@ pub(crate) struct PackageStore {
 
 impl PackageStore {
     pub(crate) fn open(root: &Path) -> Result<Self, BakeError> {
-        for part in ["sha256", "where"] {
+        for part in ["sha256", "where", "opened"] {
             let path = root.join(part);
             fs::create_dir_all(&path).map_err(BakeError::io("make folder", &path))?;
         }
@@ -42,6 +46,10 @@ impl PackageStore {
 
     pub(crate) fn path(&self, sha256: &Digest) -> PathBuf {
         self.root.join("sha256").join(format!("{}.deb", sha256.hex()))
+    }
+
+    pub(crate) fn opened_path(&self, sha256: &Digest) -> PathBuf {
+        self.root.join("opened").join(sha256.hex())
     }
 
     fn has(&self, package: &LockedPackage) -> bool {

@@ -121,7 +121,7 @@ impl Resolver<'_> {
             (
                 LockedBase::Debian { suite, variant, packages },
                 Source::Debian { suite: s, variant: v, .. },
-            ) if *suite == s.to_string() && variant == variant_name(*v) => packages.clone(),
+            ) if suite == s.as_str() && variant == variant_name(*v) => packages.clone(),
             // On another parent image other packages may be missing.
             (LockedBase::Server { image_digest }, Source::Server { .. })
                 if requested.is_empty() || Some(*image_digest) == self.parent.map(|parent| parent.digest) =>

@@ -204,7 +204,7 @@ pub(crate) fn sweep(config: &BakeConfig) -> Result<(), BakeError> {
 }
 
 /// Of all hierarchies: below /sys/fs/cgroup itself with version 2, one folder deeper with version 1.
-fn cgroups(prefix: &str) -> Vec<PathBuf> {
+pub(crate) fn cgroups(prefix: &str) -> Vec<PathBuf> {
     let folders = |path: &Path| -> Vec<PathBuf> {
         let found = fs::read_dir(path).into_iter().flatten().filter_map(Result::ok);
         found.filter(|item| item.file_type().is_ok_and(|t| t.is_dir())).map(|item| item.path()).collect()

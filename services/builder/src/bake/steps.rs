@@ -198,8 +198,10 @@ impl Kitchen<'_> {
                 };
                 let (made, tree) = (&made, cooked.tree);
                 scope.spawn(move || {
-                    let packed = packer.pack(self.store, &tree);
-                    let result = packed
+                    // Extracted at once too: the image's tests and the first launch need it.
+                    let result = packer
+                        .pack(self.store, &tree)
+                        .and_then(|packed| self.store.layer_tree(&packed.diff_id).map(|_| packed))
                         .map(|packed| Made { digest: packed.diff_id, size: packed.size })
                         .map_err(BakeError::from);
                     if let Ok(mut made) = made.lock() {
@@ -221,7 +223,7 @@ impl Kitchen<'_> {
             let digests: Vec<Digest> = below.iter().map(|layer| layer.diff_id).collect();
             if self.run.use_layer_cache {
                 let record = Record { diff_id: made.digest, size: made.size, stamp, below: digests };
-                self.cache.put(&plan.key, &record)?;
+                self.cache.put(&plan.key, &record, self.store)?;
             }
             below.push(Layer {
                 diff_id: made.digest,

@@ -1,7 +1,9 @@
 //! Where a bake's trees lie: on a tmpfs of bounded size, with the layers below mounted in read-only.
 //!
-//!     /run/kiln-bake-<site>/runc/             the runtime's state
-//!     /run/kiln-bake-<site>/<build>/          a tmpfs; belongs to the sandbox's root, as the way to it has to
+//! ```text
+//! /run/kiln-bake-<site>/runc/      the runtime's state
+//! /run/kiln-bake-<site>/<build>/   a tmpfs; belongs to the sandbox's root, as the way to it has to
+//! ```
 //!
 //! Not in the site's folder, which nobody but root can enter: the sandbox's root is not root out here.
 

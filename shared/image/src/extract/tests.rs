@@ -93,10 +93,10 @@ fn what_is_hostile_is_refused_and_reaches_nothing_outside() {
     let outside = |place: &Place| place.above.path().join("outside").into_os_string().into_vec();
     let deep = "d/".repeat(2000) + "x";
     let long = [b"a/".as_slice(), &[b'n'; 256]].concat();
-    type Case = (&'static str, Box<dyn Fn(&Place) -> Vec<u8>>);
-    let plain =
-        |members: Vec<Vec<u8>>| -> Box<dyn Fn(&Place) -> Vec<u8>> { Box::new(move |_| tar(&members)) };
-    let raw = |bytes: Vec<u8>| -> Box<dyn Fn(&Place) -> Vec<u8>> { Box::new(move |_| bytes.clone()) };
+    type Content = Box<dyn Fn(&Place) -> Vec<u8>>;
+    type Case = (&'static str, Content);
+    let plain = |members: Vec<Vec<u8>>| -> Content { Box::new(move |_| tar(&members)) };
+    let raw = |bytes: Vec<u8>| -> Content { Box::new(move |_| bytes.clone()) };
     let mut bad_sum = file(b"x");
     bad_sum[0] = b'y';
     let cases: Vec<Case> = vec![

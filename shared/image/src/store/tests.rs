@@ -194,7 +194,8 @@ fn manifests_that_lie_are_refused() {
         store.image(&digest)
     };
     assert!(change(&|_| {}).is_ok());
-    let bad: [(&str, &dyn Fn(&mut serde_json::Value)); 10] = [
+    type Case<'a> = (&'a str, &'a dyn Fn(&mut serde_json::Value));
+    let bad: [Case<'_>; 10] = [
         ("index too", &|m| m["manifests"] = serde_json::json!([])),
         ("type", &|m| m["mediaType"] = "application/vnd.oci.image.index.v1+json".into()),
         ("schema", &|m| m["schemaVersion"] = 1.into()),
