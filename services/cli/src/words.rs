@@ -61,6 +61,11 @@ pub(crate) fn release(number: u64) -> String {
     if number == 0 { "-".to_owned() } else { format!("r{number}") }
 }
 
+/// `r1 -> r2`; a first release comes from nowhere.
+pub(crate) fn way(from: u64, to: u64) -> String {
+    if from == 0 { format!("first to r{to}") } else { format!("r{from} -> r{to}") }
+}
+
 pub(crate) fn plural(count: usize, one: &str) -> String {
     if count == 1 { format!("1 {one}") } else { format!("{count} {one}s") }
 }

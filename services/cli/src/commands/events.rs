@@ -10,6 +10,7 @@ use crate::clients::Services;
 use crate::failure::{Code, Failure, Outcome};
 use crate::json;
 use crate::screen::{Screen, print};
+use crate::words::way;
 
 #[derive(Debug, Args)]
 pub(crate) struct Events {
@@ -121,7 +122,7 @@ fn summary(data: &Value, server: &str) -> String {
         ],
         Some("release") => vec![format!("{server} r{}", number("/release/number"))],
         Some("rollout") | Some("quarantine") => vec![
-            format!("{server} r{} -> r{}", number("/rollout/from_release"), number("/rollout/to_release")),
+            format!("{server} {}", way(number("/rollout/from_release"), number("/rollout/to_release"))),
             format!("{}/{}", number("/rollout/done"), number("/rollout/total")),
             first_line(text("/rollout/problem")),
         ],

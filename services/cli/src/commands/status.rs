@@ -19,7 +19,7 @@ use crate::screen::{Screen, plain};
 use crate::words::{
     age, moment, or_dash, plural, release, rollout_is_under_way, rollout_state, short, signal_state,
 };
-use crate::words::{build_state, tinted, took};
+use crate::words::{build_state, tinted, took, way};
 
 #[derive(Debug, Args)]
 pub(crate) struct Status {
@@ -140,7 +140,8 @@ fn notes(known: &Known, signals: usize) -> Vec<String> {
         if server.quarantined {
             notes.push("its definition was rolled back".to_owned());
         }
-        if !server.problem.is_empty() {
+        // What was rolled back is told by the deployer as well, and said once.
+        if !server.problem.is_empty() && !server.quarantined {
             notes.push(first_line(&server.problem).to_owned());
         }
     }
@@ -242,7 +243,7 @@ fn show(
         fact("release", format!("{}{good}", release(fleet.release)))?;
         fact("healthy", format!("{} of {}{}", fleet.healthy, fleet.replicas, answers(&fleet.ports)))?;
         if let Some(rollout) = &fleet.rollout {
-            let way = format!("{} -> {}", release(rollout.from_release), release(rollout.to_release));
+            let way = way(rollout.from_release, rollout.to_release);
             fact(
                 "rollout",
                 format!("{way}: {} ({} of {})", rollout_state(rollout.state()), rollout.done, rollout.total),

@@ -12,7 +12,7 @@ use crate::failure::Outcome;
 use crate::words::{
     build_state, health, instance_state, moment, or_dash, plural, release, rollout_state, short,
 };
-use crate::words::{signal_state, timestamp, took};
+use crate::words::{signal_state, timestamp, took, way};
 
 /// One step of the chain.
 pub(super) struct Link {
@@ -245,8 +245,7 @@ impl Facts {
 }
 
 fn rollout(it: &Rollout) -> Link {
-    let mut text =
-        format!("{} -> {}: {}", release(it.from_release), release(it.to_release), rollout_state(it.state()));
+    let mut text = format!("{}: {}", way(it.from_release, it.to_release), rollout_state(it.state()));
     if it.ended.is_some() {
         text.push_str(&format!(" after {}", took(it.started.as_ref(), it.ended.as_ref())));
     }

@@ -13,6 +13,10 @@ use crate::words::{release, rollout_state, short};
 
 const LOG_LINES: u32 = 20;
 
+/// What a screen shows of the last probe answers and log lines; programs are given all that is known.
+const SHOWN_CHECKS: usize = 3;
+const SHOWN_LINES: usize = 12;
+
 pub(super) struct Trouble {
     pub(super) headline: String,
     pub(super) lines: Vec<String>,
@@ -36,8 +40,9 @@ impl Trouble {
 
     fn seen(mut self, exit_code: Option<i32>, checks: &[CheckResult], log: &[String]) -> Self {
         self.lines.extend(exit_code.map(|code| format!("exit code {code}")));
-        self.lines.extend(checks.iter().map(check_line));
-        self.lines.extend(log.iter().map(|line| format!("| {line}")));
+        self.lines.extend(checks.iter().skip(checks.len().saturating_sub(SHOWN_CHECKS)).map(check_line));
+        let shown = log.iter().skip(log.len().saturating_sub(SHOWN_LINES));
+        self.lines.extend(shown.map(|line| format!("| {line}")));
         self.exit_code = exit_code;
         self.checks = checks.to_vec();
         self.log = log.to_vec();
