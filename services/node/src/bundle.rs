@@ -14,6 +14,8 @@ use crate::rootfs::Rootfs;
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 const OPEN_FILES: u64 = 65_536;
+/// In microseconds; the kernel takes no less.
+const LEAST_QUOTA: u64 = 1000;
 
 /// The first capability that can't be granted.
 pub(crate) fn refused_capability(capabilities: &[String]) -> Option<&str> {
@@ -50,12 +52,15 @@ fn config(rootfs: &Rootfs, contents: &Contents<'_>) -> Value {
     let limits = contents.limits;
     let mut resources = json!({});
     if let Some(bytes) = limits.memory_bytes {
-        // Swap counts on top of memory: the same number means none.
-        resources["memory"] = json!({ "limit": bytes, "swap": bytes });
+        resources["memory"] = json!({ "limit": bytes });
+        // Counted together with memory: the same number means none. Without swap there may be nothing to limit.
+        if has_swap() {
+            resources["memory"]["swap"] = json!(bytes);
+        }
     }
     if let Some(millis) = limits.cpu_millis {
         // Thousandths of a CPU, in microseconds out of each period of 100 ms.
-        resources["cpu"] = json!({ "period": 100_000, "quota": u64::from(millis) * 100 });
+        resources["cpu"] = json!({ "period": 100_000, "quota": (u64::from(millis) * 100).max(LEAST_QUOTA) });
     }
     if let Some(pids) = limits.pids {
         resources["pids"] = json!({ "limit": pids });
@@ -82,6 +87,11 @@ fn config(rootfs: &Rootfs, contents: &Contents<'_>) -> Value {
             "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
         },
     })
+}
+
+fn has_swap() -> bool {
+    // A line of headings comes first.
+    std::fs::read_to_string("/proc/swaps").is_ok_and(|swaps| swaps.lines().count() > 1)
 }
 
 fn process(rootfs: &Rootfs, contents: &Contents<'_>) -> Value {
@@ -193,7 +203,7 @@ mod tests {
     #[test]
     fn limits_become_cgroup_numbers() {
         let resources = &of(0, &[])["linux"]["resources"];
-        assert_eq!(resources["memory"], json!({ "limit": 1 << 20, "swap": 1 << 20 }));
+        assert_eq!(resources["memory"]["limit"], json!(1 << 20));
         assert_eq!(resources["cpu"], json!({ "period": 100_000, "quota": 50_000 }));
         assert_eq!(resources["pids"], json!({ "limit": 7 }));
     }

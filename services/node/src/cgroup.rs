@@ -2,7 +2,8 @@
 //!
 //! runc places an instance in every hierarchy that limits something. The node itself looks at one hierarchy only, to
 //! know which processes belong to what: the unified one where it is mounted, as runc joins it in hybrid mode too, else
-//! that of the `pids` controller.
+//! systemd's own, else that of the `pids` controller. In the first two systemd sees what is no part of its unit: it
+//! stops the node without its instances.
 
 use std::fs;
 use std::io;
@@ -52,15 +53,13 @@ fn parse_hierarchies(mounts: &str) -> Vec<Hierarchy> {
 /// The one hierarchy that the node looks at.
 fn tracking() -> Result<PathBuf, Failure> {
     let all = hierarchies()?;
-    let pids = |h: &&Hierarchy| h.controllers.split(',').any(|c| c == "pids");
-    all.iter().find(|h| h.unified).or_else(|| all.iter().find(pids)).map(|h| h.mount.clone()).ok_or_else(
-        || {
-            Failure::new(
-                "looking for control groups",
-                "neither cgroup2 nor the pids controller is mounted on this machine",
-            )
-        },
-    )
+    let with = |name: &str| all.iter().find(|h| h.controllers.split(',').any(|c| c == name));
+    let unified = all.iter().find(|h| h.unified);
+    let found = unified.or_else(|| with("name=systemd")).or_else(|| with("pids"));
+    found.map(|hierarchy| hierarchy.mount.clone()).ok_or_else(|| {
+        let why = "neither cgroup2 nor the pids controller is mounted on this machine";
+        Failure::new("looking for control groups", why)
+    })
 }
 
 /// One group of the site in the tracking hierarchy.

@@ -42,6 +42,9 @@ impl<S: Store> Node<S> {
         if let Err(error) = self.take_off_edge(id).await {
             tracing::error!(instance = %id, %error, "could not be taken off the edge; trying again at the next look");
         }
+        if let Some(plug) = self.book.get(id).and_then(|held| held.value.plug) {
+            self.edge.forget(plug.address).await;
+        }
         let mut pause = Duration::from_millis(100);
         while let Err(error) = self.record_end_once(id).await {
             tracing::error!(instance = %id, %error, again_in = ?pause, "its end could not be recorded");

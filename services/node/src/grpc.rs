@@ -25,6 +25,7 @@ use tracing::Instrument;
 use crate::launch::Launch;
 use crate::logs::{Line, Reader};
 use crate::node::{Node, blocking};
+use crate::record::Spec;
 use crate::retire::Retire;
 use crate::routes::Plan;
 
@@ -60,8 +61,8 @@ fn instance_id(id: &str) -> Result<InstanceId, ApiError> {
 }
 
 /// Under the cause that the request names, else under the call itself.
-fn span(traceparent: &str, name: &str) -> tracing::Span {
-    let span = tracing::info_span!("work", otel.name = name);
+fn span(traceparent: &str, name: &str, subject: &str) -> tracing::Span {
+    let span = tracing::info_span!("work", otel.name = name, subject);
     trace::follow(&span, traceparent);
     span
 }
@@ -73,8 +74,8 @@ impl<S: Store + std::fmt::Debug> EngineService for Engine<S> {
 
     async fn launch(&self, request: Request<LaunchRequest>) -> Answer<LaunchResponse> {
         let LaunchRequest { spec, generation, traceparent, .. } = request.into_inner();
-        let spec = convert::required("spec", spec).map_err(ApiError::from)?;
-        let span = span(&traceparent, "launch");
+        let spec: Spec = convert::required("spec", spec).map_err(ApiError::from)?;
+        let span = span(&traceparent, "launch", &spec.id.to_string());
         let launch = Launch { spec, generation, traceparent };
         let instance = self.node.launch(launch).instrument(span).await?;
         Ok(Response::new(LaunchResponse { instance: Some(instance) }))
@@ -91,14 +92,14 @@ impl<S: Store + std::fmt::Debug> EngineService for Engine<S> {
             Some(drain) => convert::from_duration("drain", Some(drain)).map_err(ApiError::from)?,
             None => kiln_model::time::Millis(0),
         };
-        let span = span(&traceparent, "retire");
+        let span = span(&traceparent, "retire", &id.to_string());
         let instance = self.node.retire(Retire { id, generation, drain }).instrument(span).await?;
         Ok(Response::new(RetireResponse { instance: Some(instance) }))
     }
 
     async fn route(&self, request: Request<RouteRequest>) -> Answer<RouteResponse> {
         let request = request.into_inner();
-        let span = span(&request.traceparent, "route");
+        let span = span(&request.traceparent, "route", &request.server);
         let plan = Plan::try_from(request).map_err(ApiError::from)?;
         let changed = self.node.route(plan).instrument(span).await?;
         Ok(Response::new(RouteResponse { unchanged: !changed }))

@@ -48,7 +48,8 @@ impl<S: Store> Node<S> {
         if held.value.state == State::Retired {
             return Ok(held.value.to_message(held.version));
         }
-        self.refuse_on_edge(&id).await?;
+        // Held until it is recorded: a plan that runs beside must not put it on the edge in between.
+        let off_edge = self.off_edge(&id).await?;
         let mut record = held.value;
         if !matches!(record.state, State::Retiring { .. }) {
             let fleet = record.spec.role == Role::Fleet;
@@ -56,6 +57,7 @@ impl<S: Store> Node<S> {
             record = advance(record, Fact::ToRetire { drain })?;
             self.book.write(record.clone(), along).await?;
         }
+        drop(off_edge);
         self.finish_retiring(record).await
     }
 

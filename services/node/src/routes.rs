@@ -10,6 +10,7 @@ use kiln_api::engine;
 use kiln_model::name::{InstanceId, ServerName};
 use kiln_service::error::ApiError;
 use kiln_store::{Batch, Store};
+use tokio::sync::MutexGuard;
 
 use crate::book::{Backend, Listener, Route};
 use crate::edge::{SLOTS, Wanted};
@@ -184,9 +185,6 @@ impl<S: Store> Node<S> {
         let route = route.clone();
         // The edge first. After a crash in between the next node sees that the instance has ended.
         self.edge.apply(&self.wanted(&routes)).await?;
-        if let Some(plug) = self.book.get(id).and_then(|held| held.value.plug) {
-            self.edge.forget(plug.address).await;
-        }
         self.book.write_route(&id.server, &route, Batch::default()).await
     }
 
@@ -198,7 +196,11 @@ impl<S: Store> Node<S> {
         Ok(())
     }
 
-    pub(crate) async fn refuse_on_edge(&self, id: &InstanceId) -> Result<(), ApiError> {
+    /// Keeps the edge as it is, which has no such instance on it.
+    pub(crate) async fn off_edge(
+        &self,
+        id: &InstanceId,
+    ) -> Result<MutexGuard<'_, BTreeMap<ServerName, Route>>, ApiError> {
         let routes = self.routes.lock().await;
         if routes.get(&id.server).is_some_and(|route| route.instances().contains(id)) {
             return Err(ApiError::precondition(
@@ -206,6 +208,6 @@ impl<S: Store> Node<S> {
                 "take it off with Route, then retire it",
             ));
         }
-        Ok(())
+        Ok(routes)
     }
 }

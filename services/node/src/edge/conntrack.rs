@@ -8,10 +8,19 @@ use crate::helper::{Helpers, outcome};
 
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// Deletes every tracked connection that an instance answers.
+/// States in which somebody still sends to the instance. Entries of ended connections stay: `conntrack` deletes by
+/// address and port what it read before, and the client may by then use the port for a connection to another instance,
+/// which would lose its way.
+const WAITING: [&str; 3] = ["SYN_SENT", "SYN_RECV", "ESTABLISHED"];
+
+/// Deletes the tracked connections that wait for an instance.
 pub(super) async fn forget(helpers: &Helpers, address: Ipv4Addr) -> Result<(), Failure> {
-    let mut command = helpers.command("conntrack")?;
-    command.args(["-D", "-f", "ipv4", "--reply-src", &address.to_string()]);
-    // It fails where it found none to delete, so its status says nothing.
-    outcome(&mut command, b"", LIMIT).await.map(drop)
+    let address = address.to_string();
+    for state in WAITING {
+        let mut command = helpers.command("conntrack")?;
+        command.args(["-D", "-f", "ipv4", "-p", "tcp", "--state", state, "--reply-src", &address]);
+        // It fails where it found none to delete, so its status says nothing.
+        outcome(&mut command, b"", LIMIT).await?;
+    }
+    Ok(())
 }
