@@ -44,7 +44,7 @@ fn processes(id: &str, home: &str) -> Vec<String> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
     let mut found = Vec::new();
-    for pid in pids {
+    for pid in pids.filter(|pid| !is_over(*pid)) {
         let line = command_line(pid);
         let program = line.first().and_then(|it| it.rsplit('/').next()).unwrap_or_default().to_owned();
         let named = line.iter().any(|part| part.contains(home) || part.contains(id));
@@ -56,6 +56,13 @@ fn processes(id: &str, home: &str) -> Vec<String> {
         }
     }
     found
+}
+
+/// Ended, and waiting for its parent to ask how: it holds nothing but its number.
+fn is_over(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The name in front of the state may hold anything, also `)`.
+    stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with(['Z', 'X']))
 }
 
 fn mounts(table: &str, id: &str, home: &str) -> Vec<String> {
