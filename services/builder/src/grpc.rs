@@ -12,11 +12,11 @@ use futures::Stream;
 use kiln_api::builder::builder_service_server::BuilderService;
 use kiln_api::builder::{
     ApplyRequest, ApplyResponse, BuildRequest, BuildResponse, CancelBuildRequest, CancelBuildResponse,
-    ExportImageRequest, ExportImageResponse, GetBuildRequest, GetBuildResponse, GetImageRequest, GetImageResponse,
-    GetServerRequest, GetServerResponse, HoldRequest, HoldResponse, InspectSourceRequest, InspectSourceResponse,
-    ListBuildsRequest, ListBuildsResponse, ListRevisionsRequest, ListRevisionsResponse, ListServersRequest,
-    ListServersResponse, ListSourcesRequest, ListSourcesResponse, PlanRequest, PlanResponse, RemoveRequest,
-    RemoveResponse, WatchBuildRequest, WatchBuildResponse,
+    ExportImageRequest, ExportImageResponse, GetBuildRequest, GetBuildResponse, GetImageRequest,
+    GetImageResponse, GetServerRequest, GetServerResponse, HoldRequest, HoldResponse, InspectSourceRequest,
+    InspectSourceResponse, ListBuildsRequest, ListBuildsResponse, ListRevisionsRequest,
+    ListRevisionsResponse, ListServersRequest, ListServersResponse, ListSourcesRequest, ListSourcesResponse,
+    PlanRequest, PlanResponse, RemoveRequest, RemoveResponse, WatchBuildRequest, WatchBuildResponse,
 };
 use kiln_image::ImageStore;
 use kiln_model::name::ServerName;
@@ -69,8 +69,12 @@ impl From<Error> for ApiError {
         match error {
             Error::Store(error) => error.into(),
             Error::Bake(ref bake) if bake.is_transient() => Self::Unavailable(error.to_string()),
-            Error::Bake(_) => Self::precondition(error.to_string(), "change the definition, then apply it again"),
-            Error::Illegal(Illegal::Stale { .. } | Illegal::NotOwner { .. }) => Self::Conflict(error.to_string()),
+            Error::Bake(_) => {
+                Self::precondition(error.to_string(), "change the definition, then apply it again")
+            }
+            Error::Illegal(Illegal::Stale { .. } | Illegal::NotOwner { .. }) => {
+                Self::Conflict(error.to_string())
+            }
             Error::Illegal(Illegal::State { .. } | Illegal::Refused { .. }) => {
                 Self::precondition(error.to_string(), "")
             }
@@ -123,11 +127,17 @@ impl<S: Store, K: Bakery, C: Clock> BuilderService for Api<S, K, C> {
         answer(self.cancel(request.into_inner()).await)
     }
 
-    async fn get_build(&self, request: Request<GetBuildRequest>) -> Result<Response<GetBuildResponse>, Status> {
+    async fn get_build(
+        &self,
+        request: Request<GetBuildRequest>,
+    ) -> Result<Response<GetBuildResponse>, Status> {
         answer(self.get_one_build(&request.into_inner()).await)
     }
 
-    async fn list_builds(&self, request: Request<ListBuildsRequest>) -> Result<Response<ListBuildsResponse>, Status> {
+    async fn list_builds(
+        &self,
+        request: Request<ListBuildsRequest>,
+    ) -> Result<Response<ListBuildsResponse>, Status> {
         answer(self.list_some_builds(request.into_inner()).await)
     }
 
@@ -140,7 +150,10 @@ impl<S: Store, K: Bakery, C: Clock> BuilderService for Api<S, K, C> {
         answer(self.watch(&request.into_inner()).await)
     }
 
-    async fn get_server(&self, request: Request<GetServerRequest>) -> Result<Response<GetServerResponse>, Status> {
+    async fn get_server(
+        &self,
+        request: Request<GetServerRequest>,
+    ) -> Result<Response<GetServerResponse>, Status> {
         answer(self.get_one_server(&request.into_inner()).await)
     }
 
@@ -165,7 +178,10 @@ impl<S: Store, K: Bakery, C: Clock> BuilderService for Api<S, K, C> {
         answer(self.list_some_revisions(request.into_inner()).await)
     }
 
-    async fn get_image(&self, request: Request<GetImageRequest>) -> Result<Response<GetImageResponse>, Status> {
+    async fn get_image(
+        &self,
+        request: Request<GetImageRequest>,
+    ) -> Result<Response<GetImageResponse>, Status> {
         answer(self.get_one_image(&request.into_inner()).await)
     }
 
