@@ -8,10 +8,11 @@ use crate::helper::{Helpers, outcome};
 
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// States in which somebody still sends to the instance. Entries of ended connections stay: `conntrack` deletes by
+/// States in which somebody still sends to the instance, or would: a connection that a dying instance reset keeps its
+/// user's port bound to it for ten seconds, also when the port is used again. Entries of properly ended connections stay: `conntrack` deletes by
 /// address and port what it read before, and the client may by then use the port for a connection to another instance,
 /// which would lose its way.
-const WAITING: [&str; 3] = ["SYN_SENT", "SYN_RECV", "ESTABLISHED"];
+const WAITING: [&str; 4] = ["SYN_SENT", "SYN_RECV", "ESTABLISHED", "CLOSE"];
 
 /// Deletes the tracked connections that wait for an instance.
 pub(super) async fn forget(helpers: &Helpers, address: Ipv4Addr) -> Result<(), Failure> {
