@@ -20,7 +20,7 @@ async def main(folder: pathlib.Path, count: int | None) -> None:
     site = tomllib.loads((folder / "site.toml").read_text())
     connection = await nats.connect(
         site["nats"]["url"],
-        nkeys_seed=str(folder / "keys" / "reader.nk"),
+        nkeys_seed=str(folder / "keys" / "nats" / "reader.nk"),
         inbox_prefix=b"_INBOX_reader",
     )
     seen = set()

@@ -1,12 +1,10 @@
 //! A client with a connection for each request: every error counts, with the moment at which it was seen.
 
 use std::net::SocketAddr;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::sync::Mutex;
@@ -18,7 +16,7 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_ANSWER: usize = 1 << 20;
 
 /// What a load saw. Times are since its start, in milliseconds.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct Summary {
     pub requests: u64,
     pub failed: u64,
@@ -28,7 +26,7 @@ pub struct Summary {
     pub slowest_ms: u64,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Failure {
     /// When the request began and when it had failed.
     pub began_ms: u64,
@@ -163,12 +161,4 @@ pub async fn fetch(target: SocketAddr, path: &str) -> Result<String, String> {
         length.and_then(|length| length.parse::<usize>().ok()).is_none_or(|length| length <= body.len())
     });
     if whole { Ok(text) } else { Err(format!("the answer ended after {} bytes", answer.len())) }
-}
-
-/// Reads the summary that `kiln-load` printed.
-///
-/// # Errors
-/// Where the file is missing or holds something else.
-pub fn read_summary(path: &Path) -> crate::Result<Summary> {
-    Ok(serde_json::from_slice(&std::fs::read(path)?)?)
 }

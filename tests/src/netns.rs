@@ -5,7 +5,6 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use crate::command::{binary, run};
-use crate::load::Summary;
 use crate::{Error, Result};
 
 /// Joined to the host by a pair of virtual Ethernet devices; gone with this value.
@@ -43,12 +42,12 @@ impl Neighbour {
     ///
     /// # Errors
     /// Where the load generator can't be started.
-    pub fn load(&self, port: u16, clients: usize, pause_ms: u64, wanted: &str) -> Result<NeighbourLoad> {
+    pub fn load(&self, port: u16, wanted: &str) -> Result<NeighbourLoad> {
         let child = Command::new("ip")
             .args(["netns", "exec", &self.name])
             .arg(binary("kiln-load")?)
-            .arg(format!("{}:{port}", self.host))
-            .args([clients.to_string(), pause_ms.to_string(), "600".to_owned(), wanted.to_owned()])
+            .args(["--to", &format!("{}:{port}", self.host)])
+            .args(["--clients", "4", "--rate", "200", "--seconds", "600", "--text", wanted])
             .stdout(Stdio::piped())
             .spawn()?;
         Ok(NeighbourLoad { child: Some(child) })
@@ -68,11 +67,11 @@ pub struct NeighbourLoad {
 }
 
 impl NeighbourLoad {
-    /// Ends the load.
+    /// Ends the load, and gives what it saw: `requests`, `failed` and `failures` among others.
     ///
     /// # Errors
     /// Where the process was gone before, or printed no summary.
-    pub fn stop(mut self) -> Result<Summary> {
+    pub fn stop(mut self) -> Result<serde_json::Value> {
         let child = self.child.take().ok_or("the load was stopped before")?;
         terminate(&child)?;
         let output = child.wait_with_output()?;

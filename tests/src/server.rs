@@ -73,7 +73,7 @@ impl Web {
 
     /// Four clients, a connection for each request.
     pub fn load(&self) -> Load {
-        Load::start(self.address(), 4, Duration::from_millis(2), "Hello")
+        Load::start(self.address(), 4, Duration::from_millis(5), "Hello")
     }
 
     /// Commits another text for the page.

@@ -15,6 +15,8 @@ pub mod peers;
 pub mod reconcile;
 pub mod sources;
 pub mod store;
+#[cfg(test)]
+mod tests;
 pub mod tree;
 pub mod wire;
 pub mod workers;

@@ -44,7 +44,7 @@ async fn bad_definitions_are_refused_with_line_and_column() -> Result<()> {
     assert!(servers.servers.is_empty(), "nothing changed: {:?}", servers.servers);
 
     // From Git: refused as a whole, and shown.
-    let repo = Repo::with(&folder.path().join("repo"), "bad", &folder.path().join("unknown_key"))?;
+    let repo = Repo::with(&folder.path().join("repo"), "bad", &folder.path().join("unknown-key"))?;
     let output = site.try_kiln(&["apply", &repo.url(), "--branch", "main"])?;
     assert_eq!(output.status.code(), Some(64), "{}", both(&output));
     site.down()

@@ -30,7 +30,7 @@ async fn traffic_flows_while_everything_of_kiln_is_down() -> Result<()> {
     let before = load.requests();
     until("traffic with nothing of Kiln running", Duration::from_secs(30), async || {
         let more = load.requests() - before;
-        if more > 2000 { Ok(()) } else { Err(format!("{more} requests").into()) }
+        if more > 1000 { Ok(()) } else { Err(format!("{more} requests").into()) }
     })
     .await?;
     web.site.kiln(&["up"])?;

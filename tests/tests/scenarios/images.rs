@@ -26,7 +26,7 @@ async fn skopeo_umoci_and_docker_accept_the_image_and_docker_runs_it() -> Result
     assert!(inspected.contains("application/vnd.oci.image.layer.v1.tar"), "{inspected}");
     run(Command::new("umoci")
         .args(["unpack", "--image"])
-        .arg(layout_tag(&layout))
+        .arg(format!("{}:{}", layout.display(), name(&layout)?))
         .arg(web.folder().join("bundle")))?;
     let page = std::fs::read_to_string(web.folder().join("bundle/rootfs/var/www/html/index.html"))?;
     assert!(page.contains("Hello one"), "{page}");
@@ -54,10 +54,12 @@ async fn skopeo_umoci_and_docker_accept_the_image_and_docker_runs_it() -> Result
 }
 
 fn oci(layout: &Path) -> String {
-    format!("oci:{}", layout_tag(layout))
+    format!("oci:{}", layout.display())
 }
 
-/// The layout's one image, by the name that the export gave it.
-fn layout_tag(layout: &Path) -> String {
-    format!("{}:web", layout.display())
+/// What the export called the layout's one image.
+fn name(layout: &Path) -> Result<String> {
+    let index: serde_json::Value = serde_json::from_slice(&std::fs::read(layout.join("index.json"))?)?;
+    let name = index["manifests"][0]["annotations"]["org.opencontainers.image.ref.name"].as_str();
+    Ok(name.ok_or_else(|| format!("no name in {index}"))?.to_owned())
 }
