@@ -1,6 +1,7 @@
 //! The site's bridge and what the kernel must allow for it.
 
 use std::fs;
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -43,6 +44,12 @@ async fn ip(helpers: &Helpers, args: &[&str]) -> Result<Vec<u8>, Failure> {
     helpers.run(command, b"", LIMIT).await
 }
 
+/// Locally administered, unicast, and of this subnet alone.
+fn hardware_address(gateway: Ipv4Addr) -> String {
+    let [a, b, c, d] = gateway.octets();
+    format!("02:6b:{a:02x}:{b:02x}:{c:02x}:{d:02x}")
+}
+
 /// Makes the bridge as it must be; fine if it is.
 pub(crate) async fn ensure(names: &Names, helpers: &Helpers) -> Result<(), Failure> {
     let bridge = names.bridge();
@@ -50,6 +57,9 @@ pub(crate) async fn ensure(names: &Names, helpers: &Helpers) -> Result<(), Failu
     if !exists(names) {
         ip(helpers, &["link", "add", bridge, "type", "bridge"]).await?;
     }
+    // Without one of its own the bridge takes the lowest hardware address among its ports, which changes as instances
+    // come and go: those that live would answer to the old one, unheard, until they ask again.
+    ip(helpers, &["link", "set", bridge, "address", &hardware_address(names.gateway())]).await?;
     // Before it is up: with an address of its own there, the machine would answer instances past the table, which is
     // for IPv4.
     no_ipv6(bridge)?;
