@@ -83,7 +83,15 @@ mod tests {
         let mut child = Command::new("sleep").arg("1000.25").stdin(Stdio::null()).spawn().unwrap();
         fs::write(&file, format!("{}\n", child.id())).unwrap();
         assert!(Process::named(&file, "another").is_none());
-        let process = Process::named(&file, "1000.25").unwrap();
+        // Just after the start the kernel may show no command line yet.
+        let deadline = std::time::Instant::now() + Duration::from_secs(10);
+        let process = loop {
+            if let Some(process) = Process::named(&file, "1000.25") {
+                break process;
+            }
+            assert!(std::time::Instant::now() < deadline, "it never shows its command line");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        };
         assert_eq!(process.stop(Duration::from_secs(5)).await, Ok(true));
         // Not reaped yet, so the id is still its own; its command line is gone.
         assert!(Process::named(&file, "1000.25").is_none());
