@@ -21,7 +21,7 @@ async def main(folder: pathlib.Path, count: int | None) -> None:
     connection = await nats.connect(
         site["nats"]["url"],
         nkeys_seed=str(folder / "keys" / "nats" / "reader.nk"),
-        inbox_prefix=b"_INBOX_reader",
+        inbox_prefix=b"_INBOX.reader",
     )
     seen = set()
     done = asyncio.Event()

@@ -223,6 +223,8 @@ async fn an_old_event_of_a_retired_instance_brings_nothing_back() {
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_check_the_engine_decides_and_its_silence_is_no_fact() {
     let world = World::new().await;
+    // The engine has not seen it yet when the deployer tells of it.
+    world.engine.knows.store(false, Ordering::SeqCst);
     let monitor = world.start().await;
     world.tells(instance(A1, None)).await;
     until("the engine is watched", async || (world.engine.watched.load(Ordering::SeqCst) > 0).then_some(()))

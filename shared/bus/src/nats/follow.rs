@@ -2,11 +2,12 @@
 
 use async_nats::Subscriber;
 use async_nats::jetstream::message::StreamMessage;
+use bytes::Bytes;
 use futures::StreamExt as _;
 use jiff::Timestamp;
 use kiln_model::event::Event;
 
-use super::NatsBus;
+use super::{ASK, NatsBus};
 use crate::Error;
 use crate::headers::decode;
 use crate::subjects::Stream;
@@ -19,12 +20,20 @@ pub struct Follow {
 
 impl Follow {
     pub(super) async fn open(bus: &NatsBus) -> Result<Self, Error> {
+        let client = &bus.inner.client;
+        let failed = |error: &dyn std::fmt::Display| bus.unavailable("follow events", error);
         let subject = Stream::Events.subjects(&bus.inner.site);
-        let subscribed = bus.inner.client.subscribe(subject).await;
-        let subscriber = subscribed.map_err(|error| bus.unavailable("follow events", &error))?;
-        // The broker has the subscription before the caller goes on: no event in between is missed.
-        bus.flush().await?;
-        Ok(Self { subscriber })
+        let subscriber = client.subscribe(subject).await.map_err(|error| failed(&error))?;
+        // What is sent is not yet known to the broker, and an event in between would be missed. It takes a connection's
+        // words in their order: once it echoes one that came later, it has the subscription.
+        let inbox = client.new_inbox();
+        let mut echo = client.subscribe(inbox.clone()).await.map_err(|error| failed(&error))?;
+        client.publish(inbox, Bytes::new()).await.map_err(|error| failed(&error))?;
+        match tokio::time::timeout(ASK, echo.next()).await {
+            Ok(Some(_)) => Ok(Self { subscriber }),
+            Ok(None) => Err(failed(&"the connection is closed")),
+            Err(_) => Err(failed(&"no answer in time")),
+        }
     }
 
     /// The next event; an error for a message that is none.

@@ -52,12 +52,14 @@ impl User {
             Self::Cli => {
                 let stream = Stream::Events.name(site);
                 vec![
+                    // To learn by its own echo that a subscription stands.
+                    format!("{}.>", self.inbox()),
                     Stream::Reports.subjects(site),
                     format!("$JS.API.STREAM.INFO.{stream}"),
                     format!("$JS.API.STREAM.MSG.GET.{stream}"),
                 ]
             }
-            Self::Reader => Vec::new(),
+            Self::Reader => vec![format!("{}.>", self.inbox())],
             Self::Admin => {
                 let verbs = ["CREATE", "UPDATE", "INFO"];
                 let calls = verbs.iter().flat_map(|verb| {
@@ -139,12 +141,7 @@ pub fn users_section(site: &SiteName, keys: &[(User, String)]) -> String {
     let mut text = String::from("authorization {\n  users = [\n");
     for (user, public) in keys {
         let publish = user.publish(site);
-        // An empty list of what is allowed would allow everything.
-        let publish = if publish.is_empty() {
-            "{ deny: \">\" }".to_owned()
-        } else {
-            format!("{{ allow: {} }}", list(publish))
-        };
+        let publish = format!("{{ allow: {} }}", list(publish));
         let subscribe = list(user.subscribe(site));
         // Writing to a String can't fail.
         let _ = writeln!(

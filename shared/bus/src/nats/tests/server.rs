@@ -1,7 +1,7 @@
 //! A real nats-server with the users and permissions of a site.
 
-use std::net::{TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,9 @@ use crate::{NatsOptions, NewKey, User, new_key, users_section};
 
 pub(super) struct Server {
     folder: tempfile::TempDir,
+    /// The broker's own choice at its first start, so that no test takes another's; the same after a restart.
     port: u16,
+    users: String,
     keys: Vec<(User, NewKey)>,
     /// May do everything.
     root: NewKey,
@@ -19,21 +21,25 @@ pub(super) struct Server {
 impl Server {
     pub(super) fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let keys: Vec<_> = User::ALL.map(|user| (user, new_key().unwrap())).into();
         let root = new_key().unwrap();
         let publics: Vec<_> = keys.iter().map(|(user, key)| (*user, key.public.clone())).collect();
         let users = users_section(&"home".parse().unwrap(), &publics);
         let users = users.replace("users = [\n", &format!("users = [\n    {{ nkey: {} }}\n", root.public));
-        let store = folder.path().join("data");
-        let config = format!("listen: \"127.0.0.1:{port}\"\njetstream {{ store_dir: {store:?} }}\n{users}");
-        std::fs::write(folder.path().join("nats.conf"), config).unwrap();
-        let mut server = Self { folder, port, keys, root, child: None };
+        let mut server = Self { folder, port: 0, users, keys, root, child: None };
         server.run();
         server
     }
 
     pub(super) fn run(&mut self) {
+        let folder = self.folder.path();
+        let port = if self.port == 0 { "-1".to_owned() } else { self.port.to_string() };
+        let config = format!(
+            "listen: \"127.0.0.1:{port}\"\nports_file_dir: {folder:?}\njetstream {{ store_dir: {:?} }}\n{}",
+            folder.join("data"),
+            self.users,
+        );
+        std::fs::write(folder.join("nats.conf"), config).unwrap();
         let log = std::fs::File::create(self.folder.path().join("log")).unwrap();
         let child = Command::new(binary())
             .arg("--config")
@@ -41,9 +47,10 @@ impl Server {
             .stderr(log.try_clone().unwrap())
             .stdout(Stdio::from(log))
             .spawn();
-        self.child = Some(child.unwrap());
+        let child = self.child.insert(child.unwrap());
+        let ports = self.folder.path().join(format!("nats-server_{}.ports", child.id()));
         let begin = Instant::now();
-        while TcpStream::connect(("127.0.0.1", self.port)).is_err() {
+        while !listens(&ports, &mut self.port) {
             let log = || std::fs::read_to_string(self.folder.path().join("log")).unwrap();
             assert!(begin.elapsed() < Duration::from_secs(20), "nats-server does not listen: {}", log());
             std::thread::sleep(Duration::from_millis(5));
@@ -82,6 +89,15 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// Whether the broker has said where it listens, and does.
+fn listens(ports: &Path, port: &mut u16) -> bool {
+    let text = std::fs::read_to_string(ports).unwrap_or_default();
+    let number = text.split_once("//127.0.0.1:").and_then(|(_, rest)| rest.split_once('"'));
+    let Some(Ok(found)) = number.map(|(number, _)| number.parse()) else { return false };
+    *port = found;
+    TcpStream::connect(("127.0.0.1", found)).is_ok()
 }
 
 fn binary() -> PathBuf {
