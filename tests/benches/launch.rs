@@ -39,8 +39,7 @@ pub(crate) async fn run() -> Result<Pairs> {
             image_digest: image.clone(),
             run: run.clone(),
         };
-        // What an idle node has: its next network namespace is ready.
-        tokio::time::sleep(Duration::from_millis(300)).await;
+        rest().await;
         let began = Instant::now();
         let request = LaunchRequest {
             request_id: ulid::Ulid::generate().to_string(),
@@ -58,6 +57,7 @@ pub(crate) async fn run() -> Result<Pairs> {
         };
         web.site.engine().retire(request).await?;
 
+        rest().await;
         let began = Instant::now();
         let started = tokio::task::block_in_place(|| {
             docker.run(&[
@@ -77,9 +77,16 @@ pub(crate) async fn run() -> Result<Pairs> {
         docker.run(&["rm", "--force", started.trim()])?;
         pairs.add(kiln, theirs);
     }
+    // A network that outlives its daemon would take the addresses of the next one's.
+    docker.run(&["network", "rm", NETWORK])?;
     drop(docker);
     web.site.down()?;
     Ok(pairs)
+}
+
+/// Both sides begin on an idle machine, with what they prepare when idle.
+async fn rest() {
+    tokio::time::sleep(Duration::from_millis(300)).await;
 }
 
 async fn answers(target: SocketAddr) -> Result<()> {

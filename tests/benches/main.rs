@@ -36,11 +36,12 @@ struct Pairs {
     peer: &'static str,
     kiln: Vec<Duration>,
     theirs: Vec<Duration>,
+    notes: Vec<(&'static str, serde_json::Value)>,
 }
 
 impl Pairs {
     fn new(peer: &'static str) -> Self {
-        Self { peer, kiln: Vec::new(), theirs: Vec::new() }
+        Self { peer, kiln: Vec::new(), theirs: Vec::new(), notes: Vec::new() }
     }
 
     fn add(&mut self, kiln: Duration, theirs: Duration) {
@@ -49,16 +50,25 @@ impl Pairs {
         self.theirs.push(theirs);
     }
 
+    /// One more field of the line.
+    fn note(&mut self, name: &'static str, value: impl Into<serde_json::Value>) {
+        self.notes.push((name, value.into()));
+    }
+
     fn json(&self, name: &str) -> serde_json::Value {
         let (kiln, theirs) = (median(&self.kiln), median(&self.theirs));
-        serde_json::json!({
+        let mut line = serde_json::json!({
             "name": name,
             "kiln_s": round(kiln),
             "peer": self.peer,
             "peer_s": round(theirs),
             "ratio": round(kiln / theirs),
             "rounds": self.kiln.len(),
-        })
+        });
+        for (name, value) in &self.notes {
+            line[*name] = value.clone();
+        }
+        line
     }
 }
 

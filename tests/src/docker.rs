@@ -1,5 +1,6 @@
 //! A Docker daemon of the test's own, for what other tools make of an image and for comparisons.
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -7,10 +8,18 @@ use std::time::{Duration, Instant};
 use crate::Result;
 use crate::command::run;
 
-/// Ends with this value, and takes its networks and rules with it.
+/// Bridges that the daemon makes and leaves.
+const BRIDGES: [&str; 2] = ["docker0", "docker_gwbridge"];
+/// For the daemon to end by itself, with its containers.
+const STOP: Duration = Duration::from_secs(30);
+
+/// Ends with this value; the machine's bridges and firewall rules are then as they were.
 pub struct Docker {
     daemon: Child,
     folder: PathBuf,
+    /// The firewall before, as `iptables-restore` takes it: the daemon drops what is forwarded for others, and leaves it so.
+    rules: String,
+    bridges: Vec<&'static str>,
 }
 
 impl Docker {
@@ -18,6 +27,8 @@ impl Docker {
     /// Where the daemon does not answer within a minute, with its log's place.
     pub fn start(folder: &Path) -> Result<Self> {
         std::fs::create_dir_all(folder)?;
+        let rules = run(&mut Command::new("iptables-save"))?;
+        let bridges = BRIDGES.into_iter().filter(|name| !has_link(name)).collect();
         let log = std::fs::File::create(folder.join("log"))?;
         let daemon = Command::new("dockerd")
             .arg("--data-root")
@@ -32,7 +43,7 @@ impl Docker {
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()?;
-        let docker = Self { daemon, folder: folder.to_path_buf() };
+        let docker = Self { daemon, folder: folder.to_path_buf(), rules, bridges };
         let start = Instant::now();
         while let Err(error) = docker.run(&["version"]) {
             if start.elapsed() > Duration::from_secs(60) {
@@ -76,6 +87,27 @@ impl Drop for Docker {
         if let Some(pid) = pid {
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
         }
-        let _ = self.daemon.wait();
+        let start = Instant::now();
+        while matches!(self.daemon.try_wait(), Ok(None)) {
+            if start.elapsed() > STOP {
+                let _ = self.daemon.kill();
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        for bridge in self.bridges.iter().filter(|name| has_link(name)) {
+            let _ = Command::new("ip").args(["link", "delete", bridge]).status();
+        }
+        let restore = Command::new("iptables-restore").stdin(Stdio::piped()).spawn();
+        if let Ok(mut restore) = restore {
+            // Dropped at once, so that its input ends.
+            if let Some(mut input) = restore.stdin.take() {
+                let _ = input.write_all(self.rules.as_bytes());
+            }
+            let _ = restore.wait();
+        }
     }
+}
+
+fn has_link(name: &str) -> bool {
+    Path::new("/sys/class/net").join(name).exists()
 }

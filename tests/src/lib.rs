@@ -7,9 +7,11 @@ pub mod docker;
 pub mod load;
 pub mod netns;
 pub mod otlp;
+pub mod random;
 pub mod repo;
 pub mod server;
 pub mod site;
+pub mod tree;
 pub mod wait;
 
 /// What went wrong, with where; tests show it and stop.

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use crate::command::{binary, run};
+use crate::load::Summary;
 use crate::{Error, Result};
 
 /// Joined to the host by a pair of virtual Ethernet devices; gone with this value.
@@ -67,11 +68,11 @@ pub struct NeighbourLoad {
 }
 
 impl NeighbourLoad {
-    /// Ends the load, and gives what it saw: `requests`, `failed` and `failures` among others.
+    /// Ends the load, and gives what it saw.
     ///
     /// # Errors
     /// Where the process was gone before, or printed no summary.
-    pub fn stop(mut self) -> Result<serde_json::Value> {
+    pub fn stop(mut self) -> Result<Summary> {
         let child = self.child.take().ok_or("the load was stopped before")?;
         terminate(&child)?;
         let output = child.wait_with_output()?;

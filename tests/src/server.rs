@@ -2,7 +2,6 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use kiln_api::builder::ListRevisionsRequest;
@@ -11,8 +10,7 @@ use kiln_api::engine::{InstanceState, ListInstancesRequest};
 use kiln_api::types::Revision;
 
 use crate::Result;
-use crate::command::run;
-use crate::load::Load;
+use crate::load::{Load, Options};
 use crate::repo::Repo;
 use crate::site::{Site, edge, free_port};
 
@@ -73,7 +71,13 @@ impl Web {
 
     /// Four clients, a connection for each request.
     pub fn load(&self) -> Load {
-        Load::start(self.address(), 4, Duration::from_millis(5), "Hello")
+        Load::start(Options {
+            target: self.address(),
+            path: "/".to_owned(),
+            clients: 4,
+            rate: 400.0,
+            wanted: "Hello".to_owned(),
+        })
     }
 
     /// Commits another text for the page.
@@ -111,20 +115,21 @@ impl Web {
         Ok(running.map(|instance| instance.pid).collect())
     }
 
+    /// The main process of one instance.
+    ///
+    /// # Errors
+    /// Where the node does not know it.
+    pub async fn pid_of(&self, id: &str) -> Result<u32> {
+        let listed = self.site.engine().list_instances(ListInstancesRequest::default()).await?.into_inner();
+        let found = listed.instances.iter().find(|i| i.spec.as_ref().is_some_and(|spec| spec.id == id));
+        Ok(found.ok_or_else(|| format!("the node does not know {id}"))?.pid)
+    }
+
     /// The newest image as a folder in OCI layout.
     ///
     /// # Errors
     /// Where the export fails.
     pub fn export(&self) -> Result<PathBuf> {
-        let (archive, layout) = (self.folder().join("web.tar"), self.folder().join("layout"));
-        self.site.kiln(&["image", "export", "web", "--file", &archive.display().to_string()])?;
-        std::fs::create_dir(&layout)?;
-        run(Command::new("tar")
-            .arg("--extract")
-            .arg("--file")
-            .arg(&archive)
-            .arg("--directory")
-            .arg(&layout))?;
-        Ok(layout)
+        self.site.export("web", self.folder())
     }
 }

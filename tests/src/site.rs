@@ -6,6 +6,7 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use kiln_api::builder::builder_service_client::BuilderServiceClient;
+use kiln_api::builder::{BuildState, ListBuildsRequest};
 use kiln_api::deployer::deployer_service_client::DeployerServiceClient;
 use kiln_api::deployer::{Fleet, GetFleetRequest, InstanceState};
 use kiln_api::engine::engine_service_client::EngineServiceClient;
@@ -14,7 +15,7 @@ use kiln_api::types::HealthState;
 use kiln_model::event::Service;
 use kiln_service::client::{Channel, channel};
 
-use crate::command::{binary, both};
+use crate::command::{binary, both, run};
 use crate::wait::until;
 use crate::{Error, Result};
 
@@ -140,6 +141,39 @@ impl Site {
         .await
     }
 
+    /// Waits until the newest build of a server has succeeded.
+    ///
+    /// # Errors
+    /// When the bound is over, with the build as it is.
+    pub async fn built(&self, server: &str, bound: Duration) -> Result<()> {
+        until("the build", bound, async || {
+            let request = ListBuildsRequest { server: server.to_owned(), ..Default::default() };
+            let builds = self.builder().list_builds(request).await?.into_inner().builds;
+            match builds.first() {
+                Some(build) if build.state() == BuildState::Succeeded => Ok(()),
+                other => Err(format!("{other:?}").into()),
+            }
+        })
+        .await
+    }
+
+    /// The newest image of a server as an OCI layout, in `layout` below a folder.
+    ///
+    /// # Errors
+    /// Where the export fails.
+    pub fn export(&self, server: &str, folder: &Path) -> Result<PathBuf> {
+        let (archive, layout) = (folder.join(format!("{server}.tar")), folder.join("layout"));
+        self.kiln(&["image", "export", server, "--file", &archive.display().to_string()])?;
+        std::fs::create_dir(&layout)?;
+        run(Command::new("tar")
+            .arg("--extract")
+            .arg("--file")
+            .arg(&archive)
+            .arg("--directory")
+            .arg(&layout))?;
+        Ok(layout)
+    }
+
     /// The process of a service, or of the broker (`nats`).
     ///
     /// # Errors
@@ -241,6 +275,17 @@ pub fn settled(fleet: &Fleet, release: u64) -> Result<()> {
         fleet.problem
     )
     .into())
+}
+
+/// A layout with what it calls its one image: `FOLDER:NAME`.
+///
+/// # Errors
+/// Where its index can't be read, or names nothing.
+pub fn tagged(layout: &Path) -> Result<String> {
+    let index: serde_json::Value = serde_json::from_slice(&std::fs::read(layout.join("index.json"))?)?;
+    let name = index["manifests"][0]["annotations"]["org.opencontainers.image.ref.name"].as_str();
+    let name = name.ok_or_else(|| format!("no name in {index}"))?;
+    Ok(format!("{}:{name}", layout.display()))
 }
 
 /// A port of loopback that nobody has now.

@@ -5,6 +5,7 @@ use std::io::{BufRead as _, BufReader};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use kiln_api::deployer::Fleet;
 use kiln_tests::Result;
 use kiln_tests::command::run;
 use kiln_tests::otlp::Collector;
@@ -68,11 +69,13 @@ async fn one_trace_runs_from_the_commit_to_the_last_replaced_instance() -> Resul
     let collector = Collector::start().await?;
     let site = Site::up_with("trace", &[&format!("otlp.endpoint={}", collector.endpoint())])?;
     let web = Web::apply(site, |_| Ok(()))?;
-    web.settled(1).await?;
+    let of = |fleet: &Fleet, release| -> BTreeSet<String> {
+        fleet.instances.iter().filter(|i| i.release == release).map(|i| i.id.clone()).collect()
+    };
+    let old = of(&web.settled(1).await?, 1);
     web.say("two")?;
-    let fleet = web.settled(2).await?;
-    let ids: Vec<String> = fleet.instances.iter().filter(|i| i.release == 2).map(|i| i.id.clone()).collect();
-    assert_eq!(ids.len(), 3);
+    let ids = of(&web.settled(2).await?, 2);
+    assert_eq!((old.len(), ids.len()), (3, 3));
 
     until("all spans of one trace", Duration::from_secs(60), async || {
         let spans = collector.spans();
@@ -84,14 +87,16 @@ async fn one_trace_runs_from_the_commit_to_the_last_replaced_instance() -> Resul
         };
         let services: BTreeSet<_> =
             spans.iter().filter(|span| &span.trace == trace).map(|span| span.service.clone()).collect();
-        let launched: BTreeSet<_> = launches
+        let told_of: BTreeSet<_> = spans
             .iter()
-            .flat_map(|span| span.attributes.values().filter(|value| ids.contains(value)))
+            .filter(|span| &span.trace == trace)
+            .flat_map(|span| span.attributes.values())
             .collect();
-        if services.len() == 4 && launched.len() == 3 {
+        let missing: Vec<_> = ids.union(&old).filter(|id| !told_of.contains(id)).collect();
+        if services.len() == 4 && missing.is_empty() {
             return Ok(());
         }
-        Err(format!("the trace {trace} has {services:?} and {launched:?}").into())
+        Err(format!("the trace {trace} has {services:?}, and nothing of {missing:?}").into())
     })
     .await?;
     web.site.down()

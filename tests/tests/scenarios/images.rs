@@ -11,22 +11,18 @@ use kiln_tests::load::fetch;
 use kiln_tests::wait::until;
 
 use kiln_tests::server::Web;
-use kiln_tests::site::Site;
+use kiln_tests::site::{Site, tagged};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn skopeo_umoci_and_docker_accept_the_image_and_docker_runs_it() -> Result<()> {
     let web = Web::start(Site::up("images")?).await?;
-    let layout = web.folder().join("layout");
-    let archive = web.folder().join("web.tar");
-    web.site.kiln(&["image", "export", "web", "--file", &archive.display().to_string()])?;
-    std::fs::create_dir(&layout)?;
-    run(Command::new("tar").arg("--extract").arg("--file").arg(&archive).arg("--directory").arg(&layout))?;
+    let layout = web.export()?;
 
     let inspected = run(Command::new("skopeo").args(["inspect", "--raw"]).arg(oci(&layout)))?;
     assert!(inspected.contains("application/vnd.oci.image.layer.v1.tar"), "{inspected}");
     run(Command::new("umoci")
         .args(["unpack", "--image"])
-        .arg(format!("{}:{}", layout.display(), name(&layout)?))
+        .arg(tagged(&layout)?)
         .arg(web.folder().join("bundle")))?;
     let page = std::fs::read_to_string(web.folder().join("bundle/rootfs/var/www/html/index.html"))?;
     assert!(page.contains("Hello one"), "{page}");
@@ -55,11 +51,4 @@ async fn skopeo_umoci_and_docker_accept_the_image_and_docker_runs_it() -> Result
 
 fn oci(layout: &Path) -> String {
     format!("oci:{}", layout.display())
-}
-
-/// What the export called the layout's one image.
-fn name(layout: &Path) -> Result<String> {
-    let index: serde_json::Value = serde_json::from_slice(&std::fs::read(layout.join("index.json"))?)?;
-    let name = index["manifests"][0]["annotations"]["org.opencontainers.image.ref.name"].as_str();
-    Ok(name.ok_or_else(|| format!("no name in {index}"))?.to_owned())
 }

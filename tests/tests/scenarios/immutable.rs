@@ -55,14 +55,7 @@ async fn an_instance_cannot_be_changed_from_inside() -> Result<()> {
     }
 
     // The main process: no capability in any set, no way to gain one.
-    let listed = web
-        .site
-        .engine()
-        .list_instances(kiln_api::engine::ListInstancesRequest::default())
-        .await?
-        .into_inner();
-    let of_id = |i: &&kiln_api::engine::Instance| i.spec.as_ref().is_some_and(|spec| spec.id == id);
-    let pid = listed.instances.iter().find(of_id).ok_or("the node knows it")?.pid;
+    let pid = web.pid_of(&id).await?;
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
         let line = status.lines().find(|line| line.starts_with(set)).ok_or("the set is listed")?;
