@@ -188,9 +188,9 @@ seen() {
         if [[ $line == *"$KILN_HOME"* ]]; then echo "process $line"; fi
     done
     grep -F -e "$work/" -e "$id" /proc/self/mountinfo || true
-    as_root ip netns list | grep -F "$id" || true
+    find /run/netns -name "*$id*" 2>/dev/null || true
     as_root nft list tables | grep -F "$id" || true
-    ip -o link | grep -F "kiln-${id:0:6}" || true
+    find /sys/class/net -name "*kiln-${id:0:6}*"
     find /sys/fs/cgroup -maxdepth 4 -name "*kiln-$id*" 2>/dev/null || true
 }
 left=$(seen)
