@@ -39,6 +39,9 @@ impl Seen {
 pub struct Watched {
     pub id: InstanceId,
     pub state: HealthState,
+    /// Gone, as far as the engine did not know it.
+    #[serde(default)]
+    pub absent: bool,
     pub changed: jiff::Timestamp,
     /// Of the last answer.
     pub observed: Option<jiff::Timestamp>,

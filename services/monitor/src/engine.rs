@@ -8,6 +8,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use kiln_api::engine::{Instance, InstanceState, WatchInstancesResponse};
 use kiln_model::name::InstanceId;
+use kiln_monitor_core::health::Fact;
 use kiln_service::clock::Clock;
 use kiln_service::shutdown;
 use kiln_store::Store;
@@ -131,7 +132,8 @@ async fn once<S: Store, C: Clock>(
         }
     };
     tokio::pin!(pings);
-    let mut there: HashSet<InstanceId> = HashSet::new();
+    // Told until the view was whole for the first time; what follows are changes, which are no list.
+    let mut there = Some(HashSet::<InstanceId>::new());
     loop {
         let message = tokio::select! {
             biased;
@@ -142,16 +144,20 @@ async fn once<S: Store, C: Clock>(
             return Problem("the engine ended its stream".to_owned());
         };
         if let Some(instance) = instance {
-            there.extend(take(instance, view, watcher));
+            let told = take(instance, view, watcher);
+            if let Some(there) = &mut there {
+                there.extend(told);
+            }
         }
         if synced {
             view.confirm(clock.now().monotonic);
             *pause = FIRST_PAUSE;
             // Launched before the engine was asked, and the engine does not know them.
-            for id in before.difference(&there) {
-                watcher.gone(id, "is not known to the engine any more");
+            if let Some(there) = there.take() {
+                for id in before.difference(&there) {
+                    watcher.learn(id, Fact::Absent, "is not known to the engine any more");
+                }
             }
-            there = HashSet::new();
         }
     }
 }
@@ -166,10 +172,13 @@ fn take<S: Store, C: Clock>(instance: Instance, view: &View, watcher: &Watcher<S
     };
     match (state, instance.exit_code) {
         (InstanceState::Exited, Some(code)) => {
-            watcher.gone(&id, &detail(format!("exited with status {code}")))
+            watcher.learn(&id, Fact::Gone, &detail(format!("exited with status {code}")))
         }
-        (InstanceState::Exited, None) => watcher.gone(&id, &detail("exited".to_owned())),
-        (InstanceState::Failed, _) => watcher.gone(&id, &detail("could not be launched".to_owned())),
+        (InstanceState::Exited, None) => watcher.learn(&id, Fact::Gone, &detail("exited".to_owned())),
+        (InstanceState::Failed, _) => {
+            watcher.learn(&id, Fact::Gone, &detail("could not be launched".to_owned()));
+        }
+        (InstanceState::Running, _) => watcher.learn(&id, Fact::Runs, ""),
         (InstanceState::Retiring | InstanceState::Retired, _) => watcher.leaves(&id),
         _ => {}
     }

@@ -163,10 +163,10 @@ impl<S: Store, C: Clock> Watcher<S, C> {
             .collect()
     }
 
-    /// The engine says that an instance does not run any more.
-    pub fn gone(&self, id: &InstanceId, detail: &str) {
+    /// What the engine says of an instance beside any check of it.
+    pub fn learn(&self, id: &InstanceId, fact: Fact, detail: &str) {
         if let Some(tracked) = self.find(id)
-            && tracked.learn(Fact::Gone, detail, self.clock.now())
+            && tracked.learn(fact, detail, self.clock.now())
         {
             tracked.wake.notify_one();
         }

@@ -55,6 +55,10 @@ pub enum Fact {
     Failed,
     /// The engine says that it does not run. It is never started again.
     Gone,
+    /// The engine does not know it: as good as gone, until it is known to run after all.
+    Absent,
+    /// The engine says that it runs.
+    Runs,
 }
 
 /// A fact that can't follow.
@@ -72,6 +76,8 @@ pub struct Track {
     passes: u32,
     failures: u32,
     passed_once: bool,
+    /// It is gone only as far as the engine did not know it.
+    absent: bool,
     /// Monotonic. Until then, failures of an instance that was never healthy do not count.
     shielded_until: Duration,
 }
@@ -86,18 +92,24 @@ impl Track {
             passes: 0,
             failures: 0,
             passed_once: false,
+            absent: false,
             shielded_until: now.monotonic + terms.start.saturating_sub(age),
         }
     }
 
     /// One whose state was kept over a restart. The answers before it are forgotten: only new ones change the state.
-    pub fn resume(state: HealthState, terms: &Terms, launched: Timestamp, now: Now) -> Self {
+    pub fn resume(state: HealthState, absent: bool, terms: &Terms, launched: Timestamp, now: Now) -> Self {
         let passed_once = matches!(state, HealthState::Healthy | HealthState::Unhealthy);
-        Self { state, passed_once, ..Self::new(terms, launched, now) }
+        Self { state, passed_once, absent, ..Self::new(terms, launched, now) }
     }
 
     pub const fn state(&self) -> HealthState {
         self.state
+    }
+
+    /// Gone, though nobody saw it end.
+    pub const fn is_absent(&self) -> bool {
+        self.absent
     }
 
     /// Answers in a row that failed and counted.
@@ -114,9 +126,18 @@ impl Track {
     /// [`Illegal::AfterGone`] for an answer of an instance that is gone.
     pub fn next(self, fact: Fact, terms: &Terms, now: Duration) -> Result<Self, Illegal> {
         match (self.state, fact) {
-            (HealthState::Gone, Fact::Gone) => Ok(self),
+            (HealthState::Gone, Fact::Gone) => Ok(Self { absent: false, ..self }),
+            (HealthState::Gone, Fact::Absent) => Ok(self),
+            // What it answered before its absence does not count for its next state.
+            (HealthState::Gone, Fact::Runs) if self.absent => {
+                Ok(Self { state: HealthState::Starting, absent: false, ..self })
+            }
             (HealthState::Gone, _) => Err(Illegal::AfterGone),
-            (_, Fact::Gone) => Ok(Self { state: HealthState::Gone, passes: 0, failures: 0, ..self }),
+            (_, Fact::Runs) => Ok(self),
+            (_, Fact::Gone | Fact::Absent) => {
+                let absent = fact == Fact::Absent;
+                Ok(Self { state: HealthState::Gone, passes: 0, failures: 0, absent, ..self })
+            }
             (_, Fact::Passed) => {
                 let passes = self.passes.saturating_add(1);
                 let state = if passes >= terms.healthy { HealthState::Healthy } else { self.state };
@@ -151,7 +172,7 @@ mod tests {
         Now { wall: Timestamp::UNIX_EPOCH + monotonic, monotonic }
     }
 
-    /// Feeds answers a second apart: `+` passed, `-` failed, `x` gone; gives the states after each.
+    /// Feeds answers a second apart: `+` passed, `-` failed, `x` gone, `?` absent, `!` runs; gives the states after each.
     fn story(terms: &Terms, answers: &str) -> String {
         let mut track = Track::new(terms, Timestamp::UNIX_EPOCH, at(Duration::ZERO));
         let mut states = String::new();
@@ -159,6 +180,8 @@ mod tests {
             let fact = match answer {
                 '+' => Fact::Passed,
                 '-' => Fact::Failed,
+                '?' => Fact::Absent,
+                '!' => Fact::Runs,
                 _ => Fact::Gone,
             };
             if let Ok(next) = track.next(fact, terms, Duration::from_secs(second)) {
@@ -193,6 +216,12 @@ mod tests {
             // Gone is final, whatever was under way.
             (none, "++x++", "shxxx"),
             (none, "x---", "xxxx"),
+            (none, "++x!", "shxx"),
+            // That the engine did not know it is undone when it does; that it ended is not.
+            (none, "++?-!++", "shxxssh"),
+            (none, "?x!", "xxx"),
+            (none, "x?!", "xxx"),
+            (none, "!++", "ssh"),
         ] {
             assert_eq!(story(&terms, answers), states, "{answers}");
         }
@@ -217,14 +246,18 @@ mod tests {
     fn a_restart_keeps_the_state_and_forgets_the_answers() {
         let terms = terms(2, 2, START);
         let now = at(Duration::ZERO);
-        let resumed = Track::resume(HealthState::Healthy, &terms, now.wall, now);
+        let resumed = Track::resume(HealthState::Healthy, false, &terms, now.wall, now);
         assert!(!resumed.awaits_first_pass(now.monotonic));
         let once = resumed.next(Fact::Failed, &terms, now.monotonic).unwrap();
         assert_eq!(once.state(), HealthState::Healthy);
         let twice = once.next(Fact::Failed, &terms, now.monotonic).unwrap();
         assert_eq!(twice.state(), HealthState::Unhealthy);
-        let gone = Track::resume(HealthState::Gone, &terms, now.wall, now);
+        let gone = Track::resume(HealthState::Gone, false, &terms, now.wall, now);
         assert_eq!(gone.next(Fact::Passed, &terms, now.monotonic), Err(Illegal::AfterGone));
+        assert_eq!(gone.next(Fact::Runs, &terms, now.monotonic), Err(Illegal::AfterGone));
+        let absent = Track::resume(HealthState::Gone, true, &terms, now.wall, now);
+        let back = absent.next(Fact::Runs, &terms, now.monotonic).unwrap();
+        assert_eq!((back.state(), back.is_absent()), (HealthState::Starting, false));
     }
 
     proptest! {

@@ -118,7 +118,7 @@ mod tests {
             let now = Duration::from_millis(now);
             let start = Now { wall: Timestamp::UNIX_EPOCH, monotonic: Duration::ZERO };
             let state = if healthy { HealthState::Healthy } else { HealthState::Starting };
-            let track = Track::resume(state, &terms(), start.wall, start);
+            let track = Track::resume(state, false, &terms(), start.wall, start);
             let gap = cadence.gap(&track, Duration::ZERO, now, looks);
             prop_assert!(gap <= cadence.interval && !gap.is_zero());
             if healthy {

@@ -120,6 +120,7 @@ impl Tracked {
         let watched = Watched {
             id: facts.id.clone(),
             state: track.state(),
+            absent: false,
             changed: now.wall,
             observed: None,
             checks: Vec::new(),
@@ -141,7 +142,7 @@ impl Tracked {
     /// As the document says; the answers before the restart do not count for the next state.
     pub(super) fn resume(watched: Watched, version: u64, now: Now) -> Self {
         let terms = Terms::of(watched.policy.as_ref());
-        let track = Track::resume(watched.state, &terms, watched.launched, now);
+        let track = Track::resume(watched.state, watched.absent, &terms, watched.launched, now);
         Self::from_parts(watched, track, terms, now, version)
     }
 
@@ -176,7 +177,8 @@ impl Tracked {
             live.terms = Terms::of(facts.policy.as_ref());
             if live.watched.address.is_none() {
                 // Launched only now: its start begins here.
-                live.track = Track::resume(live.watched.state, &live.terms, facts.launched, now);
+                let Watched { state, absent, .. } = live.watched;
+                live.track = Track::resume(state, absent, &live.terms, facts.launched, now);
                 live.began = now.monotonic;
             }
             live.watched.address = facts.address;
@@ -354,6 +356,7 @@ impl Live {
         let changed = self.track.state() != before;
         if changed {
             self.watched.state = self.track.state();
+            self.watched.absent = self.track.is_absent();
             self.watched.changed = now.wall;
         }
         changed

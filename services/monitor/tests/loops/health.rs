@@ -133,6 +133,39 @@ async fn what_the_engine_does_not_know_any_more_is_gone() {
     // It comes back without its instances.
     world.engine.set_away(false);
     world.hears("needs_update gone web-r1-0-a1").await;
+    // It knew it after all.
+    world.engine.set(A1, engine::InstanceState::Running, None);
+    world.hears("settled gone web-r1-0-a1").await;
+    until("it is healthy again", async || {
+        (state(&monitor, A1).await == Some(types::HealthState::Healthy)).then_some(())
+    })
+    .await;
+    monitor.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_of_one_says_nothing_of_the_others() {
+    let (world, server) = (World::new().await, Server::start().await);
+    let monitor = world.start().await;
+    for id in [A1, "web-r1-1-a2", "web-r1-2-a3"] {
+        world.tells(instance(id, Some(policy(server.check(), 50, LONG)))).await;
+        world.hears(&format!("healthy {id}")).await;
+    }
+    // All of them were launched before it asks the engine.
+    monitor.stop().await;
+    let monitor = world.start().await;
+    until("the engine is watched anew", async || {
+        (world.engine.watched.load(Ordering::SeqCst) > 1).then_some(())
+    })
+    .await;
+    // The engine's messages are taken in their order: what the first change did to the others is done when the second
+    // one is heard of.
+    for id in ["web-r1-1-a2", "web-r1-2-a3"] {
+        world.engine.set(id, engine::InstanceState::Exited, Some(1));
+        world.hears(&format!("needs_update gone {id}")).await;
+    }
+    assert_eq!(state(&monitor, A1).await, Some(types::HealthState::Healthy));
+    assert!(!world.said().iter().any(|said| said == "gone web-r1-0-a1"), "{:?}", world.said());
     monitor.stop().await;
 }
 

@@ -151,20 +151,20 @@ impl Engine for FakeEngine {
     async fn watch(&self) -> Result<BoxStream<'static, engine::WatchInstancesResponse>, Problem> {
         away(&self.away, "engine")?;
         let changes = self.changes.subscribe();
-        let message = |instance| engine::WatchInstancesResponse { instance, synced: false };
+        let message = |instance, synced| engine::WatchInstancesResponse { instance, synced };
         let mut first: Vec<_> = self
             .instances
             .lock()
             .unwrap()
             .values()
             .cloned()
-            .map(|instance| message(Some(instance)))
+            .map(|instance| message(Some(instance), false))
             .collect();
-        first.push(engine::WatchInstancesResponse { instance: None, synced: true });
+        first.push(message(None, true));
         self.watched.fetch_add(1, Ordering::SeqCst);
         let changes = stream::unfold(changes, move |mut changes| async move {
             let instance = changes.recv().await.ok()??;
-            Some((message(Some(instance)), changes))
+            Some((message(Some(instance), true), changes))
         });
         Ok(stream::iter(first).chain(changes).boxed())
     }
