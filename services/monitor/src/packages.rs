@@ -27,7 +27,7 @@ use crate::ports::{Archive, Builder};
 use crate::servers::Servers;
 use crate::signals::{Scope, Signals};
 
-/// Release files that are fetched at once.
+/// Release files that are fetched, or plans that are asked for, at once.
 const AT_ONCE: usize = 4;
 
 /// A plan that failed is not asked for again sooner.
@@ -155,11 +155,14 @@ impl<S: Store, C: Clock> Packages<S, C> {
         let servers = self.servers.all();
         let names: BTreeSet<&ServerName> = servers.iter().map(|server| &server.name).collect();
         self.seen().plans.retain(|name, _| names.contains(name));
-        for server in &servers {
+        let judgements = servers.iter().map(|server| async move {
             if let Err(error) = self.judge_one(server).await {
                 tracing::warn!(server = %server.name, %error, "the signals of a server could not be written");
             }
-        }
+        });
+        // A plan may take minutes: it keeps no other server waiting.
+        let judgements: Vec<_> = judgements.collect();
+        futures::stream::iter(judgements).buffer_unordered(AT_ONCE).collect::<()>().await;
     }
 
     async fn judge_one(&self, server: &KnownServer) -> Result<(), Error> {

@@ -160,3 +160,18 @@ async fn release_files_come_from_http_and_from_files_and_are_bounded() {
     let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(left, ["InRelease"]);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plan_that_takes_long_keeps_no_other_server_waiting() {
+    let (world, mirror) = Mirror::new().await;
+    *world.builder.plan.lock().unwrap() = plan();
+    *world.builder.slow.lock().unwrap() = Some("db".to_owned());
+    for name in ["db", "web"] {
+        world.has_server(BuilderServer { name: name.to_owned(), ..mirror.web(types::Mode::Auto, OLD) });
+    }
+    mirror.publish(NEW);
+    let monitor = world.start().await;
+    until("the slow plan", async || (world.builder.planned.load(Ordering::SeqCst) > 0).then_some(())).await;
+    world.hears("needs_update package_updates web").await;
+    monitor.stop().await;
+}

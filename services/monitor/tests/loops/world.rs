@@ -72,6 +72,8 @@ pub struct FakeBuilder {
     pub sources: Mutex<Vec<builder::Source>>,
     pub inspection: Mutex<builder::InspectSourceResponse>,
     pub plan: Mutex<builder::Plan>,
+    /// A server whose plan takes for ever.
+    pub slow: Mutex<Option<String>>,
     pub away: AtomicBool,
     pub inspected: AtomicU64,
     pub planned: AtomicU64,
@@ -96,9 +98,13 @@ impl Builder for FakeBuilder {
         Ok(self.inspection.lock().unwrap().clone())
     }
 
-    async fn plan(&self, _: &ServerName) -> Result<builder::Plan, Problem> {
+    async fn plan(&self, server: &ServerName) -> Result<builder::Plan, Problem> {
         away(&self.away, "builder")?;
         self.planned.fetch_add(1, Ordering::SeqCst);
+        let slow = self.slow.lock().unwrap().as_deref() == Some(server.as_str());
+        if slow {
+            return std::future::pending().await;
+        }
         Ok(self.plan.lock().unwrap().clone())
     }
 }
