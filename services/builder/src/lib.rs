@@ -31,7 +31,7 @@ use kiln_service::clock::SystemClock;
 use kiln_service::config::Site;
 use kiln_service::run::{Failure, Start};
 use kiln_service::server::{APPLY_LIMIT, ServerOptions, serve};
-use kiln_service::{client, relay, requests, resync};
+use kiln_service::{client, follow, relay, requests, resync};
 use kiln_store::SqliteStore;
 use tokio::sync::Notify;
 use tonic::service::Routes;
@@ -104,11 +104,7 @@ pub async fn run(start: Start) -> Result<(), Failure> {
             workers::run(builder.clone(), EngineTester::new(node), options, stop.clone()),
             collect::run(builder, images, following.heard(), stop.clone()),
             resync::every(site.poll.resync, stop.clone(), wake, || following.run()),
-            async {
-                if let Err(error) = bus.consume(CONSUMER, &interests, handler, stop.clone()).await {
-                    tracing::error!(%error, "events can't be followed; the resync finds what they tell");
-                }
-            },
+            follow::events(stop.clone(), || bus.consume(CONSUMER, &interests, handler.clone(), stop.clone())),
         );
         Ok(())
     };

@@ -29,7 +29,7 @@ use kiln_model::event::Service;
 use kiln_service::clock::{Clock, SystemClock};
 use kiln_service::run::{Failure, Start};
 use kiln_service::server::{ServerOptions, serve};
-use kiln_service::{relay, resync};
+use kiln_service::{follow, relay, resync};
 use kiln_store::{SqliteStore, Store};
 use tokio::sync::{Notify, watch as flag};
 use tonic::service::Routes;
@@ -59,9 +59,13 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     let routes = Routes::new(grpc::service(deployer.clone()));
     let options = ServerOptions::new(Service::Deployer, &site);
     let loops = run_loops(deployer, bus, site.poll.resync, stop.clone());
-    let (served, looped) = tokio::join!(serve(options, routes, stop), loops);
-    served?;
-    looped?;
+    let serving = async { serve(options, routes, stop).await };
+    let beside = async {
+        loops.await;
+        Ok(())
+    };
+    // A server that can't serve ends the others too.
+    tokio::try_join!(serving, beside)?;
     Ok(())
 }
 
@@ -71,20 +75,19 @@ async fn run_loops<S: Store, C: Clock, B: Bus>(
     bus: B,
     period: Duration,
     stop: flag::Receiver<bool>,
-) -> Result<(), Failure> {
+) {
     let store = deployer.store.clone();
     let handler = Events::handler(deployer.clone());
     let resyncing = resync::every(period, stop.clone(), Arc::new(Notify::new()), || watch::resync(&deployer));
     let pruning = resync::every(PRUNE, stop.clone(), Arc::new(Notify::new()), || async {
         watch::prune(&store, deployer.clock.now().wall).await
     });
-    let (consumed, (), (), (), (), ()) = tokio::join!(
-        bus.consume(DURABLE, &INTERESTS, handler, stop.clone()),
-        relay::run(store.clone(), bus.clone(), stop),
+    tokio::join!(
+        follow::events(stop.clone(), || bus.consume(DURABLE, &INTERESTS, handler.clone(), stop.clone())),
+        relay::run(store.clone(), bus.clone(), stop.clone()),
         watch::node(deployer.clone()),
         watch::monitor(deployer.clone()),
         resyncing,
         pruning,
     );
-    Ok(consumed?)
 }

@@ -9,7 +9,7 @@ use kiln_service::clock::{Clock, SystemClock};
 use kiln_service::config::Poll;
 use kiln_service::run::{Failure, Start};
 use kiln_service::server::{self, ServerOptions};
-use kiln_service::{client, relay, resync as loops};
+use kiln_service::{client, follow, relay, resync as loops};
 use kiln_store::{Error, SqliteStore, Store};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::{Notify, watch};
@@ -99,10 +99,7 @@ impl<S: Store, C: Clock> Monitor<S, C> {
     }
 
     /// Runs every loop until told to stop.
-    ///
-    /// # Errors
-    /// Where the bus is unsuitable.
-    pub async fn run<B: Bus>(&self, bus: &B, stop: watch::Receiver<bool>) -> Result<(), kiln_bus::Error> {
+    pub async fn run<B: Bus>(&self, bus: &B, stop: watch::Receiver<bool>) {
         let Events { watcher, servers, signals, builder_changed, .. } = &self.events;
         let handler = Arc::new(self.events.clone());
         let period = self.poll.resync;
@@ -115,9 +112,11 @@ impl<S: Store, C: Clock> Monitor<S, C> {
             signals.forget().await.map_err(|error| crate::ports::Problem(error.to_string()))
         };
         let engine = self.ports.engine.clone();
-        let (consumed, reported, ..) = tokio::join!(
-            bus.consume(DURABLE, &INTERESTS, handler.clone(), stop.clone()),
-            bus.consume_reports(DURABLE, handler, stop.clone()),
+        tokio::join!(
+            follow::events(stop.clone(), || {
+                bus.consume(DURABLE, &INTERESTS, handler.clone(), stop.clone())
+            }),
+            follow::events(stop.clone(), || bus.consume_reports(DURABLE, handler.clone(), stop.clone())),
             loops::every(period, stop.clone(), Arc::new(Notify::new()), instances),
             loops::every(period, stop.clone(), builder_changed.clone(), from_builder),
             loops::every(period, stop.clone(), Arc::new(Notify::new()), housekeeping),
@@ -125,10 +124,9 @@ impl<S: Store, C: Clock> Monitor<S, C> {
             self.definitions.run(stop.clone()),
             self.packages.run(stop.clone()),
             signals.run(stop.clone()),
-            relay::run(self.store.clone(), bus.clone(), stop),
+            relay::run(self.store.clone(), bus.clone(), stop.clone()),
         );
         watcher.end();
-        consumed.and(reported)
     }
 }
 
@@ -154,8 +152,9 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     let monitor = Monitor::load(store, SystemClock::new(), ports, site.poll).await?;
     let routes = Routes::new(MonitorServiceServer::new(monitor.api(stop.clone())));
     let served = server::serve(ServerOptions::new(Service::Monitor, &site), routes, stop.clone());
-    tokio::try_join!(async { served.await.map_err(Failure::from) }, async {
-        Box::pin(monitor.run(&bus, stop)).await.map_err(Failure::from)
+    tokio::try_join!(served, async {
+        Box::pin(monitor.run(&bus, stop)).await;
+        Ok(())
     })?;
     Ok(())
 }

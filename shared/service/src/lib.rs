@@ -1,10 +1,11 @@
 //! What every service's main needs: configuration, telemetry, the gRPC server and client, shutdown, and the loops that
-//! all of them run (relay, resync).
+//! all of them run (relay, resync, events).
 
 pub mod client;
 pub mod clock;
 pub mod config;
 pub mod error;
+pub mod follow;
 pub mod guard;
 pub mod metrics;
 mod observe;

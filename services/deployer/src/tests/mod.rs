@@ -70,7 +70,7 @@ impl Site {
         tokio::spawn(async move {
             let mut death = life.death();
             tokio::select! {
-                ended = loops => ended.unwrap(),
+                () = loops => {}
                 _ = death.wait_for(|dead| *dead) => {}
             }
             drop(never);

@@ -247,7 +247,7 @@ impl World {
         let (stop, stopped) = watch::channel(false);
         let api = monitor.api(stopped.clone());
         let bus = self.bus.clone();
-        let task = tokio::spawn(async move { Box::pin(monitor.run(&bus, stopped)).await.unwrap() });
+        let task = tokio::spawn(async move { Box::pin(monitor.run(&bus, stopped)).await });
         Running { api, stop, task }
     }
 
