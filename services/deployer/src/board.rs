@@ -62,10 +62,33 @@ struct Heard {
     state: HealthState,
     last_checks: Vec<CheckResult>,
     observed: Timestamp,
+    /// Of the monitor's document.
+    version: u64,
     /// How old it was when it came, and when that was: from then on the steady clock counts, so a wall clock that is set
     /// makes nothing older or younger.
     age: Duration,
     at: Duration,
+}
+
+/// The way that a fact on health came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum How {
+    /// The monitor's own answer, just now.
+    Asked,
+    /// An event, which may have been on its way for long.
+    Event,
+}
+
+impl How {
+    /// Whether a fact is older than what is known, each by its document's version and the time of its last look. The
+    /// version decides: times of a clock that was set back say nothing. Only a monitor whose store is new begins to count
+    /// again, and then it has looked since.
+    fn is_outdated(self, fact: (u64, Timestamp), known: (u64, Timestamp)) -> bool {
+        match self {
+            Self::Asked => fact.0 < known.0 && fact.1 <= known.1,
+            Self::Event => fact < known,
+        }
+    }
 }
 
 impl Board {
@@ -147,7 +170,7 @@ impl Board {
     }
 
     /// Takes over what the monitor says of an instance.
-    pub(crate) fn health(&self, health: monitor::Health, now: Now) -> Result<(), Invalid> {
+    pub(crate) fn health(&self, health: monitor::Health, heard: How, now: Now) -> Result<(), Invalid> {
         let id: InstanceId = convert::text("instance", &health.instance)?;
         // It knows of the instance, and has not looked at it yet.
         let Some(observed) = convert::from_optional_timestamp("observed", health.observed)? else {
@@ -160,13 +183,16 @@ impl Board {
         let mut known = self.lock();
         let server = known.servers.entry(id.server.clone()).or_default();
         let before = server.health.get(&id);
-        if before.is_some_and(|heard| heard.observed > observed) {
+        let version = health.version;
+        if before
+            .is_some_and(|before| heard.is_outdated((version, observed), (before.version, before.observed)))
+        {
             return Ok(());
         }
         // That nothing changed is told all the time. Who needs it to be fresh looks every second anyway.
         let changed = before.is_none_or(|heard| heard.state != state);
         let at = now.monotonic;
-        server.health.insert(id, Heard { state, last_checks, observed, age, at });
+        server.health.insert(id, Heard { state, last_checks, observed, version, age, at });
         if changed {
             server.wake.notify_one();
         }

@@ -14,7 +14,7 @@ use kiln_service::trace;
 use tokio::task::JoinSet;
 use tracing::Instrument as _;
 
-use crate::board::Board;
+use crate::board::{Board, How};
 use crate::metrics;
 use crate::ports::{Builder, Engine, Launch, Monitor, Problem};
 
@@ -292,7 +292,7 @@ impl<C: Clock> Task<C> {
             Ok(all) => {
                 let now = self.now();
                 for health in all {
-                    if let Err(invalid) = self.board.health(health, now) {
+                    if let Err(invalid) = self.board.health(health, How::Asked, now) {
                         tracing::warn!(error = %invalid, "the monitor says something that makes no sense");
                     }
                 }

@@ -13,6 +13,7 @@ use kiln_store::{Error, Store};
 use prost::Message;
 use tracing::Instrument as _;
 
+use crate::board::How;
 use crate::reconcile::Deployer;
 use crate::revisions;
 
@@ -77,7 +78,7 @@ impl<S: Store, C: Clock> Events<S, C> {
         let Some(health) = message.health else {
             return Handled::Failed("there is no health in it".to_owned());
         };
-        match self.deployer.board.health(health, self.deployer.clock.now()) {
+        match self.deployer.board.health(health, How::Event, self.deployer.clock.now()) {
             Ok(()) => Handled::Done,
             Err(invalid) => Handled::Failed(format!("the health makes no sense: {invalid}")),
         }

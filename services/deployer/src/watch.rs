@@ -14,6 +14,7 @@ use kiln_service::clock::Clock;
 use kiln_service::shutdown::requested;
 use kiln_store::{Batch, Change, Store, decode};
 
+use crate::board::How;
 use crate::ports::Problem;
 use crate::reconcile::Deployer;
 use crate::record::{CURSOR, INSTANCE, InstanceRecord, SCHEMA};
@@ -102,7 +103,7 @@ async fn list_health<S: Store, C: Clock>(deployer: &Deployer<S, C>) -> Result<()
 }
 
 fn take_health<S: Store, C: Clock>(deployer: &Deployer<S, C>, health: kiln_api::monitor::Health) {
-    if let Err(invalid) = deployer.board.health(health, deployer.clock.now()) {
+    if let Err(invalid) = deployer.board.health(health, How::Asked, deployer.clock.now()) {
         tracing::warn!(error = %invalid, "the monitor says something that makes no sense");
     }
 }

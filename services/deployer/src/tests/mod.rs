@@ -1,5 +1,6 @@
 //! The real loops on a store and a bus in memory, against a world of fakes.
 
+mod board;
 mod crash;
 mod life;
 mod scenes;
