@@ -135,7 +135,10 @@ async fn take_signals<S: Store, C: Clock>(
 ) -> Result<(), kiln_store::Error> {
     for message in listed.signals {
         match revisions::signal(message) {
-            Ok((signal, version)) => deployer.take_signal(&signal, &listed.epoch, version).await?,
+            Ok((signal, version)) => {
+                let taken = deployer.take_signal(&signal, &listed.epoch, version).await;
+                of_one(&signal.server, "a signal", taken)?;
+            }
             Err(invalid) => {
                 tracing::warn!(error = %invalid, "the monitor lists a signal that makes no sense")
             }
@@ -171,8 +174,14 @@ async fn take_revisions<S: Store, C: Clock>(deployer: &Deployer<S, C>) -> Result
             }
         }
     }
+    let mut all = true;
     for revision in newest.values() {
-        deployer.take_revision(revision).await?;
+        let taken = deployer.take_revision(revision).await;
+        all &= of_one(&revision.server, "a revision", taken)?;
+    }
+    if !all {
+        // Given again by the next listing.
+        return Ok(());
     }
     let Some(cursor) = listed.cursor.filter(|cursor| since.as_ref() != Some(cursor)) else { return Ok(()) };
     let cursor = kiln_store::Cursor { epoch: cursor.epoch, sequence: cursor.sequence };
@@ -181,11 +190,34 @@ async fn take_revisions<S: Store, C: Clock>(deployer: &Deployer<S, C>) -> Result
     Ok(())
 }
 
+/// Whether what was told of one server could be taken. What is wrong with its documents keeps no other waiting; a store
+/// that can't be had is an error for all of them.
+fn of_one(
+    server: &ServerName,
+    what: &str,
+    taken: Result<(), kiln_store::Error>,
+) -> Result<bool, kiln_store::Error> {
+    match taken {
+        Ok(()) => Ok(true),
+        Err(error @ kiln_store::Error::Unavailable { .. }) => Err(error),
+        Err(error) => {
+            tracing::error!(%server, what, %error, "could not be taken; trying again at the next resync");
+            Ok(false)
+        }
+    }
+}
+
 /// Drops records of instances that ended long ago.
 pub(crate) async fn prune<S: Store>(store: &S, now: Timestamp) -> Result<(), kiln_store::Error> {
     let mut changes = Vec::new();
     for document in list(store, INSTANCE, "").await? {
-        let record: InstanceRecord = decode(&document, SCHEMA)?;
+        let record: InstanceRecord = match decode(&document, SCHEMA) {
+            Ok(record) => record,
+            Err(error) => {
+                tracing::error!(instance = document.id, %error, "an old record can't be read, and stays");
+                continue;
+            }
+        };
         let old = record.instance.ended.is_some_and(|ended| now.duration_since(ended) > KEPT);
         if record.past && old {
             let (kind, expected) = (document.kind, document.version);

@@ -70,6 +70,25 @@ async fn with_every_event_lost_the_resync_finds_the_work() {
 }
 
 #[tokio::test]
+async fn one_server_that_can_not_be_read_keeps_no_other_waiting() {
+    let site = Site::new().await;
+    site.bus.set_away(true);
+    let nonsense = crate::store::put(crate::record::FLEET, "a", 0, &"nonsense").unwrap();
+    let batch = kiln_store::Batch { changes: vec![nonsense], ..kiln_store::Batch::default() };
+    site.store.commit(batch).await.unwrap();
+    let first = revision(1, "first", "one", run_spec());
+    site.world.revise(types::Revision { server: "a".to_owned(), ..first.clone() });
+    site.world.revise(first);
+    site.world.signal(gone(&"a-r1-0-a1".parse().unwrap()));
+    site.boot(&Life::long(), Duration::from_millis(20));
+    site.until_at(1).await;
+    let victim = site.world.running()[0].clone();
+    site.world.exit(&victim, 137);
+    site.world.signal(gone(&victim));
+    site.until_at(1).await;
+}
+
+#[tokio::test]
 async fn a_bad_image_goes_back_and_says_why() {
     let site = Site::new().await;
     let deployer = site.boot(&Life::long(), NEVER);
