@@ -12,6 +12,7 @@ use super::{ArchiveSpec, Definition, FileSpec, ImageSpec, Source, Step, UpdatePo
 use crate::check::{Check, CommandCheck, FileCheck, HttpCheck, TcpCheck};
 use crate::name::ServerName;
 use crate::run::{HealthPolicy, Limits, Port, RolloutPolicy, RunSpec, Strategy};
+use crate::time::Millis;
 
 pub(super) const MAX_STEPS: usize = 64;
 pub(super) const MAX_FILES: usize = 1000;
@@ -196,6 +197,9 @@ impl Checker<'_> {
         let mut capabilities: Vec<_> = raw.capabilities.into_iter().map(|capability| capability.0).collect();
         capabilities.sort();
         capabilities.dedup();
+        if let Some(health) = &raw.health {
+            self.verdict_before_deadline(health, &raw.rollout);
+        }
         RunSpec {
             replicas: raw.replicas.0,
             ports: self.ports(raw.ports),
@@ -286,8 +290,27 @@ impl Checker<'_> {
             timeout,
             healthy: raw.healthy.0,
             unhealthy: raw.unhealthy.0,
-            start: raw.start.0,
+            start: raw.start.value.0,
         })
+    }
+
+    /// An instance may be as slow as its policy lets it, and its rollout must still be able to succeed.
+    fn verdict_before_deadline(&mut self, at: &At<raw::Health>, rollout: &raw::Rollout) {
+        let health = &at.value;
+        let (start, deadline) = (health.start.value.0, rollout.deadline.value.0);
+        let checks = Millis(health.interval.value.0.0.saturating_mul(u64::from(health.unhealthy.0)));
+        if start.0.saturating_add(checks.0) < deadline.0 {
+            return;
+        }
+        let place = rollout.deadline.place(self.places, self.place(at));
+        let place = health.start.place(self.places, place);
+        let message = format!(
+            "an instance may take {} to start and {} to be found unhealthy, but its rollout is rolled back after {}",
+            time_text(start),
+            time_text(checks),
+            time_text(deadline)
+        );
+        self.problem(place, message, "wanted start + unhealthy × interval < deadline");
     }
 
     fn rollout(&mut self, raw: raw::Rollout) -> RolloutPolicy {

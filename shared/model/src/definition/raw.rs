@@ -378,7 +378,7 @@ pub(super) struct Health {
     /// Consecutive failures that make it unhealthy.
     pub(super) unhealthy: Whole<1, 100>,
     /// Failures within this time after the launch do not count.
-    pub(super) start: Time<0, HOUR>,
+    pub(super) start: At<Time<0, HOUR>>,
 }
 
 impl Default for Health {
@@ -391,7 +391,7 @@ impl Default for Health {
             timeout: Time(Millis::from_secs(1)).into(),
             healthy: Whole(2),
             unhealthy: Whole(3),
-            start: Time(Millis::from_secs(30)),
+            start: Time(Millis::from_secs(30)).into(),
         }
     }
 }
