@@ -29,7 +29,12 @@ pub async fn run(Start { site, stop }: Start) -> Result<(), Failure> {
         })
     };
     let routes = Routes::new(EngineServiceServer::new(Engine::new(node)));
-    let (served, (), ()) =
-        tokio::join!(serve(ServerOptions::new(Service::Node, &site), routes, stop), tending, filling);
-    Ok(served?)
+    let serving = async { serve(ServerOptions::new(Service::Node, &site), routes, stop).await };
+    let beside = async {
+        tokio::join!(tending, filling);
+        Ok(())
+    };
+    // A server that can't serve ends the others too.
+    tokio::try_join!(serving, beside)?;
+    Ok(())
 }

@@ -209,3 +209,12 @@ async fn a_launch_is_fast() {
     // Tests run beside this one: the bound is far above what a machine at rest shows.
     assert!(times[0] < Duration::from_millis(400), "{times:?}");
 }
+
+#[tokio::test]
+async fn a_node_that_can_not_serve_ends() {
+    let mut site = TestSite::make();
+    // In the place where its socket is made.
+    std::fs::create_dir(site.home.path().join("run/node.new")).unwrap();
+    site.start_node();
+    wait_for("the node's end", || site.node_failed()).await;
+}

@@ -104,6 +104,12 @@ impl TestSite {
     }
 
     pub(crate) fn client(&self) -> EngineServiceClient<Channel> {
+    /// The node's process has ended by itself, and said that something is wrong.
+    pub(crate) fn node_failed(&mut self) -> bool {
+        let ended = self.node.as_mut().and_then(|node| node.try_wait().unwrap());
+        ended.is_some_and(|status| !status.success())
+    }
+
         EngineServiceClient::new(client::channel(&self.home.path().join("run/node.sock")))
     }
 
