@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kiln_api::engine;
-use kiln_model::name::{InstanceId, ServerName};
+use kiln_model::name::{InstanceId, RequestId, ServerName};
 use kiln_service::error::ApiError;
 use kiln_store::{Batch, Change, Document, Expect, Store, decode, encode};
 use serde::de::DeserializeOwned;
@@ -34,6 +34,9 @@ struct Fence {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Route {
     pub(crate) generation: u64,
+    /// Of the call that changed the listeners; none where an older node wrote it.
+    #[serde(default)]
+    pub(crate) request: Option<RequestId>,
     pub(crate) listeners: Vec<Listener>,
 }
 

@@ -1,9 +1,11 @@
 //! Instances that end by themselves. The kernel says so at once; the node takes them off the edge without being asked.
 
+use std::collections::HashSet;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use kiln_api::engine;
 use kiln_model::name::InstanceId;
 use kiln_service::error::ApiError;
 use kiln_store::{Batch, Store};
@@ -13,7 +15,7 @@ use tokio::io::unix::AsyncFd;
 use crate::launch::advance;
 use crate::metrics;
 use crate::node::{Node, blocking};
-use crate::record::Fact;
+use crate::record::{Fact, Record};
 use crate::rootfs;
 
 /// Resolves when the process of a pidfd has ended.
@@ -22,6 +24,10 @@ pub(crate) async fn ended(pidfd: OwnedFd) -> std::io::Result<()> {
     let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
     pidfd.readable().await.map(drop)
 }
+
+/// An end that could not be seen to is tried again after growing pauses.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 impl<S: Store> Node<S> {
     /// From now on the end of this instance is noticed.
@@ -32,28 +38,58 @@ impl<S: Store> Node<S> {
                 tracing::error!(instance = %id, %error, "its end will be noticed at the next look");
                 return;
             }
-            node.record_end(&id).await;
+            if node.note_end(&id) {
+                node.see_to_end(&id).await;
+            }
         });
     }
 
-    /// Takes an instance that has ended off the edge, records it, and clears it away.
-    pub(crate) async fn record_end(self: &Arc<Self>, id: &InstanceId) {
-        // Users first: each millisecond here is connections that are refused.
-        if let Err(error) = self.take_off_edge(id).await {
-            tracing::error!(instance = %id, %error, "could not be taken off the edge; trying again at the next look");
-        }
-        if let Some(plug) = self.book.get(id).and_then(|held| held.value.plug) {
-            self.edge.forget(plug.address).await;
-        }
-        let mut pause = Duration::from_millis(100);
-        while let Err(error) = self.record_end_once(id).await {
-            tracing::error!(instance = %id, %error, again_in = ?pause, "its end could not be recorded");
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(Duration::from_secs(30));
-        }
+    /// Keeps an instance that has ended off the edge until its record says that it has. False where it was noted before:
+    /// then somebody sees to it.
+    pub(crate) fn note_end(&self, id: &InstanceId) -> bool {
+        self.ended().insert(id.clone())
     }
 
-    async fn record_end_once(self: &Arc<Self>, id: &InstanceId) -> Result<(), ApiError> {
+    pub(crate) fn has_ended(&self, id: &InstanceId) -> bool {
+        self.ended().contains(id)
+    }
+
+    fn ended(&self) -> MutexGuard<'_, HashSet<InstanceId>> {
+        self.ended.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes an instance whose end was noted off the edge, records it, and clears it away. Ends when that is done.
+    pub(crate) async fn see_to_end(self: &Arc<Self>, id: &InstanceId) {
+        let mut pause = FIRST_PAUSE;
+        while let Err(error) = self.see_to_end_once(id).await {
+            tracing::error!(instance = %id, %error, again_in = ?pause, "its end could not be seen to");
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+        self.ended().remove(id);
+    }
+
+    /// Each step finds out by itself whether it was done: after a crash, or a failure, all of them are gone through again.
+    async fn see_to_end_once(&self, id: &InstanceId) -> Result<(), ApiError> {
+        // Users first: each millisecond here is connections that are refused. So not behind the plans of all servers, which
+        // read and write the store with their lock, but behind one transaction of the edge at most.
+        let off_edge = match self.book.get(id).and_then(|held| held.value.plug) {
+            Some(plug) => {
+                let evicted = self.edge.evict(plug.address).await;
+                self.edge.forget(plug.address).await;
+                evicted
+            }
+            None => Ok(()),
+        };
+        // The plan before the record: whoever sees that it ended may retire it, which a plan with it would forbid.
+        self.forget_on_edge(id).await?;
+        self.record_end(id).await?;
+        // Nobody else is given its address while users may be sent there.
+        off_edge?;
+        self.clear_away(id).await
+    }
+
+    async fn record_end(&self, id: &InstanceId) -> Result<(), ApiError> {
         let _alone = self.alone(id).await;
         // Another flow may have retired it meanwhile.
         let Some(record) = self.book.get(id).map(|held| held.value).filter(|record| record.is_running())
@@ -68,23 +104,32 @@ impl<S: Store> Node<S> {
         };
         tracing::warn!(instance = %id, exit_code, "{why}");
         metrics::ended();
-        let namespace = record.plug.as_ref().map(|plug| plug.namespace.clone());
         let exited = advance(record, Fact::Ended { exit_code, why })?;
-        self.book.write(exited, Batch::default()).await?;
-        self.take_apart(id, namespace).await
+        self.book.write(exited, Batch::default()).await.map(drop)
+    }
+
+    /// Clears away what an instance that is over still has on the machine; fine if it has nothing.
+    pub(crate) async fn clear_away(&self, id: &InstanceId) -> Result<(), ApiError> {
+        let _alone = self.alone(id).await;
+        let record = self.book.get(id).map(|held| held.value);
+        let Some(record) = record.filter(Record::is_left_over) else { return Ok(()) };
+        let _turn = self.at_once.acquire().await.map_err(|error| ApiError::internal(&error))?;
+        self.clear(record).await.map(drop)
+    }
+
+    /// The same. The caller holds the instance's lock.
+    pub(crate) async fn clear(&self, record: Record) -> Result<engine::Instance, ApiError> {
+        self.take_apart(&record).await?;
+        self.book.write(advance(record, Fact::Cleared)?, Batch::default()).await
     }
 
     /// Removes everything an instance has on the machine but its log and exit code; fine if it has nothing.
-    pub(crate) async fn take_apart(
-        &self,
-        id: &InstanceId,
-        namespace: Option<String>,
-    ) -> Result<(), ApiError> {
-        let (runtime, dir, name) =
-            (self.runtime.clone(), self.names.instance_dir(&id.to_string()), id.to_string());
+    pub(crate) async fn take_apart(&self, record: &Record) -> Result<(), ApiError> {
+        let name = record.spec.id.to_string();
+        let (runtime, dir) = (self.runtime.clone(), self.names.instance_dir(&name));
         blocking(move || runtime.remove(&name).and_then(|()| rootfs::remove(&dir))).await??;
-        if let Some(namespace) = namespace {
-            self.pool.give_back(&namespace).await?;
+        if let Some(plug) = &record.plug {
+            self.pool.give_back(&plug.namespace).await?;
         }
         Ok(())
     }

@@ -11,7 +11,7 @@ use kiln_api::engine::{
     ListInstancesResponse, LogsRequest, LogsResponse, RetireRequest, RetireResponse, RouteRequest,
     RouteResponse, VerifyRequest, VerifyResponse, WatchInstancesRequest, WatchInstancesResponse,
 };
-use kiln_model::name::{InstanceId, ServerName};
+use kiln_model::name::{InstanceId, RequestId, ServerName};
 use kiln_service::error::ApiError;
 use kiln_service::trace;
 use kiln_store::Store;
@@ -56,6 +56,11 @@ fn server_filter(server: &str) -> Result<Option<ServerName>, ApiError> {
     Ok(convert::optional_text("server", server)?)
 }
 
+/// Launching and retiring are told apart by the instance; the call's own id is for those who follow it.
+fn check_request_id(id: &str) -> Result<(), ApiError> {
+    Ok(convert::text::<RequestId>("request_id", id).map(drop)?)
+}
+
 fn instance_id(id: &str) -> Result<InstanceId, ApiError> {
     Ok(convert::text("id", id)?)
 }
@@ -73,7 +78,8 @@ impl<S: Store + std::fmt::Debug> EngineService for Engine<S> {
     type LogsStream = Answers<LogsResponse>;
 
     async fn launch(&self, request: Request<LaunchRequest>) -> Answer<LaunchResponse> {
-        let LaunchRequest { spec, generation, traceparent, .. } = request.into_inner();
+        let LaunchRequest { request_id, spec, generation, traceparent } = request.into_inner();
+        check_request_id(&request_id)?;
         let spec: Spec = convert::required("spec", spec).map_err(ApiError::from)?;
         let span = span(&traceparent, "launch", &spec.id.to_string());
         let launch = Launch { spec, generation, traceparent };
@@ -82,7 +88,8 @@ impl<S: Store + std::fmt::Debug> EngineService for Engine<S> {
     }
 
     async fn retire(&self, request: Request<RetireRequest>) -> Answer<RetireResponse> {
-        let RetireRequest { id, server, generation, drain, traceparent, .. } = request.into_inner();
+        let RetireRequest { request_id, id, server, generation, drain, traceparent } = request.into_inner();
+        check_request_id(&request_id)?;
         let id = instance_id(&id)?;
         if server != id.server.as_str() {
             let why = format!("is `{server}`, but instance {id} is one of {}", id.server);

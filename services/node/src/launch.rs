@@ -110,17 +110,27 @@ impl<S: Store> Node<S> {
                     }
                     Err(error) => {
                         // It runs, but nobody will ever know: as good as half-made. The next look records that.
-                        self.take_apart(&id, record.plug.map(|plug| plug.namespace)).await?;
+                        self.take_apart(&record).await?;
                         Err(error)
                     }
                 }
             }
             Err(failure) => {
                 tracing::warn!(instance = %id, error = %failure, "could not be launched");
-                let namespace = record.plug.as_ref().map(|plug| plug.namespace.clone());
-                let failed = advance(record, Fact::CouldNotLaunch { why: failure.to_string() })?;
-                let message = self.book.write(failed, Batch::default()).await?;
-                self.take_apart(&id, namespace).await?;
+                self.fail(record, Fact::CouldNotLaunch { why: failure.to_string() }).await
+            }
+        }
+    }
+
+    /// Records that a launch failed, and clears it away: now, or when the node looks again. The caller holds the instance's
+    /// lock.
+    pub(crate) async fn fail(&self, record: Record, fact: Fact) -> Result<engine::Instance, ApiError> {
+        let failed = advance(record, fact)?;
+        let message = self.book.write(failed.clone(), Batch::default()).await?;
+        match self.clear(failed).await {
+            Ok(cleared) => Ok(cleared),
+            Err(error) => {
+                tracing::warn!(id = message.spec.as_ref().map(|spec| &spec.id), %error, "could not be cleared away");
                 Ok(message)
             }
         }

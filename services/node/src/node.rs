@@ -1,6 +1,6 @@
 //! The node as a whole: what its flows share.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -12,6 +12,7 @@ use kiln_store::Store;
 use tokio::sync::{OwnedMutexGuard, Semaphore};
 
 use crate::book::{Book, Route};
+use crate::boot::Orphans;
 use crate::cgroup::Cgroup;
 use crate::edge::Edge;
 use crate::failure::Failure;
@@ -34,6 +35,10 @@ pub struct Node<S> {
     pub(crate) edge: Edge,
     /// What is wanted on the edge. Held while the edge changes, so that intent and edge change in the same order.
     pub(crate) routes: tokio::sync::Mutex<BTreeMap<ServerName, Route>>,
+    /// Instances that have ended and whose records do not say so yet: they do not come back on the edge meanwhile.
+    pub(crate) ended: Mutex<HashSet<InstanceId>>,
+    /// What was found on the machine at boot, is in no record, and is not removed yet.
+    pub(crate) orphans: Mutex<Orphans>,
     /// When an instance was last taken off the edge by this process.
     pub(crate) left_edge: Mutex<HashMap<InstanceId, Instant>>,
     pub(crate) verifier: Verifier,
@@ -64,6 +69,8 @@ impl<S: Store> Node<S> {
             pool: Pool::new(cni, names.clone()),
             edge: Edge::open(&names, &helpers).await?,
             routes: tokio::sync::Mutex::new(routes),
+            ended: Mutex::default(),
+            orphans: Mutex::default(),
             left_edge: Mutex::default(),
             verifier: Verifier::new(images, site.paths().signing_pub()),
             at_once: Arc::new(Semaphore::new(AT_ONCE)),

@@ -100,11 +100,26 @@ pub(crate) enum State {
 /// What happened to an instance.
 #[derive(Debug, Clone)]
 pub(crate) enum Fact {
-    Started { process: Process },
-    CouldNotLaunch { why: String },
-    Ended { exit_code: Option<i32>, why: String },
-    ToRetire { drain: Millis },
-    Gone { exit_code: Option<i32> },
+    Started {
+        process: Process,
+    },
+    CouldNotLaunch {
+        why: String,
+    },
+    /// The node ended in the middle of its launch, or could not write what became of it.
+    CutOff,
+    Ended {
+        exit_code: Option<i32>,
+        why: String,
+    },
+    ToRetire {
+        drain: Millis,
+    },
+    Gone {
+        exit_code: Option<i32>,
+    },
+    /// Nothing of it is left on the machine.
+    Cleared,
 }
 
 /// A fact that does not fit the state.
@@ -121,12 +136,15 @@ pub(crate) struct Record {
     /// Of the specification: the same id with another one is another instance.
     pub(crate) digest: Digest,
     pub(crate) state: State,
-    /// Its place in the network, while it has one.
+    /// Its place in the network, until it is cleared away.
     pub(crate) plug: Option<Plug>,
     pub(crate) launched: Timestamp,
     pub(crate) ended: Option<Timestamp>,
     pub(crate) exit_code: Option<i32>,
     pub(crate) detail: String,
+    /// It failed, and is not to blame.
+    #[serde(default)]
+    pub(crate) cut_off: bool,
     pub(crate) traceparent: String,
 }
 
@@ -148,6 +166,7 @@ impl Record {
             ended: None,
             exit_code: None,
             detail,
+            cut_off: false,
             traceparent,
         }
     }
@@ -159,6 +178,12 @@ impl Record {
             (State::Launching, Fact::CouldNotLaunch { why }) => {
                 self.state = State::Failed;
                 self.detail = why;
+                self.end(now);
+            }
+            (State::Launching, Fact::CutOff) => {
+                self.state = State::Failed;
+                self.detail = "its launch was cut off; launch a new attempt".to_owned();
+                self.cut_off = true;
                 self.end(now);
             }
             (State::Running { .. }, Fact::Ended { exit_code, why }) => {
@@ -177,19 +202,22 @@ impl Record {
                 self.state = State::Retired;
                 self.exit_code = self.exit_code.or(exit_code);
                 self.end(now);
+                self.plug = None;
             }
+            (State::Exited | State::Failed, Fact::Cleared) => self.plug = None,
             (state, Fact::Started { .. }) => return illegal(state, "started"),
             (state, Fact::CouldNotLaunch { .. }) => return illegal(state, "a failed launch"),
+            (state, Fact::CutOff) => return illegal(state, "cut off"),
             (state, Fact::Ended { .. }) => return illegal(state, "ended"),
             (state, Fact::ToRetire { .. }) => return illegal(state, "retired"),
             (state, Fact::Gone { .. }) => return illegal(state, "gone"),
+            (state, Fact::Cleared) => return illegal(state, "cleared away"),
         }
         Ok(self)
     }
 
     fn end(&mut self, now: Timestamp) {
         self.ended.get_or_insert(now);
-        self.plug = None;
     }
 
     /// The process that runs, or ran when this was written.
@@ -204,9 +232,14 @@ impl Record {
         matches!(self.state, State::Running { .. })
     }
 
-    /// It has ended for good, and holds nothing on the machine but its log.
+    /// It has ended for good.
     pub(crate) fn is_over(&self) -> bool {
         matches!(self.state, State::Exited | State::Retired | State::Failed)
+    }
+
+    /// It has ended for good, and still has something on the machine.
+    pub(crate) fn is_left_over(&self) -> bool {
+        self.is_over() && self.plug.is_some()
     }
 
     pub(crate) fn to_message(&self, version: u64) -> engine::Instance {
@@ -218,16 +251,18 @@ impl Record {
             State::Retired => engine::InstanceState::Retired,
             State::Failed => engine::InstanceState::Failed,
         };
+        let place = self.plug.as_ref().filter(|_| !self.is_over());
         engine::Instance {
             spec: Some(self.spec.clone().into()),
             state: state.into(),
-            address: self.plug.as_ref().map(|plug| plug.address.to_string()).unwrap_or_default(),
+            address: place.map(|plug| plug.address.to_string()).unwrap_or_default(),
             launched: Some(to_timestamp(self.launched)),
             ended: self.ended.map(to_timestamp),
             exit_code: self.exit_code,
             detail: self.detail.clone(),
             pid: self.process().map_or(0, |process| process.pid),
             version,
+            cut_off: self.cut_off,
         }
     }
 }
@@ -278,7 +313,7 @@ mod tests {
         let ended = Fact::Ended { exit_code: Some(3), why: "it ended".to_owned() };
         let retire = Fact::ToRetire { drain: Millis(0) };
         let exited = after(&[started(), ended.clone()]).unwrap();
-        assert_eq!((exited.exit_code, exited.plug), (Some(3), None));
+        assert_eq!(exited.exit_code, Some(3));
         assert!(after(&[started(), ended.clone(), started()]).is_err());
         assert!(after(&[started(), ended.clone(), ended.clone()]).is_err());
         let gone = Fact::Gone { exit_code: None };
@@ -286,5 +321,22 @@ mod tests {
         assert_eq!((retired.state, retired.exit_code), (State::Retired, Some(3)));
         assert!(after(&[started(), retire.clone(), gone, retire]).is_err());
         assert!(after(&[started(), Fact::CouldNotLaunch { why: String::new() }]).is_err());
+    }
+
+    #[test]
+    fn what_it_has_on_the_machine_is_known_until_it_is_cleared_away() {
+        let ended = Fact::Ended { exit_code: None, why: String::new() };
+        let failed = Fact::CouldNotLaunch { why: String::new() };
+        for facts in [vec![started(), ended], vec![failed], vec![Fact::CutOff]] {
+            let over = after(&facts).unwrap();
+            assert!(over.is_over() && over.is_left_over());
+            assert_eq!(over.to_message(1).address, "", "nobody answers there");
+            let retiring =
+                after(&[facts.clone(), vec![Fact::ToRetire { drain: Millis(0) }]].concat()).unwrap();
+            assert!(retiring.plug.is_some());
+            let cleared = after(&[facts, vec![Fact::Cleared]].concat()).unwrap();
+            assert!(cleared.is_over() && !cleared.is_left_over());
+        }
+        assert!(after(&[started(), Fact::Cleared]).is_err());
     }
 }

@@ -99,7 +99,7 @@ impl<S: Store> Node<S> {
         if let Some(plug) = &record.plug {
             self.edge.forget(plug.address).await;
         }
-        self.take_apart(&id, record.plug.as_ref().map(|plug| plug.namespace.clone())).await?;
+        self.take_apart(&record).await?;
         let mark = self.book.retired_mark(&id).await?;
         let retired = advance(record, Fact::Gone { exit_code })?;
         let message = self.book.write(retired, mark).await?;

@@ -15,6 +15,7 @@ use tokio::sync::MutexGuard;
 use crate::book::{Backend, Listener, Route};
 use crate::edge::{SLOTS, Wanted};
 use crate::node::{Node, to_the_end};
+use crate::record::State;
 
 #[derive(Debug)]
 pub(crate) struct Plan {
@@ -56,7 +57,8 @@ impl TryFrom<engine::RouteRequest> for Plan {
         }
         listeners.sort_by_key(|listener| listener.listen);
         let server = convert::text("server", &request.server)?;
-        Ok(Self { server, route: Route { generation: request.generation, listeners } })
+        let id = convert::text("request_id", &request.request_id)?;
+        Ok(Self { server, route: Route { generation: request.generation, request: Some(id), listeners } })
     }
 }
 
@@ -93,22 +95,29 @@ impl<S: Store> Node<S> {
         to_the_end(async move { node.route_alone(plan).await }).await
     }
 
-    async fn route_alone(&self, Plan { server, route }: Plan) -> Result<bool, ApiError> {
+    async fn route_alone(&self, Plan { server, mut route }: Plan) -> Result<bool, ApiError> {
+        // Takes a walk through /proc where a port is new: not with the lock.
+        self.refuse_foreign_ports(&route).await?;
         let mut routes = self.routes.lock().await;
         let along = self.book.fence(&server, route.generation).await?;
         self.refuse_not_running(&server, &route)?;
-        self.refuse_taken_ports(&routes, &server, &route).await?;
+        refuse_taken_ports(&routes, &server, &route)?;
         let before = routes.get(&server).cloned();
         let same =
             before.as_ref().map_or(route.listeners.is_empty(), |before| before.listeners == route.listeners);
+        // A call that is made again answers as it did when it changed this.
+        let again = same && before.as_ref().is_some_and(|before| before.request == route.request);
+        if let Some(before) = before.as_ref().filter(|_| same) {
+            route.request.clone_from(&before.request);
+        }
         if before.as_ref() != Some(&route) {
             // The intent first: after a crash in between the next node brings the edge to it.
             self.book.write_route(&server, &route, along).await?;
             routes.insert(server.clone(), route);
         }
-        let changed = self.edge.apply(&self.wanted(&routes)).await?;
+        let changed = self.edge.apply(|| self.wanted(&routes)).await?;
         self.note_left(before.as_ref(), routes.get(&server));
-        Ok(changed || !same)
+        Ok(changed || !same || again)
     }
 
     fn note_left(&self, before: Option<&Route>, after: Option<&Route>) {
@@ -128,8 +137,13 @@ impl<S: Store> Node<S> {
                 let reason = format!("instance {instance} is not one of server {server}");
                 return Err(ApiError::precondition(reason, what_to_do));
             }
+            let ended = self.has_ended(instance);
             let state = self.book.get(instance).map(|held| held.value.state);
-            let word = state.as_ref().map_or("not there", |state| state.word());
+            let word = match &state {
+                Some(State::Running { .. }) if ended => "about to be recorded as exited",
+                Some(state) => state.word(),
+                None => "not there",
+            };
             if word != "running" {
                 let reason = format!("instance {instance} can't serve users: it is {word}");
                 return Err(ApiError::precondition(reason, what_to_do));
@@ -138,25 +152,11 @@ impl<S: Store> Node<S> {
         Ok(())
     }
 
-    async fn refuse_taken_ports(
-        &self,
-        routes: &BTreeMap<ServerName, Route>,
-        server: &ServerName,
-        route: &Route,
-    ) -> Result<(), ApiError> {
+    /// Ports that something else on the machine has.
+    async fn refuse_foreign_ports(&self, route: &Route) -> Result<(), ApiError> {
         for Listener { listen, .. } in &route.listeners {
-            let others = routes.iter().filter(|(other, _)| *other != server);
-            let other =
-                others.into_iter().find(|(_, route)| route.listeners.iter().any(|l| l.listen == *listen));
-            let holder = match other {
-                Some((other, _)) => Some(format!("server {other}")),
-                None => self.edge.held_by_other(*listen).await?,
-            };
-            if let Some(holder) = holder {
-                return Err(ApiError::precondition(
-                    format!("port {listen} is held by {holder}"),
-                    "choose another `run.ports.listen`, or stop what holds the port",
-                ));
+            if let Some(holder) = self.edge.held_by_other(*listen).await? {
+                return Err(held(*listen, &holder));
             }
         }
         Ok(())
@@ -165,6 +165,10 @@ impl<S: Store> Node<S> {
     /// What the edge should be: everything that is asked for and runs.
     fn wanted(&self, routes: &BTreeMap<ServerName, Route>) -> Wanted {
         let address = |backend: &Backend| {
+            // Asked before the record is: once the end is recorded it is not noted any more.
+            if self.has_ended(&backend.instance) {
+                return None;
+            }
             let record = self.book.get(&backend.instance)?.value;
             let address = record.plug.as_ref().filter(|_| record.is_running())?.address;
             Some(SocketAddrV4::new(address, backend.target))
@@ -173,26 +177,26 @@ impl<S: Store> Node<S> {
         listeners.map(|l| (l.listen, l.backends.iter().filter_map(address).collect())).collect()
     }
 
-    /// Takes an instance that has ended off the edge, at once and for good.
-    pub(crate) async fn take_off_edge(&self, id: &InstanceId) -> Result<(), ApiError> {
+    /// Takes an instance that has ended out of what is wanted on the edge, where it does not stand any more.
+    pub(crate) async fn forget_on_edge(&self, id: &InstanceId) -> Result<(), ApiError> {
         let mut routes = self.routes.lock().await;
-        let Some(route) = routes.get_mut(&id.server).filter(|route| route.instances().contains(id)) else {
+        let Some(route) = routes.get(&id.server).filter(|route| route.instances().contains(id)) else {
             return Ok(());
         };
+        let mut route = route.clone();
         for listener in &mut route.listeners {
             listener.backends.retain(|backend| backend.instance != *id);
         }
-        let route = route.clone();
-        // The edge first. After a crash in between the next node sees that the instance has ended.
-        self.edge.apply(&self.wanted(&routes)).await?;
-        self.book.write_route(&id.server, &route, Batch::default()).await
+        self.book.write_route(&id.server, &route, Batch::default()).await?;
+        routes.insert(id.server.clone(), route);
+        Ok(())
     }
 
     /// Brings the edge to what is wanted, whatever happened to it.
     pub(crate) async fn restore_edge(&self) -> Result<(), ApiError> {
-        let routes = self.routes.lock().await;
         self.edge.look().await?;
-        self.edge.apply(&self.wanted(&routes)).await?;
+        let routes = self.routes.lock().await;
+        self.edge.apply(|| self.wanted(&routes)).await?;
         Ok(())
     }
 
@@ -210,4 +214,27 @@ impl<S: Store> Node<S> {
         }
         Ok(routes)
     }
+}
+
+/// Ports that other servers have.
+fn refuse_taken_ports(
+    routes: &BTreeMap<ServerName, Route>,
+    server: &ServerName,
+    route: &Route,
+) -> Result<(), ApiError> {
+    for Listener { listen, .. } in &route.listeners {
+        let others = routes.iter().filter(|(other, _)| *other != server);
+        let mut holders = others.filter(|(_, route)| route.listeners.iter().any(|l| l.listen == *listen));
+        if let Some((other, _)) = holders.next() {
+            return Err(held(*listen, &format!("server {other}")));
+        }
+    }
+    Ok(())
+}
+
+fn held(listen: u16, holder: &str) -> ApiError {
+    ApiError::precondition(
+        format!("port {listen} is held by {holder}"),
+        "choose another `run.ports.listen`, or stop what holds the port",
+    )
 }

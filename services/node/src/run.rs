@@ -18,7 +18,7 @@ use crate::node::Node;
 pub async fn run(Start { site, stop }: Start) -> Result<(), Failure> {
     let store = SqliteStore::open(&site.paths().store(Service::Node)).await?;
     let node = Node::open(&site, store).await?;
-    node.reconcile().await?;
+    node.take_over().await;
     let pool = Arc::clone(&node.pool);
     let filling = pool.keep_full(stop.clone());
     let tending = {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use kiln_api::engine::InstanceState;
 
-use crate::site::{TestSite, free_port, get, id, local, request, spec};
+use crate::site::{TestSite, free_port, get, id, local, request, spec, wait_for};
 
 /// Rounds of launch or retire with a kill at a moment that moves from its beginning to past its end.
 const ROUNDS: u64 = 24;
@@ -26,7 +26,7 @@ async fn a_launch_that_was_cut_off_is_taken_apart() {
         let answered = call.await.unwrap().ok();
         site.start_node();
         site.ready().await;
-        let state = site.state(&id(attempt)).await;
+        let state = site.settled(&id(attempt)).await;
         outcomes.insert(state.as_str_name());
         match state {
             // Killed before anything was recorded: as if it had never been asked for.
@@ -36,19 +36,16 @@ async fn a_launch_that_was_cut_off_is_taken_apart() {
             other => panic!("{other:?}"),
         }
         if state != InstanceState::Running {
-            let left: Vec<_> = site
-                .leftovers()
-                .into_iter()
-                .filter(|line| line.contains(&format!("{}.", id(attempt))) || line.ends_with(&id(attempt)))
-                .collect();
-            assert_eq!(left, Vec::<String>::new(), "round {round}");
+            let of_it =
+                |line: &String| line.contains(&format!("{}.", id(attempt))) || line.ends_with(&id(attempt));
+            wait_for("the end of what was half-made", || !site.leftovers().iter().any(of_it)).await;
         }
         site.retire(&id(attempt), Duration::ZERO).await.unwrap();
     }
     println!("launches ended as {outcomes:?}");
     assert!(outcomes.len() > 1, "every kill fell at the same point: {outcomes:?}");
     assert_eq!(site.state(&id(1000)).await, InstanceState::Running, "it was there all the time");
-    assert_only(&site, &[&id(1000)]);
+    assert_only(&site, &[&id(1000)]).await;
     site.purge();
 }
 
@@ -77,7 +74,7 @@ async fn a_retirement_that_was_cut_off_is_finished() {
         }
         site.wait_state(&id(attempt), InstanceState::Retired).await;
     }
-    assert_only(&site, &[&id(1000)]);
+    assert_only(&site, &[&id(1000)]).await;
     site.purge();
 }
 
@@ -94,19 +91,92 @@ async fn an_end_that_nobody_saw_is_found_at_boot() {
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
     site.start_node();
     site.ready().await;
-    assert_eq!(site.state(&id(1)).await, InstanceState::Exited);
+    for _ in 0..20 {
+        assert_eq!(get(local(port), "/").unwrap(), format!("Hello from {}\n", id(2)), "before it serves");
+    }
+    site.wait_state(&id(1), InstanceState::Exited).await;
     let (instances, routes) = site.list().await;
     assert_eq!(instances[0].exit_code, Some(137), "conmon saw it");
     assert_eq!(routes[0].listeners[0].backends.len(), 1);
-    for _ in 0..20 {
-        assert_eq!(get(local(port), "/").unwrap(), format!("Hello from {}\n", id(2)));
+    let folder = site.home.path().join("node/instances").join(id(1));
+    wait_for("the end of what it had", || !folder.exists()).await;
+    assert_only(&site, &[&id(2)]).await;
+    site.purge();
+}
+
+#[tokio::test]
+async fn a_route_that_was_cut_off_is_either_old_or_new() {
+    let mut site = TestSite::start().await;
+    let image = site.server_image();
+    let port = free_port();
+    for attempt in [1, 2] {
+        site.serving(&image, attempt).await;
     }
-    assert_only(&site, &[&id(2)]);
+    site.route(port, &[&id(1)]).await.unwrap();
+    let mut outcomes = BTreeSet::new();
+    for round in 0..ROUNDS {
+        let (old, new) = if round % 2 == 0 { (1, 2) } else { (2, 1) };
+        site.route(port, &[&id(old)]).await.unwrap();
+        let route = tokio::spawn(site.route_by(site.client(), port, &[&id(new)]));
+        tokio::time::sleep(Duration::from_millis(round)).await;
+        site.kill_node();
+        let answered = route.await.unwrap().is_ok();
+        assert!(get(local(port), "/").is_ok(), "users are served without a node");
+        site.start_node();
+        site.ready().await;
+        let (_, routes) = site.list().await;
+        let [backend] = routes[0].listeners[0].backends.as_slice() else { panic!("{routes:?}") };
+        assert!(backend.instance == id(new) || !answered && backend.instance == id(old), "{routes:?}");
+        for _ in 0..10 {
+            assert_eq!(get(local(port), "/").unwrap(), format!("Hello from {}\n", backend.instance));
+        }
+        outcomes.insert((answered, backend.instance == id(new)));
+    }
+    println!("routes ended as {outcomes:?}");
+    assert!(outcomes.len() > 1, "every kill fell at the same point: {outcomes:?}");
+    assert_only(&site, &[&id(1), &id(2)]).await;
+    site.purge();
+}
+
+#[tokio::test]
+async fn what_can_not_be_cleared_away_yet_is_cleared_away_later() {
+    let mut site = TestSite::start().await;
+    let image = site.server_image();
+    let port = free_port();
+    let one = site.serving(&image, 1).await;
+    site.serving(&image, 2).await;
+    site.route(port, &[&id(1), &id(2)]).await.unwrap();
+    let leases = site.home.path().join(format!("node/cni/kiln-{}", site.site.id));
+    let lease = leases.join(&one.address);
+    let holder = std::fs::read_to_string(&lease).unwrap().lines().next().unwrap().to_owned();
+    // No address can be given out or back.
+    let lock = leases.join("lock");
+    let break_leases = || {
+        std::fs::remove_file(&lock).unwrap();
+        std::fs::create_dir(&lock).unwrap();
+    };
+    break_leases();
+    let pid = rustix::process::Pid::from_raw(one.pid.try_into().unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    site.wait_state(&id(1), InstanceState::Exited).await;
+    wait_for("a clean-up that failed", || site.log().contains("its end could not be seen to")).await;
+    assert!(lease.exists());
+    // Its record is all that the next node has of it, and it serves before it has mended anything.
+    site.kill_node();
+    site.start_node();
+    site.ready().await;
+    assert_eq!(get(local(port), "/").unwrap(), format!("Hello from {}\n", id(2)));
+    assert!(lease.exists());
+    std::fs::remove_dir(&lock).unwrap();
+    let left = || lease.exists() || site.leftovers().iter().any(|line| line.contains(&holder));
+    wait_for("the end of its namespace and address", || !left()).await;
+    assert_only(&site, &[&id(2)]).await;
+    site.retire(&id(1), Duration::ZERO).await.unwrap();
     site.purge();
 }
 
 /// Groups and folders of these instances and no others; namespaces for them and the pool.
-fn assert_only(site: &TestSite, ids: &[&str]) {
+async fn assert_only(site: &TestSite, ids: &[&str]) {
     let group = format!("kiln-{}/", site.site.id);
     let known = |line: &str| ids.iter().any(|id| line.contains(id));
     let tracked = std::fs::read_dir("/sys/fs/cgroup").unwrap().flatten();
@@ -123,8 +193,8 @@ fn assert_only(site: &TestSite, ids: &[&str]) {
             assert!(known(&name), "{dir}/{name} is left over");
         }
     }
-    let left = site.leftovers();
-    let count = |what: &str| left.iter().filter(|line| line.starts_with(what)).count();
-    assert!(count("netns") <= ids.len() + 5, "{left:?}");
-    assert_eq!(count("mount"), 0, "{left:?}");
+    let count = |what: &str| site.leftovers().iter().filter(|line| line.starts_with(what)).count();
+    // An earlier node's pool goes while the next one serves.
+    wait_for("the end of earlier pools", || count("netns") <= ids.len() + 5).await;
+    assert_eq!(count("mount"), 0, "{:?}", site.leftovers());
 }

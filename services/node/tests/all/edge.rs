@@ -6,7 +6,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use kiln_api::engine::InstanceState;
+use kiln_api::engine::engine_service_client::EngineServiceClient;
+use kiln_api::engine::{InstanceState, LaunchRequest, Listener, RouteRequest};
+use kiln_service::client::Channel;
+use kiln_service::requests::new_id;
 use tonic::Code;
 
 use crate::site::{TestSite, free_port, get, id, local, request, spec, wait_for};
@@ -104,15 +107,21 @@ async fn a_connection_ends_where_it_began() {
     assert_eq!(slow.join().unwrap().unwrap(), format!("Hello from {}\n", id(1)));
 }
 
+/// After an instance was killed, new connections to it may fail for so long. At worst: a machine that is busy with other
+/// tests gives the node its turn late.
+const MOSTLY: Duration = Duration::from_millis(100);
+const AT_WORST: Duration = Duration::from_millis(250);
+
 #[tokio::test]
 async fn a_killed_instance_leaves_the_edge_at_once() {
     let site = TestSite::start().await;
     let image = site.server_image();
     let port = free_port();
-    let mut shortest = Duration::MAX;
+    let mut lasts = Vec::new();
     site.serving(&image, 1).await;
-    // Other tests keep the machine busy: of several tries the best one counts.
-    for attempt in 2..7 {
+    let rolling = Arc::new(AtomicBool::new(true));
+    let others = tokio::spawn(others_roll(site.client(), Arc::clone(&rolling)));
+    for attempt in 2..11 {
         let victim = site.serving(&image, attempt).await;
         site.route(port, &[&id(1), &id(attempt)]).await.unwrap();
         let load = Load::start(port);
@@ -127,11 +136,35 @@ async fn a_killed_instance_leaves_the_edge_at_once() {
         let last =
             failed.iter().map(|(when, _)| when.saturating_duration_since(killed)).max().unwrap_or_default();
         println!("killed: {} failed, the last one began {last:?} after", failed.len());
-        shortest = shortest.min(last);
+        lasts.push(last);
     }
-    assert!(shortest < Duration::from_millis(100), "{shortest:?}");
+    rolling.store(false, Ordering::Relaxed);
+    assert!(others.await.unwrap() > 50, "the others rolled");
+    lasts.sort();
+    println!("the last failures began {lasts:?} after their instances were killed");
+    assert!(lasts[lasts.len() / 2] < MOSTLY && lasts[lasts.len() - 1] < AT_WORST, "{lasts:?}");
     let (_, routes) = site.list().await;
-    assert_eq!(routes[0].listeners[0].backends.len(), 1, "the intent forgot it too");
+    let own = routes.iter().find(|route| route.server == "web").unwrap();
+    assert_eq!(own.listeners[0].backends.len(), 1, "the intent forgot it too");
+}
+
+/// Plans of other servers, one after the other, each for a port that has to be looked for on the whole machine; gives how
+/// many.
+async fn others_roll(mut client: EngineServiceClient<Channel>, rolling: Arc<AtomicBool>) -> u64 {
+    let mut done = 0;
+    while rolling.load(Ordering::Relaxed) {
+        let listeners = vec![Listener { listen: free_port().into(), backends: vec![] }];
+        let request = RouteRequest {
+            request_id: new_id(),
+            server: "db".to_owned(),
+            generation: 1,
+            listeners,
+            traceparent: String::new(),
+        };
+        // The port may be somebody's by chance.
+        done += u64::from(client.route(request).await.is_ok());
+    }
+    done
 }
 
 #[tokio::test]
@@ -213,6 +246,58 @@ async fn a_flushed_table_comes_back() {
     wait_for("the edge again", || get(local(port), "/").is_ok()).await;
 }
 
+#[tokio::test]
+async fn a_change_finds_that_the_table_was_flushed() {
+    let site = TestSite::start().await;
+    let image = site.server_image();
+    let port = free_port();
+    for attempt in 1..4 {
+        site.serving(&image, attempt).await;
+    }
+    site.route(port, &[&id(1), &id(2), &id(3)]).await.unwrap();
+    let table = format!("kiln_{}", site.site.id);
+    let nft = |words: &[&str]| assert!(Command::new("nft").args(words).status().unwrap().success());
+    nft(&["flush", "map", "ip", &table, "be"]);
+    site.route(port, &[&id(1), &id(2)]).await.unwrap();
+    assert!(get(local(port), "/").is_ok());
+    nft(&["delete", "table", "ip", &table]);
+    let two = site.list().await.0.remove(1).pid;
+    rustix::process::kill_process(
+        rustix::process::Pid::from_raw(two.try_into().unwrap()).unwrap(),
+        rustix::process::Signal::KILL,
+    )
+    .unwrap();
+    site.wait_state(&id(2), InstanceState::Exited).await;
+    assert_eq!(get(local(port), "/").unwrap(), format!("Hello from {}\n", id(1)));
+}
+
+#[tokio::test]
+async fn an_instance_that_has_just_ended_is_not_put_back() {
+    let site = TestSite::start().await;
+    let image = site.server_image();
+    let port = free_port();
+    site.serving(&image, 1).await;
+    for attempt in 2..6 {
+        let victim = site.serving(&image, attempt).await;
+        site.route(port, &[&id(1), &id(attempt)]).await.unwrap();
+        let pid = rustix::process::Pid::from_raw(victim.pid.try_into().unwrap()).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        // A plan that knows nothing of it, again and again.
+        let until = Instant::now() + Duration::from_secs(20);
+        let refused = loop {
+            match site.route(port, &[&id(1), &id(attempt)]).await {
+                Ok(_) => assert!(Instant::now() < until, "{} is routed to for ever", id(attempt)),
+                Err(refused) => break refused,
+            }
+        };
+        assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
+        site.wait_state(&id(attempt), InstanceState::Exited).await;
+        for _ in 0..20 {
+            assert_eq!(get(local(port), "/").unwrap(), format!("Hello from {}\n", id(1)));
+        }
+    }
+}
+
 /// A network namespace beside the machine, as another computer would be.
 struct Beside {
     name: String,
@@ -288,4 +373,41 @@ async fn an_instance_that_does_not_run_can_t_be_routed_to() {
     site.wait_state(&id(1), InstanceState::Exited).await;
     let refused = site.route(free_port(), &[&id(1)]).await.unwrap_err();
     assert!(refused.message().contains("exited"), "{refused}");
+}
+
+#[tokio::test]
+async fn a_route_that_is_asked_for_again_answers_as_the_first_time() {
+    let site = TestSite::start().await;
+    let request = |request_id: &str, generation| RouteRequest {
+        request_id: request_id.to_owned(),
+        server: "web".to_owned(),
+        generation,
+        listeners: vec![Listener { listen: 29_999, backends: vec![] }],
+        traceparent: String::new(),
+    };
+    for (call, unchanged) in [
+        (request("first", 1), false),
+        (request("first", 1), false),
+        (request("second", 1), true),
+        (request("second", 1), true),
+        (request("third", 2), true),
+        (request("third", 2), true),
+    ] {
+        let answer = site.client().route(call.clone()).await.unwrap().into_inner();
+        assert_eq!(answer.unchanged, unchanged, "{call:?}");
+    }
+    for bad in ["", "a b"] {
+        let refused = site.client().route(request(bad, 3)).await.unwrap_err();
+        assert!(
+            refused.code() == Code::InvalidArgument && refused.message().contains("request_id"),
+            "{refused}"
+        );
+        let launch = crate::site::request(spec("sha256:00", 1));
+        let launch = LaunchRequest { request_id: bad.to_owned(), ..launch };
+        let refused = site.launch(launch).await.unwrap_err();
+        assert!(
+            refused.code() == Code::InvalidArgument && refused.message().contains("request_id"),
+            "{refused}"
+        );
+    }
 }

@@ -18,6 +18,7 @@ use kiln_api::types::{self, CheckResult, Limits, Role, RollingPolicy, RolloutPol
 use kiln_image::{ImageStore, Layer, NewImage, Packer, Whiteouts};
 use kiln_service::client::{self, Channel};
 use kiln_service::config::{NatsFile, Site, SiteFile};
+use kiln_service::requests::new_id;
 use tonic::Status;
 
 pub(crate) const SERVER: &str = "web";
@@ -103,13 +104,13 @@ impl TestSite {
         }
     }
 
-    pub(crate) fn client(&self) -> EngineServiceClient<Channel> {
     /// The node's process has ended by itself, and said that something is wrong.
     pub(crate) fn node_failed(&mut self) -> bool {
         let ended = self.node.as_mut().and_then(|node| node.try_wait().unwrap());
         ended.is_some_and(|status| !status.success())
     }
 
+    pub(crate) fn client(&self) -> EngineServiceClient<Channel> {
         EngineServiceClient::new(client::channel(&self.home.path().join("run/node.sock")))
     }
 
@@ -171,7 +172,7 @@ impl TestSite {
         drain: Duration,
     ) -> impl Future<Output = Result<Instance, Status>> + Send + use<> {
         let request = RetireRequest {
-            request_id: "r".to_owned(),
+            request_id: new_id(),
             id: id.to_owned(),
             server: SERVER.to_owned(),
             generation: 1,
@@ -183,17 +184,26 @@ impl TestSite {
 
     /// True where the edge was so already.
     pub(crate) async fn route(&self, listen: u16, instances: &[&str]) -> Result<bool, Status> {
+        self.route_by(self.client(), listen, instances).await
+    }
+
+    pub(crate) fn route_by(
+        &self,
+        mut client: EngineServiceClient<Channel>,
+        listen: u16,
+        instances: &[&str],
+    ) -> impl Future<Output = Result<bool, Status>> + Send + use<> {
         let backends =
             instances.iter().map(|id| Backend { instance: (*id).to_owned(), target: 80 }).collect();
         let listeners = vec![Listener { listen: listen.into(), backends }];
         let request = RouteRequest {
-            request_id: "r".to_owned(),
+            request_id: new_id(),
             server: SERVER.to_owned(),
             generation: 1,
             listeners,
             traceparent: String::new(),
         };
-        self.client().route(request).await.map(|answer| answer.into_inner().unchanged)
+        async move { client.route(request).await.map(|answer| answer.into_inner().unchanged) }
     }
 
     pub(crate) async fn list(&self) -> (Vec<Instance>, Vec<Route>) {
@@ -217,6 +227,18 @@ impl TestSite {
                 self.state(id).await,
                 self.log()
             );
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Its state when no launch of it is under way any more.
+    pub(crate) async fn settled(&self, id: &str) -> InstanceState {
+        let until = Instant::now() + Duration::from_secs(20);
+        loop {
+            match self.state(id).await {
+                InstanceState::Launching => assert!(Instant::now() < until, "{id} stays: {}", self.log()),
+                state => return state,
+            }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
@@ -342,7 +364,7 @@ pub(crate) fn id(attempt: u64) -> String {
 }
 
 pub(crate) fn request(spec: InstanceSpec) -> LaunchRequest {
-    LaunchRequest { request_id: "r".to_owned(), spec: Some(spec), generation: 1, traceparent: String::new() }
+    LaunchRequest { request_id: new_id(), spec: Some(spec), generation: 1, traceparent: String::new() }
 }
 
 /// A request with a connection of its own; the body of the answer.

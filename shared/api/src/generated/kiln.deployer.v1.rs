@@ -75,6 +75,7 @@ pub struct Instance {
     /// As the monitor last said.
     #[prost(enumeration = "super::super::types::v1::HealthState", tag = "7")]
     pub health: i32,
+    /// It is to be there, and the node has put it there.
     #[prost(bool, tag = "8")]
     pub on_edge: bool,
     #[prost(string, tag = "9")]

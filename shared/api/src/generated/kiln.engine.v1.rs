@@ -43,6 +43,9 @@ pub struct Instance {
     pub pid: u32,
     #[prost(uint64, tag = "9")]
     pub version: u64,
+    /// FAILED because the node ended in the middle of the launch, which says nothing of the instance.
+    #[prost(bool, tag = "10")]
+    pub cut_off: bool,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct LaunchRequest {
@@ -262,6 +265,9 @@ pub mod engine_service_client {
     use tonic::codegen::*;
     use tonic::codegen::http::Uri;
     /// Where instances run. Nothing here modifies an instance: there is only launching and retiring.
+    ///
+    /// A call that is made again does nothing again and gets the answer of the first, by what it is about: Launch and Retire
+    /// by the instance's id, which is used once and for ever, Route by the server's generation and the call's request id.
     #[derive(Debug, Clone)]
     pub struct EngineServiceClient<T> {
         inner: tonic::client::Grpc<T>,
@@ -377,7 +383,8 @@ pub mod engine_service_client {
                 .insert(GrpcMethod::new("kiln.engine.v1.EngineService", "Retire"));
             self.inner.unary(req, path, codec).await
         }
-        /// Replaces all listeners and backends of a server, as one atomic transaction.
+        /// Replaces all listeners and backends of a server, as one atomic transaction. The same request id again answers as the
+        /// first time, as long as no other Route of the server was carried out in between.
         pub async fn route(
             &mut self,
             request: impl tonic::IntoRequest<super::RouteRequest>,
@@ -549,7 +556,8 @@ pub mod engine_service_server {
             &self,
             request: tonic::Request<super::RetireRequest>,
         ) -> std::result::Result<tonic::Response<super::RetireResponse>, tonic::Status>;
-        /// Replaces all listeners and backends of a server, as one atomic transaction.
+        /// Replaces all listeners and backends of a server, as one atomic transaction. The same request id again answers as the
+        /// first time, as long as no other Route of the server was carried out in between.
         async fn route(
             &self,
             request: tonic::Request<super::RouteRequest>,
@@ -599,6 +607,9 @@ pub mod engine_service_server {
         ) -> std::result::Result<tonic::Response<Self::LogsStream>, tonic::Status>;
     }
     /// Where instances run. Nothing here modifies an instance: there is only launching and retiring.
+    ///
+    /// A call that is made again does nothing again and gets the answer of the first, by what it is about: Launch and Retire
+    /// by the instance's id, which is used once and for ever, Route by the server's generation and the call's request id.
     #[derive(Debug)]
     pub struct EngineServiceServer<T> {
         inner: Arc<T>,
