@@ -59,6 +59,7 @@ pub(crate) fn seen(instance: engine::Instance) -> Result<Option<(InstanceId, See
         ended: from_optional_timestamp("ended", instance.ended)?,
         exit_code: instance.exit_code,
         detail: instance.detail,
+        cut_off: instance.cut_off,
     };
     Ok(Some((id, seen)))
 }

@@ -14,7 +14,7 @@ use crate::release::Release;
 use crate::rollout::{Failure, Rollout, RolloutState};
 use crate::view::{Verdict, View};
 
-/// Launches that may fail before the release is to blame. A node that is killed in the middle of one cuts it off.
+/// Launches that may fail before the release is to blame. Those that a node's end cut off are not counted.
 const LAUNCHES: u32 = 3;
 
 /// A gate that failed.

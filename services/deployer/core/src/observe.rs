@@ -104,6 +104,7 @@ pub(crate) fn engine(work: &mut Work<'_>, engine: &BTreeMap<InstanceId, Seen>, v
         {
             rollout.failed_launches += 1;
         }
+            && !seen.is_some_and(|seen| seen.cut_off)
         work.events.push(Event::Instance(verb, id.clone(), Box::new(instance.clone())));
     }
 }

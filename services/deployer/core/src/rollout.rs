@@ -31,7 +31,8 @@ pub struct Rollout {
     pub verified: bool,
     /// Attempts from here on were launched by the leg under way: forward, or back.
     pub first_attempt: u64,
-    /// Launches of that leg that failed: the node may have been cut off, so one says nothing yet of the release.
+    /// Launches of that leg that failed, as far as they were not cut off. One says nothing yet of the release: the machine
+    /// may have been busy.
     #[serde(default)]
     pub failed_launches: u32,
     /// Time of that leg, as far as it counts for the deadline.

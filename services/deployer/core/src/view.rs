@@ -42,6 +42,8 @@ pub struct Seen {
     pub ended: Option<Timestamp>,
     pub exit_code: Option<i32>,
     pub detail: String,
+    /// It failed because the node ended in the middle of its launch, which says nothing of its release.
+    pub cut_off: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

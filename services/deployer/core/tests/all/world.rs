@@ -31,6 +31,8 @@ pub(crate) enum Behaviour {
     },
     /// The node can't launch it.
     Refused,
+    /// The node ends in the middle of the launch, and starts again.
+    CutOff,
     /// Somebody changed a blob of it.
     Tampered,
 }
@@ -415,14 +417,22 @@ impl World {
                 assert!(generation >= self.edge.0, "a stale launch");
                 if !self.node.contains_key(&id) {
                     self.say(format_args!("launch {id}"));
-                    let refused = self.behaviours.get(&image) == Some(&Behaviour::Refused);
+                    let behaviour = self.behaviours.get(&image).copied();
+                    let cut_off = behaviour == Some(Behaviour::CutOff);
+                    let refused = cut_off || behaviour == Some(Behaviour::Refused);
                     let seen = Seen {
                         state: if refused { SeenState::Failed } else { SeenState::Running },
                         address: "10.77.0.2".to_owned(),
                         launched: Some(wall(self.now)),
                         ended: None,
                         exit_code: None,
-                        detail: if refused { "no memory left" } else { "" }.to_owned(),
+                        detail: match behaviour {
+                            Some(Behaviour::Refused) => "no memory left",
+                            Some(Behaviour::CutOff) => "its launch was cut off",
+                            _ => "",
+                        }
+                        .to_owned(),
+                        cut_off,
                     };
                     let start = run.health.map_or(0, |h| h.start.0);
                     self.node.insert(id, Running { seen, image, at: self.now, start });
