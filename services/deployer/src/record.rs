@@ -37,7 +37,8 @@ impl InstanceRecord {
     pub(crate) fn of(fleet: &Fleet, releases: &Releases, id: &InstanceId, instance: &Instance) -> Self {
         Self {
             instance: Instance { soaked: Millis(0), in_state: Millis(0), ..instance.clone() },
-            on_edge: fleet.on_edge(id),
+            // Wanted there, and the node has put it there.
+            on_edge: fleet.on_edge(id) && instance.served,
             policy: releases.get(&id.release).and_then(Release::health).cloned(),
             past: !fleet.instances.contains_key(id),
         }

@@ -247,7 +247,7 @@ pub(crate) fn complete(work: &mut Work<'_>, acknowledged: bool) {
 
 /// Says what is wrong with a fleet that is not as it should be. Without numbers that move with time, so that a tick
 /// is not a change.
-pub(crate) fn describe(work: &mut Work<'_>) {
+pub(crate) fn describe(work: &mut Work<'_>, view: &View) {
     let fleet = &work.fleet;
     if let Some(rollout) = &fleet.rollout {
         let problem = rollout.problem.clone();
@@ -263,7 +263,8 @@ pub(crate) fn describe(work: &mut Work<'_>) {
         .instances
         .iter()
         .filter(|(_, i)| {
-            i.is_broken() || i.state == InstanceState::Running && i.health == HealthState::Unhealthy
+            let sick = matches!(i.health, HealthState::Unhealthy | HealthState::Gone);
+            i.is_broken() || i.state == InstanceState::Running && sick
         })
         .map(|(id, i)| match i.state {
             InstanceState::Running => format!("{id} is unhealthy"),
@@ -271,7 +272,10 @@ pub(crate) fn describe(work: &mut Work<'_>) {
             _ => format!("{id} ended: {}", i.detail),
         })
         .collect();
-    let short = (!missing.is_empty() && !fleet.removed).then(|| missing.join("; "));
+            InstanceState::Running if i.health == HealthState::Gone => gone(id),
+    let unroutable = unroutable(work, view).map(|failed| failed.reason);
+    let wrong: Vec<String> = missing.into_iter().filter(|_| !fleet.removed).chain(unroutable).collect();
+    let short = (!wrong.is_empty()).then(|| wrong.join("; "));
     // Both stay true until a newer revision comes.
     let refused = fleet.refused.and_then(|number| work.release(number)).and_then(|release| {
         let conviction = fleet.quarantine.iter().rev().find(|conviction| conviction.matches(release))?;

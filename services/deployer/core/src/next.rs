@@ -150,7 +150,7 @@ pub fn next(fleet: &Fleet, releases: &Releases, view: &View, now: Now) -> Decisi
     let acknowledged = work.acknowledged(view);
     gate::complete(&mut work, acknowledged);
     plan::forget(&mut work, engine, view);
-    gate::describe(&mut work);
+    gate::describe(&mut work, view);
 
     let effects = effects(&work, engine, view);
     let wake_in = observe::due(&work, view);

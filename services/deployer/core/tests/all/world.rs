@@ -469,6 +469,7 @@ impl World {
                     running.seen.state = SeenState::Retired;
                 }
                 if told {
+                self.view.unroutable = None;
                     self.view.retired.insert(id);
                     self.relist();
                 }
