@@ -87,11 +87,16 @@ fn failed_instance(work: &Work<'_>, rollout: &Rollout) -> Option<Failed> {
             InstanceState::Running if instance.health == HealthState::Unhealthy => {
                 format!("{id} is unhealthy")
             }
+            InstanceState::Running if instance.health == HealthState::Gone => gone(id),
             _ => return None,
         };
         let reason = reason.trim_end_matches([':', ' ']).to_owned();
         Some(Failed { reason, instance: Some(id.clone()) })
     })
+}
+
+fn gone(id: &InstanceId) -> String {
+    format!("{id} is gone, as the monitor saw, though the node has it for running")
 }
 
 fn unroutable(work: &Work<'_>, view: &View) -> Option<Failed> {
@@ -267,12 +272,12 @@ pub(crate) fn describe(work: &mut Work<'_>, view: &View) {
             i.is_broken() || i.state == InstanceState::Running && sick
         })
         .map(|(id, i)| match i.state {
+            InstanceState::Running if i.health == HealthState::Gone => gone(id),
             InstanceState::Running => format!("{id} is unhealthy"),
             InstanceState::Failed => format!("{id} could not be launched: {}", i.detail),
             _ => format!("{id} ended: {}", i.detail),
         })
         .collect();
-            InstanceState::Running if i.health == HealthState::Gone => gone(id),
     let unroutable = unroutable(work, view).map(|failed| failed.reason);
     let wrong: Vec<String> = missing.into_iter().filter(|_| !fleet.removed).chain(unroutable).collect();
     let short = (!wrong.is_empty()).then(|| wrong.join("; "));

@@ -27,6 +27,9 @@ pub const COUNT_EVERY: Duration = Duration::from_secs(1);
 /// On top of three intervals and a probe's own time: one delivery of an event.
 const SLACK: Duration = Duration::from_secs(1);
 
+/// The monitor may learn of an end before we do, and the node's word on it has the exit code.
+const NODE_FIRST: Duration = Duration::from_secs(1);
+
 /// An instance that ended is replaced without being asked for after so many intervals.
 const GRACE_INTERVALS: u64 = 3;
 const GRACE_WITHOUT_POLICY: Millis = Millis::from_secs(3);
@@ -101,10 +104,10 @@ pub(crate) fn engine(work: &mut Work<'_>, engine: &BTreeMap<InstanceId, Seen>, v
         if let Some(rollout) = &mut work.fleet.rollout
             && verb == InstanceVerb::Failed
             && id.attempt >= rollout.first_attempt
+            && !seen.is_some_and(|seen| seen.cut_off)
         {
             rollout.failed_launches += 1;
         }
-            && !seen.is_some_and(|seen| seen.cut_off)
         work.events.push(Event::Instance(verb, id.clone(), Box::new(instance.clone())));
     }
 }
@@ -188,6 +191,7 @@ pub(crate) fn health(work: &mut Work<'_>, view: &View) {
         instance.health = match release.health() {
             None => HealthState::Healthy,
             Some(policy) => match fresh(view, id, policy) {
+                Some(told) if told.state == HealthState::Gone && told.age < NODE_FIRST => instance.health,
                 Some(told) => told.state,
                 None => own_verdict(view, id, policy, instance).unwrap_or(instance.health),
             },
@@ -208,8 +212,10 @@ pub(crate) fn edge(work: &mut Work<'_>, acknowledged: bool) {
     }
 }
 
+/// What the monitor says of an instance, if that still holds. What is gone is not looked at any more, so that stays true
+/// however long ago it was said.
 pub(crate) fn fresh<'v>(view: &'v View, id: &InstanceId, policy: &HealthPolicy) -> Option<&'v Told> {
-    view.health.get(id).filter(|told| told.age <= freshness(policy))
+    view.health.get(id).filter(|told| told.state == HealthState::Gone || told.age <= freshness(policy))
 }
 
 /// Checks of our own are only asked for where they may decide (see [`to_check`]), so what there is may be used.
@@ -320,6 +326,10 @@ pub(crate) fn due(work: &Work<'_>, view: &View) -> Option<Duration> {
         });
         due.extend(steady.filter(|_| !plan::is_frozen(work)).map(|d| d.min(COUNT_EVERY)));
     }
+    due.extend(watched(work).filter_map(|(id, _)| {
+        let told = view.health.get(id).filter(|told| told.state == HealthState::Gone)?;
+        NODE_FIRST.checked_sub(told.age).filter(|wait| !wait.is_zero())
+    }));
     due.extend(to_check(work, view).iter().filter_map(|id| {
         let policy = work.releases.get(&id.release)?.health()?;
         policy.interval.as_duration().checked_sub(view.checks.get(id)?.age)

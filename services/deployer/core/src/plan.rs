@@ -44,9 +44,13 @@ pub(crate) fn bounds(fleet: &Fleet, releases: &Releases) -> Option<Bounds> {
 fn keepers(work: &Work<'_>) -> BTreeMap<u32, InstanceId> {
     let mut keepers: BTreeMap<u32, InstanceId> = BTreeMap::new();
     let Some(target) = work.target().filter(|_| !work.fleet.removed) else { return keepers };
-    let back = work.fleet.rollout.is_some() && !work.fleet.is_forward();
+    let rolling = work.fleet.rollout.is_some();
+    let back = rolling && !work.fleet.is_forward();
     for (id, instance) in &work.fleet.instances {
-        let spent = instance.replace.is_some() || back && instance.health == HealthState::Unhealthy;
+        // Outside of a rollout the monitor's signal says when another one takes the place of what is gone.
+        let spent = instance.replace.is_some()
+            || rolling && instance.health == HealthState::Gone
+            || back && instance.health == HealthState::Unhealthy;
         if !instance.is_live()
             || instance.content != target.content()
             || id.ordinal >= target.replicas()

@@ -100,6 +100,48 @@ fn a_launch_that_was_cut_off_is_tried_again() {
 }
 
 #[test]
+fn however_often_a_launch_is_cut_off_its_release_is_not_to_blame() {
+    let mut world = standing();
+    world.behave("two", Behaviour::CutOff);
+    world.revise(&Made::new("second", "two"));
+    for _ in 0..12 {
+        world.look();
+    }
+    let launches = world.story.iter().filter(|line| line.contains("launch web-r2-")).count();
+    assert!(launches > 4, "{}", world.told());
+    world.say("> the node stays");
+    world.behave("two", Behaviour::Good);
+    world.play(60_000);
+    assert_eq!((world.fleet.last_good, world.outages), (2, 0), "{}", world.told());
+    assert!(world.fleet.quarantine.is_empty());
+}
+
+#[test]
+fn what_the_monitor_holds_for_gone_does_not_hold_up_a_rollout() {
+    let mut world = standing();
+    let old = world.running()[2].clone();
+    let made = Made::new("second", "two").with(|run| run.rollout.soak = Millis::from_secs(8));
+    world.revise(&made);
+    world.play(200);
+    world.hold_for_gone(&old);
+    world.play(120_000);
+    assert_snapshot!(world.told());
+    assert_eq!((world.fleet.last_good, world.outages), (2, 0));
+}
+
+#[test]
+fn a_new_instance_that_the_monitor_holds_for_gone_turns_back() {
+    let mut world = standing();
+    world.revise(&Made::new("second", "two").with(|run| run.rollout.soak = Millis::from_secs(8)));
+    world.play(200);
+    let new = world.running().into_iter().find(|id| id.release == 2).unwrap();
+    world.hold_for_gone(&new);
+    world.play(120_000);
+    assert_snapshot!(world.told());
+    assert_eq!((world.fleet.last_good, world.outages), (1, 0));
+}
+
+#[test]
 fn a_deadline_turns_back() {
     let mut world = standing();
     world.behave("slow", Behaviour::NeverHealthy);
@@ -377,6 +419,21 @@ fn soak_is_counted_across_a_crash() {
     let took = ended.as_millisecond() - 1_700_000_000_000 - began as i64;
     assert!((30_000..60_000).contains(&took), "{took} ms for three soaks of ten seconds");
     assert_eq!(world.outages, 0);
+}
+
+#[test]
+fn a_refused_edge_is_a_problem_outside_of_a_rollout_too() {
+    let mut world = standing();
+    world.refuse_edge_with = Some(8080);
+    let victim = world.running()[0].clone();
+    world.exit(&victim, 1);
+    world.signal(&victim, CauseKind::Gone);
+    world.play(10_000);
+    assert!(world.fleet.rollout.is_none());
+    assert!(world.fleet.problem.contains("port 8080 is held by sshd"), "{:?}", world.fleet.problem);
+    world.refuse_edge_with = None;
+    world.play(10_000);
+    assert_eq!(world.fleet.problem, "");
 }
 
 #[test]

@@ -106,6 +106,8 @@ pub(crate) struct World {
     node: BTreeMap<InstanceId, Running>,
     edge: (u64, Vec<Listener>),
     pub(crate) monitor_up: bool,
+    /// Instances that run, and that the monitor holds for gone.
+    held_for_gone: BTreeSet<InstanceId>,
     /// When the view was filled in with what the monitor said of an instance.
     told_at: BTreeMap<InstanceId, u64>,
     checked_at: BTreeMap<InstanceId, u64>,
@@ -151,6 +153,7 @@ impl World {
             node: BTreeMap::new(),
             edge: (0, Vec::new()),
             monitor_up: true,
+            held_for_gone: BTreeSet::new(),
             told_at: BTreeMap::new(),
             checked_at: BTreeMap::new(),
             committed_at: 0,
@@ -315,6 +318,9 @@ impl World {
         if running.seen.state != SeenState::Running {
             return HealthState::Gone;
         }
+        if self.held_for_gone.contains(id) {
+            return HealthState::Gone;
+        }
         let age = self.now - running.at;
         match self.behaviours.get(&running.image).unwrap_or(&Behaviour::Good) {
             _ if age < 100 => HealthState::Starting,
@@ -325,8 +331,17 @@ impl World {
         }
     }
 
+    /// The monitor takes an instance for gone, and looks at it no more.
+    pub(crate) fn hold_for_gone(&mut self, id: &InstanceId) {
+        self.say(format_args!("> the monitor holds {id} for gone"));
+        self.held_for_gone.insert(id.clone());
+    }
+
     fn tell(&mut self, id: &InstanceId) {
         let state = self.truth(id);
+        if state == HealthState::Gone && self.view.health.get(id).is_some_and(|told| told.state == state) {
+            return;
+        }
         let passed = state == HealthState::Healthy;
         let last_checks = vec![CheckResult {
             passed,
@@ -454,6 +469,7 @@ impl World {
                         l.backends.iter().map(move |b| format!("{}:{}>{}", l.listen, b.instance, b.target))
                     })
                     .collect();
+                self.view.unroutable = None;
                 self.edge = (generation, listeners);
                 self.say(format_args!("edge {}", names.into_iter().collect::<Vec<_>>().join(" ")));
                 if told {
@@ -469,7 +485,6 @@ impl World {
                     running.seen.state = SeenState::Retired;
                 }
                 if told {
-                self.view.unroutable = None;
                     self.view.retired.insert(id);
                     self.relist();
                 }
