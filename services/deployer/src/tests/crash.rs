@@ -33,6 +33,8 @@ async fn live_through(step: u64) -> bool {
         site.world.revise(revision(3, "third", "bad", run_spec()));
         site.until("the third release", || async { site.loaded().await.fleet.next_release == 4 }).await;
         site.until_at(2).await;
+        // What was committed is told in the end, once.
+        site.until("the events", || async { site.store.unsent(1).await.unwrap().is_empty() }).await;
     };
     tokio::select! {
         _ = after => {}
@@ -42,8 +44,6 @@ async fn live_through(step: u64) -> bool {
     assert_eq!(fleet.quarantine.len(), 1, "step {step}");
     assert_eq!((fleet.release, fleet.last_good), (2, 2), "step {step}");
     site.assert_tidy().await;
-    // What was committed is told in the end, once.
-    site.until("the events", || async { site.store.unsent(1).await.unwrap().is_empty() }).await;
     for (kind, times) in
         [("release.created", 3), ("rollout.started", 3), ("rollout.succeeded", 2), ("rollout.rolled_back", 1)]
     {
