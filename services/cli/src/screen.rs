@@ -105,17 +105,22 @@ impl Screen {
             return Bar(None);
         }
         let bar = ProgressBar::new(length);
-        let template = if length == 0 {
-            "{spinner} {msg} ({elapsed})"
-        } else {
-            "{spinner} [{bar:24}] {pos}/{len} {msg} ({elapsed})"
-        };
-        if let Ok(style) = ProgressStyle::with_template(template) {
-            bar.set_style(style.progress_chars("=> "));
-        }
+        bar.set_style(style(length));
         bar.enable_steady_tick(Duration::from_millis(120));
         Bar(Some(bar))
     }
+}
+
+/// A bar where it is known how much there is to do, else something that moves.
+fn style(length: u64) -> ProgressStyle {
+    // Cut at the terminal's width: a line that wraps can't be drawn over.
+    let template = if length == 0 {
+        "{spinner} {elapsed} {wide_msg}"
+    } else {
+        "{spinner} {elapsed} [{bar:24}] {pos}/{len} {wide_msg}"
+    };
+    let style = ProgressStyle::with_template(template);
+    style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> ")
 }
 
 /// Work that is under way, drawn where there is a terminal.
@@ -124,9 +129,13 @@ pub(crate) struct Bar(Option<ProgressBar>);
 impl Bar {
     pub(crate) fn set(&self, position: u64, length: u64, message: impl Display) {
         if let Some(bar) = &self.0 {
+            // A total may come to be known, and go again, as work passes from one stage to the next.
+            if (bar.length().unwrap_or(0) == 0) != (length == 0) {
+                bar.set_style(style(length));
+            }
+            bar.set_message(message.to_string());
             bar.set_length(length);
             bar.set_position(position);
-            bar.set_message(message.to_string());
         }
     }
 
@@ -184,4 +193,74 @@ pub(crate) fn busy(text: impl ToString) -> Cell {
 
 pub(crate) fn bad(text: impl ToString) -> Cell {
     Cell::new(text).fg(Color::Red)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use indicatif::{ProgressDrawTarget, TermLike};
+
+    use super::*;
+
+    /// A terminal that keeps what is written to it.
+    #[derive(Debug, Clone, Default)]
+    struct Kept(Arc<Mutex<String>>);
+
+    impl TermLike for Kept {
+        fn width(&self) -> u16 {
+            120
+        }
+
+        fn move_cursor_up(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn move_cursor_down(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn move_cursor_right(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn move_cursor_left(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn write_line(&self, text: &str) -> io::Result<()> {
+            self.write_str(text)
+        }
+
+        fn write_str(&self, text: &str) -> io::Result<()> {
+            self.0.lock().unwrap().push_str(text);
+            Ok(())
+        }
+
+        fn clear_line(&self) -> io::Result<()> {
+            self.0.lock().unwrap().clear();
+            Ok(())
+        }
+
+        fn flush(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_bar_is_drawn_as_soon_as_and_as_long_as_the_total_is_known() {
+        let terminal = Kept::default();
+        let target = ProgressDrawTarget::term_like(Box::new(terminal.clone()));
+        let bar = Bar(Some(ProgressBar::with_draw_target(Some(0), target).with_style(style(0))));
+        let drawn = || {
+            bar.0.as_ref().unwrap().force_draw();
+            terminal.0.lock().unwrap().clone()
+        };
+        bar.set(0, 0, "resolving");
+        assert!(drawn().contains("resolving") && !drawn().contains('['), "{}", drawn());
+        bar.set(3, 6, "building");
+        assert!(drawn().contains("[============>           ] 3/6 building"), "{}", drawn());
+        bar.set(0, 0, "waiting");
+        assert!(drawn().contains("waiting") && !drawn().contains('['), "{}", drawn());
+    }
 }
