@@ -113,7 +113,8 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     Ok(())
 }
 
-fn bake_config(site: &Site) -> BakeConfig {
+/// How bakes of a site are done.
+pub fn bake_config(site: &Site) -> BakeConfig {
     let paths = site.paths();
     BakeConfig {
         site: site.id.clone(),

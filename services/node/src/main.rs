@@ -25,8 +25,16 @@ struct Other {
     #[arg(long)]
     doctor: bool,
     /// With --doctor: a port that users are to connect to
-    #[arg(long, requires = "doctor")]
+    #[arg(long, requires = "doctor", value_name = "PORT")]
     port: Vec<u16>,
+    /// With --doctor: a port that the site itself needs, by its setting, as in metrics.node=20001
+    #[arg(long, requires = "doctor", value_name = "SETTING=PORT", value_parser = own_port)]
+    own_port: Vec<(String, u16)>,
+}
+
+fn own_port(text: &str) -> Result<(String, u16), String> {
+    let (setting, port) = text.split_once('=').ok_or("it must have the form SETTING=PORT")?;
+    Ok((setting.to_owned(), port.parse().map_err(|_| format!("`{port}` is no port"))?))
 }
 
 fn main() -> ExitCode {
@@ -54,7 +62,8 @@ async fn act(other: Other) -> Result<ExitCode, Failure> {
         }
     };
     if other.doctor {
-        let findings = doctor::examine(site.as_ref(), &other.port).await;
+        let ports = doctor::Ports { listen: &other.port, own: &other.own_port };
+        let findings = doctor::examine(site.as_ref(), &ports).await;
         let json = serde_json::to_string_pretty(&findings);
         println!("{}", json.map_err(|error| Failure::new("writing the findings", error))?);
         let fine = findings.iter().all(|finding| finding.ok);

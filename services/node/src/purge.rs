@@ -3,6 +3,8 @@
 use std::fs;
 use std::io;
 
+use kiln_service::machine::Leftover;
+
 use crate::boot::made;
 use crate::cgroup::{self, Cgroup};
 use crate::edge;
@@ -76,23 +78,25 @@ fn remove_all(dir: &std::path::Path) -> Result<(), Failure> {
     }
 }
 
-/// Everything on the machine that carries the site's id, a line each.
-pub async fn leftovers(names: &Names) -> Result<Vec<String>, Failure> {
+/// Everything that the node made on the machine and is there: it carries the site's id.
+pub async fn leftovers(names: &Names) -> Result<Vec<Leftover>, Failure> {
     let mut found = Vec::new();
-    found.extend(cgroup::places(&names.cgroup())?.iter().map(|dir| format!("cgroup {}", dir.display())));
-    found.extend(cgroup::processes(&names.cgroup())?.iter().map(|pid| format!("process {pid}")));
-    found.extend(rootfs::mounts_below(&names.node_dir())?.iter().map(|at| format!("mount {}", at.display())));
-    found.extend(namespace::list(&names.netns_prefix())?.iter().map(|name| format!("netns {name}")));
-    found.extend(leases(names).iter().map(|name| format!("lease of {name}")));
+    found.extend(cgroup::places(&names.cgroup())?.iter().map(|dir| Leftover::new("cgroup", dir.display())));
+    found.extend(cgroup::processes(&names.cgroup())?.iter().map(Leftover::process));
+    let mounts = rootfs::mounts_below(&names.node_dir())?;
+    found.extend(mounts.iter().map(|at| Leftover::new("mount", at.display())));
+    found.extend(namespace::list(&names.netns_prefix())?.iter().map(|name| Leftover::new("netns", name)));
+    found.extend(leases(names).iter().map(|name| Leftover::new("lease", format!("of {name}"))));
     if bridge::is_there(names) {
-        found.push(format!("bridge {}", names.bridge()));
-        found.extend(bridge::ports(names).iter().map(|port| format!("interface {port}")));
+        found.push(Leftover::new("bridge", names.bridge()));
+        found.extend(bridge::ports(names).iter().map(|port| Leftover::new("interface", port)));
     }
     let helpers = Helpers::outside();
     if edge::exists(names, &helpers).await? {
-        found.push(format!("nft table ip {}", names.table()));
+        found.push(Leftover::new("nft table", format!("ip {}", names.table())));
     }
-    found.extend(firewall::left(names, &helpers).await.iter().map(|rule| format!("iptables rule {rule}")));
+    let rules = firewall::left(names, &helpers).await;
+    found.extend(rules.iter().map(|rule| Leftover::new("iptables rule", rule)));
     Ok(found)
 }
 

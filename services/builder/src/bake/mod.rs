@@ -9,10 +9,12 @@ mod command;
 mod context;
 mod deb;
 mod deb822;
+mod doctor;
 mod dpkg;
 mod error;
 mod files;
 mod install;
+mod leftovers;
 mod opened;
 mod owners;
 mod packages;
@@ -38,8 +40,10 @@ use kiln_model::definition::{ArchiveSpec, Definition};
 use kiln_model::digest::Digest;
 use kiln_model::lock::Lock;
 use kiln_model::name::{BuildId, SiteId};
+use kiln_service::machine::Leftover;
 use tokio_util::sync::CancellationToken;
 
+pub use doctor::examine;
 pub use error::BakeError;
 
 /// Where a baker keeps its things, and what it may use.
@@ -282,11 +286,27 @@ impl Baker {
     pub async fn sweep(&self) -> Result<(), BakeError> {
         let config = Arc::clone(&self.config);
         blocking(move || {
-            sandbox::sweep(&config)?;
+            leftovers::sweep(&config)?;
             cache::LayerCache::open(&config.layer_cache)?.forget(LAYERS_KEPT)
         })
         .await
     }
+}
+
+/// Removes what bakes of a site left on the machine, and nothing of its folder; the builder must not run. Blocks.
+///
+/// # Errors
+/// Something can't be removed.
+pub fn sweep(config: &BakeConfig) -> Result<(), BakeError> {
+    leftovers::sweep(config)
+}
+
+/// What bakes of a site have on the machine.
+///
+/// # Errors
+/// The machine can't be looked at.
+pub fn leftovers(config: &BakeConfig) -> Result<Vec<Leftover>, BakeError> {
+    leftovers::find(config)
 }
 
 async fn blocking<T: Send + 'static>(

@@ -25,7 +25,7 @@ use super::apt::Solved;
 use super::command::{self, Stdout};
 use super::error::BakeError;
 
-const APT_HELPER: &str = "/usr/lib/apt/apt-helper";
+pub(crate) const APT_HELPER: &str = "/usr/lib/apt/apt-helper";
 const TIME_LIMIT: Duration = Duration::from_secs(1800);
 /// Of files in one call, so that its arguments fit.
 const AT_ONCE: usize = 400;

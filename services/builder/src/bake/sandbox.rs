@@ -168,7 +168,7 @@ fn container_id(site: &SiteId, build: &BuildId) -> String {
     format!("{}{build}", prefix(site))
 }
 
-fn prefix(site: &SiteId) -> String {
+pub(crate) fn prefix(site: &SiteId) -> String {
     format!("kiln-{site}-bake-")
 }
 
@@ -188,7 +188,7 @@ fn delete(config: &BakeConfig, id: &str) -> Result<(), BakeError> {
     Ok(())
 }
 
-/// Ends and removes everything that bakes of this site left on the machine.
+/// Ends and removes every sandbox of this site, and the folder that their trees were in.
 pub(crate) fn sweep(config: &BakeConfig) -> Result<(), BakeError> {
     let folder = site_folder(&config.site);
     let state = folder.join("runc");

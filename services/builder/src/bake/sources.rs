@@ -72,10 +72,8 @@ fn suite_archives(
             })
             .collect();
     }
-    let host: BTreeSet<Archive> = host_archives(Path::new(HOST_SOURCES), Path::new(HOST_SOURCES_PARTS))?
-        .into_iter()
-        .filter(|archive| belongs(&archive.suite, &root.suite))
-        .collect();
+    let host: BTreeSet<Archive> =
+        host_archives()?.into_iter().filter(|archive| belongs(&archive.suite, &root.suite)).collect();
     if host.is_empty() {
         return Err(BakeError::Definition {
             what: format!("suite {}", root.suite),
@@ -149,7 +147,9 @@ pub(crate) fn render(archives: &[Archive]) -> String {
     text
 }
 
-fn host_archives(list: &Path, parts: &Path) -> Result<Vec<Archive>, BakeError> {
+/// Those of this machine's own apt.
+pub(crate) fn host_archives() -> Result<Vec<Archive>, BakeError> {
+    let (list, parts) = (Path::new(HOST_SOURCES), Path::new(HOST_SOURCES_PARTS));
     let mut files = Vec::new();
     if list.is_file() {
         files.push(list.to_owned());

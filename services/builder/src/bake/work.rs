@@ -99,14 +99,15 @@ pub(crate) fn clear(folder: &Path) -> io::Result<()> {
     }
 }
 
-pub(crate) fn unmount_below(folder: &Path) -> io::Result<()> {
+/// Where something is mounted at or below a folder, parents first.
+pub(crate) fn mounts_below(folder: &Path) -> io::Result<Vec<PathBuf>> {
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
-    let mut points: Vec<PathBuf> = mounts
-        .lines()
-        .filter_map(|line| line.split(' ').nth(4))
-        .map(PathBuf::from)
-        .filter(|point| point.starts_with(folder))
-        .collect();
+    let points = mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
+    Ok(points.filter(|point| point.starts_with(folder)).collect())
+}
+
+pub(crate) fn unmount_below(folder: &Path) -> io::Result<()> {
+    let mut points = mounts_below(folder)?;
     // Later ones lie on earlier ones.
     points.reverse();
     for point in points {
