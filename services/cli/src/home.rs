@@ -28,6 +28,12 @@ impl Home {
         Ok(Self { folder, name })
     }
 
+    /// The folders of the sites that lie where sites do.
+    pub(crate) fn all() -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(SITES).into_iter().flatten().flatten();
+        entries.map(|entry| entry.path()).collect()
+    }
+
     pub(crate) fn folder(&self) -> &Path {
         &self.folder
     }

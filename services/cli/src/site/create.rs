@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use kiln_model::event::Service;
 use kiln_service::config::{NatsFile, Site, SiteFile};
 use rand::Rng as _;
-use toml::{Table, Value};
+use toml_edit::{DocumentMut, Item, Table};
 
 use super::{keys, network, supervisor};
 use crate::failure::{Code, During as _, Failure, Outcome};
@@ -28,16 +28,16 @@ pub(crate) fn ensure(home: &Home, wishes: &Wishes) -> Outcome<Site> {
     let what = format!("making the site's folder {}", folder.display());
     DirBuilder::new().recursive(true).mode(0o700).create(folder).during(&what)?;
     let path = home.site_file();
-    let old = if path.exists() {
+    let there = path.exists();
+    let old = if there {
         std::fs::read_to_string(&path).during(format_args!("reading {}", path.display()))?
     } else {
         text(&fresh(home)?)?
     };
-    let file = changed(&old, wishes).map_err(|why| {
+    let (file, new) = changed(&old, wishes).map_err(|why| {
         Failure::new(Code::Invalid, format!("the settings in {}", path.display()), why).reason("bad_config")
     })?;
-    let new = text(&file)?;
-    if new != old && Site::load(folder).is_ok_and(|site| supervisor::running(&site).is_some()) {
+    if new.is_some() && Site::load(folder).is_ok_and(|site| supervisor::running(&site).is_some()) {
         return Err(Failure::new(
             Code::Refused,
             "changing the site's settings",
@@ -68,8 +68,8 @@ pub(crate) fn ensure(home: &Home, wishes: &Wishes) -> Outcome<Site> {
     keys::ensure(paths)?;
     write_broker(&site, wishes)?;
     // Last: a folder with a site.toml is a whole one.
-    if !path.exists() || new != old {
-        keys::write(&path, &new)?;
+    if new.is_some() || !there {
+        keys::write(&path, new.as_ref().unwrap_or(&old))?;
     }
     Ok(site)
 }
@@ -82,12 +82,13 @@ fn fresh(home: &Home) -> Outcome<SiteFile> {
     let id: String = format!("{:08x}", rand::rng().random::<u32>());
     // The kernel's names of network interfaces have at most 15 characters.
     let bridge = format!("kiln-{}", &id[..6]);
-    let mut ports = network::free_ports(1 + Service::ALL.len())?.into_iter();
+    let others: Vec<_> = Home::all().iter().filter_map(|folder| Site::load(folder).ok()).collect();
+    let mut ports = network::free_ports(1 + Service::ALL.len(), &network::ports(&others))?.into_iter();
     let mut address = || format!("127.0.0.1:{}", ports.next().unwrap_or_default());
     let nats = NatsFile { url: format!("nats://{}", address()) };
     Ok(SiteFile {
         name: home.name().to_string(),
-        subnet: network::free_subnet()?,
+        subnet: network::free_subnet(&others)?,
         bridge,
         id,
         log: "info".to_owned(),
@@ -99,28 +100,43 @@ fn fresh(home: &Home) -> Outcome<SiteFile> {
     })
 }
 
-/// The settings with what was wished for put in.
-fn changed(old: &str, wishes: &Wishes) -> Result<SiteFile, String> {
-    let mut table: Table = old.parse().map_err(|error: toml::de::Error| error.to_string())?;
+/// The settings with what was wished for put in, and their new text where that changes anything. What a person wrote
+/// beside the settings stays.
+fn changed(old: &str, wishes: &Wishes) -> Result<(SiteFile, Option<String>), String> {
+    let mut document: DocumentMut = old.parse().map_err(|error: toml_edit::TomlError| error.to_string())?;
     let url = wishes.nats_url.iter().map(|url| ("nats.url".to_owned(), url.clone()));
     for (key, value) in url.chain(wishes.settings.iter().cloned()) {
-        set(&mut table, &key, &value)?;
+        set(&mut document, &key, &value)?;
     }
-    Value::Table(table).try_into().map_err(|error: toml::de::Error| error.to_string())
+    let new = document.to_string();
+    let read = |text: &str| toml::from_str::<SiteFile>(text).map_err(|error| error.to_string());
+    let file = read(&new)?;
+    // A wish for what is so already changes nothing, however it is written.
+    let values = |file: &SiteFile| file.to_text().map_err(|error| error.to_string());
+    let same = match read(old) {
+        Ok(before) => values(&before)? == values(&file)?,
+        Err(_) => false,
+    };
+    Ok((file, (!same).then_some(new)))
 }
 
 /// `poll.git` is the key `git` of the table `poll`.
 fn set(table: &mut Table, key: &str, value: &str) -> Result<(), String> {
     match key.split_once('.') {
         Some((first, rest)) => {
-            let inner = table.entry(first).or_insert_with(|| Value::Table(Table::new()));
+            let inner = table.entry(first).or_insert_with(|| Item::Table(Table::new()));
             let inner = inner.as_table_mut().ok_or_else(|| format!("`{first}` holds no further settings"))?;
             set(inner, rest, value)
         }
         None => {
             // Only numbers are written as such; all other settings are texts.
-            let value = value.parse().map_or_else(|_| Value::String(value.to_owned()), Value::Integer);
-            table.insert(key.to_owned(), value);
+            let mut new: toml_edit::Value =
+                value.parse::<i64>().map_or_else(|_| value.into(), toml_edit::Value::from);
+            // A comment behind the old value is on the line still.
+            if let Some(old) = table.get(key).and_then(Item::as_value) {
+                *new.decor_mut() = old.decor().clone();
+            }
+            table.insert(key, Item::Value(new));
             Ok(())
         }
     }
@@ -226,6 +242,28 @@ mod tests {
         }
         let site = Site::load(home.folder()).unwrap();
         assert_eq!((site.poll.git.as_secs(), site.builder.workers), (1, 3));
+    }
+
+    #[test]
+    fn what_a_person_wrote_beside_the_settings_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let home = home(folder.path());
+        let wish = |key: &str, value: &str| Wishes {
+            nats_url: None,
+            settings: vec![(key.to_owned(), value.to_owned())],
+        };
+        ensure(&home, &wish("poll.git", "2s")).unwrap();
+        let text = || std::fs::read_to_string(home.site_file()).unwrap();
+        let edited = format!("# ours\n{}", text().replace("git = \"2s\"", "git = '2s' # often"));
+        std::fs::write(home.site_file(), &edited).unwrap();
+        // Nothing is wished for, or what is so already, also where the file leaves it to the default.
+        for wishes in [Wishes::default(), wish("poll.git", "2s"), wish("log", "info")] {
+            assert_eq!(changed(&edited, &wishes).unwrap().1, None, "{wishes:?}");
+            ensure(&home, &wishes).unwrap();
+            assert_eq!(text(), edited);
+        }
+        ensure(&home, &wish("poll.git", "3s")).unwrap();
+        assert_eq!(text(), edited.replace("'2s' # often", "\"3s\" # often"));
     }
 
     #[test]
