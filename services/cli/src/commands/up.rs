@@ -1,6 +1,5 @@
 //! `kiln up`
 
-use std::fs;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -18,7 +17,7 @@ use crate::home::Home;
 use crate::screen::{Screen, good, plain};
 use crate::site::create::{self, Wishes};
 use crate::site::programs::Kind;
-use crate::site::{doctor, network, programs, require_root, supervisor};
+use crate::site::{doctor, logs, network, programs, require_root, supervisor};
 
 #[derive(Debug, Args)]
 pub(crate) struct Up {
@@ -45,6 +44,9 @@ const LOG_LINES: usize = 10;
 
 pub(crate) async fn run(it: Up, home: &Home, screen: Screen) -> Outcome {
     require_root("starting Kiln")?;
+    let limit = Instant::now() + Duration::from_secs(it.timeout);
+    // Held until the services have the ports that a new site chooses.
+    let turn = if home.exists() { None } else { Some(network::turn(limit, screen).await?) };
     let is_new = !home.exists();
     let site = create::ensure(home, &Wishes { nats_url: it.nats_url, settings: it.config })?;
     let programs = programs::found(&site)?;
@@ -65,7 +67,6 @@ pub(crate) async fn run(it: Up, home: &Home, screen: Screen) -> Outcome {
         }
         start_supervisor(&site)?;
     }
-    let limit = Instant::now() + Duration::from_secs(it.timeout);
     let bar = screen.bar(0);
     bar.message("waiting for the broker");
     wait_for_broker(&site, limit).await?;
@@ -73,7 +74,7 @@ pub(crate) async fn run(it: Up, home: &Home, screen: Screen) -> Outcome {
         bar.message(format_args!("waiting for the {service}"));
         wait_for_service(&site, service, limit).await?;
     }
-    drop(bar);
+    drop((bar, turn));
 
     let mut rows = Vec::new();
     let mut documents = Vec::new();
@@ -118,8 +119,8 @@ pub(crate) async fn run(it: Up, home: &Home, screen: Screen) -> Outcome {
 fn start_supervisor(site: &Site) -> Outcome {
     let own = std::env::current_exe().during("finding this program's own file")?;
     let mut command = Command::new(own);
-    command.arg("--home").arg(&site.home).arg(supervisor::MARK);
-    supervisor::detach(&mut command, &site.paths().logs().join("supervisor.log"))?;
+    command.args(supervisor::arguments(site));
+    supervisor::detach(&mut command, &supervisor::log(site))?;
     // It outlives this command, and is nobody's child then: there is nothing to wait for.
     command.spawn().map(drop).during("starting the supervisor")
 }
@@ -165,7 +166,8 @@ fn log_of(site: &Site, name: &str) -> String {
 }
 
 fn last_lines(path: &str) -> String {
-    let text = fs::read_to_string(path).unwrap_or_default();
+    // The rest is shorter than what was asked for where there is nothing to read.
+    let text = logs::end(path.as_ref()).unwrap_or_default();
     let lines: Vec<_> = text.lines().collect();
     let first = lines.len().saturating_sub(LOG_LINES);
     lines.into_iter().skip(first).map(|line| format!("\n  | {line}")).collect()

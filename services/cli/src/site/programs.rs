@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use kiln_model::event::Service;
 use kiln_service::config::Site;
+use kiln_service::machine::{STARTED_BY, started_by};
 
 use super::create::{broker_config, broker_pid};
 use super::process::Process;
@@ -30,6 +31,7 @@ pub(crate) struct Program {
     pub(crate) kind: Kind,
     pub(crate) binary: PathBuf,
     pub(crate) arguments: Vec<String>,
+    pub(crate) environment: Vec<(&'static str, String)>,
     pub(crate) log: PathBuf,
     pid_file: PathBuf,
     /// An argument that no other process has.
@@ -39,6 +41,17 @@ pub(crate) struct Program {
 impl Program {
     pub(crate) fn running(&self) -> Option<Process> {
         Process::named(&self.pid_file, &self.mark)
+    }
+
+    /// Whether a command line is that of this program, as the supervisor calls it.
+    pub(crate) fn is_called(&self, line: &[String]) -> bool {
+        line.get(1..) == Some(self.arguments.as_slice())
+            && (self.kind == Kind::Broker
+                || line.first().is_some_and(|it| it.rsplit('/').next() == self.binary_name()))
+    }
+
+    fn binary_name(&self) -> Option<&str> {
+        self.binary.file_name()?.to_str()
     }
 }
 
@@ -55,6 +68,7 @@ pub(crate) fn of(site: &Site) -> Outcome<Vec<Program>> {
             kind: Kind::Broker,
             binary: PathBuf::new(),
             arguments: vec!["--config".to_owned(), config.clone()],
+            environment: Vec::new(),
             log: site.paths().logs().join("nats-server.log"),
             pid_file: broker_pid(site),
             mark: config,
@@ -65,6 +79,7 @@ pub(crate) fn of(site: &Site) -> Outcome<Vec<Program>> {
             kind: Kind::Service(service),
             binary: sibling(&format!("kiln-{service}"))?,
             arguments: vec!["--home".to_owned(), home.clone()],
+            environment: vec![(STARTED_BY, started_by(service, &site.id))],
             log: site.paths().log(service),
             pid_file: site.paths().pid(service),
             mark: home.clone(),
@@ -105,7 +120,7 @@ pub(crate) fn sibling(name: &str) -> Outcome<PathBuf> {
 }
 
 /// `KILN_NATS_SERVER`, the path, or what was installed beside Kiln.
-fn nats_server() -> Outcome<PathBuf> {
+pub(crate) fn nats_server() -> Outcome<PathBuf> {
     const NAME: &str = "nats-server";
     if let Some(named) = std::env::var_os("KILN_NATS_SERVER").map(PathBuf::from) {
         if is_program(&named) {

@@ -2,6 +2,7 @@
 //!
 //! It holds nothing that a program needs: when it dies they run on, and the next one takes them over.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::process::CommandExt as _;
@@ -14,6 +15,7 @@ use kiln_service::config::Site;
 use rustix::fs::FlockOperation;
 use tokio::task::JoinSet;
 
+use super::logs;
 use super::process::Process;
 use super::programs::{self, Program};
 use crate::failure::{Code, During as _, Failure, Outcome};
@@ -27,8 +29,12 @@ const SETTLED: Duration = Duration::from_secs(30);
 /// A broker whose data was wiped has no streams; nothing else would make them again.
 const STREAMS_PERIOD: Duration = Duration::from_secs(15);
 
-/// A log that is larger when its program starts is put aside, in the place of the one before.
-const LOG_LIMIT: u64 = 64 << 20;
+/// How often the logs are looked at: what is written in between is over the limit.
+const LOGS_PERIOD: Duration = Duration::from_secs(5);
+
+pub(crate) fn log(site: &Site) -> PathBuf {
+    site.paths().logs().join("supervisor.log")
+}
 
 pub(crate) fn pid_file(site: &Site) -> PathBuf {
     site.paths().run().join("supervisor.pid")
@@ -36,6 +42,16 @@ pub(crate) fn pid_file(site: &Site) -> PathBuf {
 
 /// An argument that makes the supervisor known, beside its pid file.
 pub(crate) const MARK: &str = "supervise";
+
+/// Its arguments.
+pub(crate) fn arguments(site: &Site) -> [OsString; 3] {
+    ["--home".into(), site.home.clone().into(), MARK.into()]
+}
+
+/// Whether a command line is that of the site's supervisor.
+pub(crate) fn is_called(site: &Site, line: &[String]) -> bool {
+    line.get(1..).is_some_and(|rest| rest.iter().map(OsStr::new).eq(arguments(site).iter()))
+}
 
 pub(crate) fn running(site: &Site) -> Option<Process> {
     Process::named(&pid_file(site), MARK)
@@ -55,9 +71,13 @@ pub(crate) async fn run(site: Site) -> Outcome {
     note(format_args!("supervisor of the site {} starts, process {}", site.name, std::process::id()));
 
     let mut tasks = JoinSet::new();
-    for program in programs::found(&site)? {
+    let programs = programs::found(&site)?;
+    let mut logs: Vec<_> = programs.iter().map(|program| program.log.clone()).collect();
+    logs.push(log(&site));
+    for program in programs {
         tasks.spawn(keep(program));
     }
+    tasks.spawn(bound(logs));
     tasks.spawn(streams(site.clone()));
     let mut stop = kiln_service::shutdown::on_signal().during("listening for signals")?;
     // An error means that nobody can send any more, which ends it as well.
@@ -108,7 +128,7 @@ async fn keep(program: Program) {
 /// In a session of its own: it outlives the terminal, and this process.
 fn start(program: &Program) -> Outcome<tokio::process::Child> {
     let mut command = Command::new(&program.binary);
-    command.args(&program.arguments);
+    command.args(&program.arguments).envs(program.environment.iter().cloned());
     detach(&mut command, &program.log)?;
     tokio::process::Command::from(command)
         .kill_on_drop(false)
@@ -119,9 +139,7 @@ fn start(program: &Program) -> Outcome<tokio::process::Child> {
 /// Output to a log, no input, the root as working directory, a session of its own.
 pub(crate) fn detach(command: &mut Command, log: &Path) -> Outcome {
     let what = format!("opening {}", log.display());
-    if log.metadata().is_ok_and(|it| it.len() > LOG_LIMIT) {
-        std::fs::rename(log, log.with_extension("log.old")).during(&what)?;
-    }
+    logs::put_aside(log).during(&what)?;
     let output = OpenOptions::new().create(true).append(true).mode(0o600).open(log).during(&what)?;
     let errors = output.try_clone().during(&what)?;
     command.current_dir("/").stdin(Stdio::null()).stdout(output).stderr(errors);
@@ -130,6 +148,20 @@ pub(crate) fn detach(command: &mut Command, log: &Path) -> Outcome {
         command.pre_exec(|| rustix::process::setsid().map(drop).map_err(Into::into));
     }
     Ok(())
+}
+
+async fn bound(logs: Vec<PathBuf>) {
+    let mut told = String::new();
+    loop {
+        let failed = logs.iter().find_map(|log| Some((log, logs::bound(log, logs::Limit::default()).err()?)));
+        let text =
+            failed.map_or_else(String::new, |(log, error)| format!("bounding {}: {error}", log.display()));
+        if text != told && !text.is_empty() {
+            note(&text);
+        }
+        told = text;
+        tokio::time::sleep(LOGS_PERIOD).await;
+    }
 }
 
 async fn streams(site: Site) {
