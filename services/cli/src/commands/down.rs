@@ -1,16 +1,14 @@
 //! `kiln down`
 
-use std::process::Stdio;
-
 use clap::Args;
 use kiln_service::config::Site;
+use kiln_service::machine::Leftover;
 use serde_json::json;
 
-use crate::failure::{Code, During as _, Failure, Outcome};
+use crate::failure::{During as _, Failure, Outcome};
 use crate::home::Home;
 use crate::screen::{Screen, plain};
-use crate::site::leftovers::{self, Leftover};
-use crate::site::{self, programs, require_root, stop};
+use crate::site::{self, leftovers, require_root, stop};
 use crate::words::plural;
 
 #[derive(Debug, Args)]
@@ -35,15 +33,22 @@ pub(crate) async fn run(it: &Down, home: &Home, screen: Screen) -> Outcome {
         Err(failure) => return Err(failure),
     };
     let stopped = stop::all(&site, screen).await?;
+    // One that fails does not keep the other from its work.
+    let swept = clear(&site, "kiln-builder", "--sweep", "removing what builds left").await;
     let mut found = Vec::new();
-    if !it.keep_instances {
-        purge(&site).await?;
-        found = leftovers::find(&site);
+    if it.keep_instances {
+        swept?;
+    } else {
+        let purged =
+            clear(&site, "kiln-node", "--purge", "taking the instances and their network down").await;
+        swept.and(purged)?;
+        found = leftovers::find(&site).await?;
     }
-    let mut deleted = false;
-    if it.delete_state {
-        delete(&site, &found)?;
-        deleted = true;
+    // With what is left, the folder is what tells whose it is and how to remove it.
+    let deleted = it.delete_state && found.is_empty();
+    if deleted {
+        let what = format!("deleting {}", site.home.display());
+        std::fs::remove_dir_all(&site.home).during(what)?;
     }
     screen.json(&json!({
         "site": site.name.as_str(),
@@ -60,14 +65,16 @@ fn tell(it: &Down, site: &Site, found: &[Leftover], screen: Screen) -> Outcome {
     if !found.is_empty() {
         screen.table(
             &["LEFT OVER", "NAME"],
-            found.iter().map(|left| vec![plain(left.kind), plain(&left.name)]).collect(),
+            found.iter().map(|left| vec![plain(&left.kind), plain(&left.name)]).collect(),
         )?;
-        return Err(Failure::failed(
-            "taking everything down",
-            format!("{} left over", plural(found.len(), "thing")),
-        )
-        .reason("leftovers")
-        .todo("kiln down again; what stays then was made by something else"));
+        let mut why = format!("{} left over", plural(found.len(), "thing"));
+        if it.delete_state {
+            why.push_str(&format!(", so {} is not deleted", site.home.display()));
+        }
+        return Err(Failure::failed("taking everything down", why).reason("leftovers").todo(format!(
+            "kiln down{} again; what stays then is held by something else: end that first",
+            if it.delete_state { " --delete-state" } else { "" }
+        )));
     }
     if it.keep_instances {
         screen.line("Kiln is stopped; its instances run on and serve")?;
@@ -79,29 +86,9 @@ fn tell(it: &Down, site: &Site, found: &[Leftover], screen: Screen) -> Outcome {
     screen.next(&["kiln up"])
 }
 
-/// The node takes back what it made: instances, mounts, networks, the edge.
-async fn purge(site: &Site) -> Outcome {
-    let what = "taking the instances and their network down";
-    let binary = programs::sibling("kiln-node")?;
-    let mut command = tokio::process::Command::new(&binary);
-    command.arg("--home").arg(&site.home).arg("--purge").stdin(Stdio::null());
-    let output = command.output().await.during(format_args!("starting {}", binary.display()))?;
-    if output.status.success() {
-        return Ok(());
-    }
-    let text = String::from_utf8_lossy(&output.stderr);
-    let line = text.trim().lines().last().unwrap_or_default().to_owned();
-    Err(Failure::failed(what, format!("{} ended with {}: {line}", binary.display(), output.status))
-        .todo("kiln down again; the node's log is in the site's folder `logs`"))
-}
-
-fn delete(site: &Site, found: &[Leftover]) -> Outcome {
-    let what = format!("deleting {}", site.home.display());
-    // Something that is still mounted there would be deleted with it, wherever it comes from.
-    if let Some(left) = found.iter().find(|left| left.kind == "mount") {
-        return Err(
-            Failure::new(Code::Refused, what, format!("{} is still mounted", left.name)).todo("kiln down")
-        );
-    }
-    std::fs::remove_dir_all(&site.home).during(what)
+/// A service takes back what it made.
+async fn clear(site: &Site, program: &str, task: &str, what: &str) -> Outcome {
+    let done = leftovers::asked(program, site, task, what).await;
+    done.map(drop)
+        .map_err(|failure| failure.todo("kiln down again; the logs are in the site's folder `logs`"))
 }

@@ -1,128 +1,138 @@
-//! What of a site is on the machine: everything that Kiln makes carries the site's id or lies in its folder.
+//! What of a site is on the machine: the one list. The services' processes and whatever is mounted in the site's folder
+//! are looked for here; node and builder say what there is of what they make.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
-use std::process::Command;
+use std::process::Stdio;
 
 use kiln_service::config::Site;
-use serde::Serialize;
+use kiln_service::machine::{Leftover, is_over};
 
-use super::process::command_line;
+use super::process::{command_line, pids};
+use super::programs::{self, Program};
+use super::supervisor;
+use crate::failure::{During as _, Failure, Outcome};
 
-#[derive(Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-pub(crate) struct Leftover {
-    pub(crate) kind: &'static str,
-    pub(crate) name: String,
+pub(crate) async fn find(site: &Site) -> Outcome<Vec<Leftover>> {
+    let mut found = BTreeSet::new();
+    found.extend(processes(site, &programs::of(site)?)?);
+    let table = fs::read_to_string("/proc/self/mountinfo").during("looking for mounts")?;
+    found.extend(mounts(&table, site.id.as_str(), &site.home));
+    for name in ["kiln-node", "kiln-builder"] {
+        found.extend(told(name, site).await?);
+    }
+    Ok(found.into_iter().collect())
 }
 
-/// Looked for by the kernel's own lists, not by what the node believes to have made.
-pub(crate) fn find(site: &Site) -> Vec<Leftover> {
-    let id = format!("kiln-{}", site.id);
-    let table = format!("kiln_{}", site.id);
-    let home = site.home.display().to_string();
-    let mut found = Vec::new();
-    let mut add =
-        |kind, names: Vec<String>| found.extend(names.into_iter().map(|name| Leftover { kind, name }));
-    add("process", processes(&id, &home));
-    add("mount", mounts(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default(), &id, &home));
-    add("network namespace", entries("/run/netns", &id));
-    add("address lease", entries("/var/lib/cni/networks", &id));
-    add("network interface", entries("/sys/class/net", &site.bridge));
-    let mut groups = Vec::new();
-    cgroups(Path::new("/sys/fs/cgroup"), &id, 4, &mut groups);
-    add("cgroup", groups);
-    add("firewall rule", firewall(&id, &table));
-    found.sort();
-    found
+/// What `kiln-node --leftovers` and `kiln-builder --leftovers` print.
+async fn told(name: &str, site: &Site) -> Outcome<Vec<Leftover>> {
+    let text = asked(name, site, "--leftovers", "looking for what is left").await?;
+    let parse = |line: &str| {
+        Leftover::parse(line).ok_or_else(|| {
+            Failure::failed(format!("reading what {name} --leftovers printed"), format!("`{line}`"))
+        })
+    };
+    text.lines().map(parse).collect()
 }
 
-const PROGRAMS: [&str; 8] =
-    ["kiln-node", "kiln-builder", "kiln-deployer", "kiln-monitor", "nats-server", "conmon", "runc", "crun"];
+/// Runs a service's program for a task beside its service, and gives what it printed.
+pub(crate) async fn asked(name: &str, site: &Site, task: &str, what: &str) -> Outcome<String> {
+    let binary = programs::sibling(name)?;
+    let mut command = tokio::process::Command::new(&binary);
+    command.arg("--home").arg(&site.home).arg(task).stdin(Stdio::null());
+    let output = command.output().await.during(format_args!("starting {}", binary.display()))?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    let text = String::from_utf8_lossy(&output.stderr);
+    let line = text.trim().lines().last().unwrap_or_default().to_owned();
+    Err(Failure::failed(what, format!("{} {task} ended with {}: {line}", binary.display(), output.status)))
+}
 
-fn processes(id: &str, home: &str) -> Vec<String> {
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+/// What instances run under; each is given the site's folder.
+const RUNTIMES: [&str; 3] = ["conmon", "runc", "crun"];
+
+fn processes(site: &Site, programs: &[Program]) -> Outcome<Vec<Leftover>> {
+    let pids = pids().during("looking for processes")?;
     let mut found = Vec::new();
-    for pid in pids.filter(|pid| !is_over(*pid)) {
+    for pid in pids.into_iter().filter(|pid| !is_over(*pid)) {
         let line = command_line(pid);
-        let program = line.first().and_then(|it| it.rsplit('/').next()).unwrap_or_default().to_owned();
-        let named = line.iter().any(|part| part.contains(home) || part.contains(id));
-        let ours =
-            PROGRAMS.contains(&program.as_str()) || line.iter().any(|part| part == super::supervisor::MARK);
-        let inside = fs::read_to_string(format!("/proc/{pid}/cgroup")).is_ok_and(|text| text.contains(id));
-        if (named && ours) || inside {
-            found.push(format!("{pid} {program}"));
+        let program = line.first().and_then(|it| it.rsplit('/').next()).unwrap_or_default();
+        let is_ours = supervisor::is_called(site, &line)
+            || programs.iter().any(|program| program.is_called(&line))
+            || (RUNTIMES.contains(&program) && line.iter().any(|part| lies_in(part, &site.home)));
+        // One that ends meanwhile is in no group.
+        let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        if is_ours || groups.lines().any(|group| names(group, site.id.as_str())) {
+            found.push(Leftover::process(pid));
         }
     }
-    found
+    Ok(found)
 }
 
-/// Ended, and waiting for its parent to ask how: it holds nothing but its number.
-fn is_over(pid: i32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // The name in front of the state may hold anything, also `)`.
-    stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with(['Z', 'X']))
+/// Whether an argument, such as `--root=/var/lib/kiln/a/node/runc`, is a path in a folder.
+fn lies_in(argument: &str, folder: &Path) -> bool {
+    Path::new(argument.rsplit('=').next().unwrap_or_default()).starts_with(folder)
 }
 
-fn mounts(table: &str, id: &str, home: &str) -> Vec<String> {
-    let points = table.lines().filter_map(|line| line.split(' ').nth(4));
-    let inside =
-        |point: &str| point == home || point.strip_prefix(home).is_some_and(|rest| rest.starts_with('/'));
-    points.filter(|point| inside(point) || point.contains(id)).map(ToOwned::to_owned).collect()
+/// Whether a part of a path is one that carries the site's id.
+fn names(path: &str, id: &str) -> bool {
+    path.split('/').any(|part| {
+        let rest = part.strip_prefix("kiln-").map(|rest| rest.strip_prefix("bake-").unwrap_or(rest));
+        rest.and_then(|rest| rest.strip_prefix(id))
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+    })
 }
 
-fn entries(folder: &str, part: &str) -> Vec<String> {
-    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
-    names.filter(|name| name.contains(part)).collect()
-}
-
-fn cgroups(folder: &Path, id: &str, depth: u32, found: &mut Vec<String>) {
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            continue;
-        }
-        if entry.file_name().to_string_lossy().contains(id) {
-            found.push(entry.path().display().to_string());
-        } else if depth > 0 {
-            cgroups(&entry.path(), id, depth - 1, found);
-        }
-    }
-}
-
-/// Tables of the site, and rules elsewhere that name it.
-fn firewall(id: &str, table: &str) -> Vec<String> {
-    let output = Command::new("nft").args(["list", "ruleset"]).output();
-    let text = output.map(|it| String::from_utf8_lossy(&it.stdout).into_owned()).unwrap_or_default();
-    let lines = text.lines().map(str::trim).filter(|line| line.contains(id) || line.contains(table));
-    // A rule that is there twice is told once.
-    lines.map(ToOwned::to_owned).collect::<BTreeSet<_>>().into_iter().collect()
+fn mounts(table: &str, id: &str, home: &Path) -> Vec<Leftover> {
+    // A space is written in octal there.
+    let points = table.lines().filter_map(|line| line.split(' ').nth(4)).map(|it| it.replace("\\040", " "));
+    let ours = points.filter(|point| Path::new(point).starts_with(home) || names(point, id));
+    ours.map(|point| Leftover::new("mount", point)).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const ID: &str = "0a1b2c3d";
+
     #[test]
-    fn mounts_below_the_home_are_the_sites() {
-        let table = "1 2 0:1 / /var/lib/kiln/a rw - tmpfs tmpfs rw\n\
-             1 2 0:1 / /var/lib/kiln/a/node/x rw - overlay overlay rw\n\
-             1 2 0:1 / /var/lib/kiln/ab rw - tmpfs tmpfs rw\n\
-             1 2 0:1 / /run/netns/kiln-0a1b2c3d-1 rw - nsfs nsfs rw\n";
-        assert_eq!(
-            mounts(table, "kiln-0a1b2c3d", "/var/lib/kiln/a"),
-            ["/var/lib/kiln/a", "/var/lib/kiln/a/node/x", "/run/netns/kiln-0a1b2c3d-1"]
-        );
+    fn mounts_are_the_sites_by_folder_or_by_id() {
+        let points = |home: &str, points: &[&str]| {
+            let table: String =
+                points.iter().map(|point| format!("1 2 0:1 / {point} rw - tmpfs tmpfs rw\n")).collect();
+            let found = mounts(&table, ID, Path::new(home));
+            found.into_iter().map(|it| it.name).collect::<Vec<_>>()
+        };
+        let ours = [
+            "/var/lib/kiln/a",
+            "/var/lib/kiln/a/node/x",
+            "/run/netns/kiln-0a1b2c3d-1",
+            "/run/kiln-bake-0a1b2c3d/web-b1",
+        ];
+        assert_eq!(points("/var/lib/kiln/a", &ours), ours);
+        let others = [
+            "/var/lib/kiln/a2",
+            "/var/lib/kiln",
+            "/run/netns/kiln-0a1b2c3e-1",
+            "/run/kiln-bake-ffffffff/web-b1",
+            "/srv/kiln-0a1b2c3d4",
+        ];
+        assert_eq!(points("/var/lib/kiln/a", &others), Vec::<String>::new());
+        assert_eq!(points("/srv/my site", &["/srv/my\\040site/node"]), ["/srv/my site/node"]);
     }
 
     #[test]
-    fn groups_are_found_wherever_they_hang() {
-        let folder = tempfile::tempdir().unwrap();
-        fs::create_dir_all(folder.path().join("memory/kiln-0a1b2c3d/web-r1-0-a1")).unwrap();
-        fs::create_dir_all(folder.path().join("memory/kiln-ffffffff")).unwrap();
-        let mut found = Vec::new();
-        cgroups(folder.path(), "kiln-0a1b2c3d", 4, &mut found);
-        assert_eq!(found, [folder.path().join("memory/kiln-0a1b2c3d").display().to_string()]);
+    fn another_site_with_a_longer_name_is_not_blamed() {
+        let home = Path::new("/var/lib/kiln/local");
+        assert!(lies_in("/var/lib/kiln/local", home));
+        assert!(lies_in("--root=/var/lib/kiln/local/node/runc", home));
+        assert!(!lies_in("/var/lib/kiln/local2", home));
+        assert!(!lies_in("--root=/var/lib/kiln/local2/node/runc", home));
+        assert!(names("0::/kiln-0a1b2c3d/web-r1-0-a1", ID));
+        assert!(names("9:pids:/kiln-0a1b2c3d-bake-web-b1", ID));
+        assert!(!names("0::/user.slice/kiln-0a1b2c3d4", ID));
     }
 }

@@ -1,6 +1,7 @@
 //! A process by its id, held so that the id can't come to mean another one.
 
 use std::fs;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
@@ -21,12 +22,18 @@ impl Process {
     /// and the id may have been given to another one since.
     pub(crate) fn named(pid_file: &Path, mark: &str) -> Option<Self> {
         let pid: i32 = fs::read_to_string(pid_file).ok()?.trim().parse().ok()?;
+        Self::held(pid, |line| line.iter().any(|argument| argument == mark))
+    }
+
+    /// Every process with a command line that is wanted.
+    pub(crate) fn all(is_wanted: impl Fn(&[String]) -> bool) -> io::Result<Vec<Self>> {
+        Ok(pids()?.into_iter().filter_map(|pid| Self::held(pid, &is_wanted)).collect())
+    }
+
+    fn held(pid: i32, is_wanted: impl Fn(&[String]) -> bool) -> Option<Self> {
         let handle = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
         // Looked at after it is held: what is held now is what has this command line.
-        if !command_line(pid).iter().any(|argument| argument == mark) {
-            return None;
-        }
-        Some(Self { pid, handle: Arc::new(handle) })
+        is_wanted(&command_line(pid)).then(|| Self { pid, handle: Arc::new(handle) })
     }
 
     pub(crate) fn pid(&self) -> i32 {
@@ -59,6 +66,15 @@ impl Process {
         self.ended().await;
         Ok(false)
     }
+}
+
+/// Of all processes.
+pub(crate) fn pids() -> io::Result<Vec<i32>> {
+    let mut pids = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        pids.extend(entry?.file_name().to_str().and_then(|name| name.parse::<i32>().ok()));
+    }
+    Ok(pids)
 }
 
 /// Empty for a process that ended, and for a thread of the kernel.
