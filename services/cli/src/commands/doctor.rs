@@ -7,7 +7,7 @@ use crate::site::doctor;
 
 pub(crate) async fn run(home: &Home, screen: Screen) -> Outcome {
     let report = doctor::examine(home).await?;
-    screen.json(&report.document)?;
+    screen.json(&report.document())?;
     report.show(screen, false)?;
     if !report.is_good() {
         return Err(Failure::Shown(Code::Refused));
