@@ -9,8 +9,8 @@ use kiln_model::event::{Event, EventType, NewEvent, Service};
 use serde_json::json;
 
 use crate::{
-    AuditRecord, Batch, Change, Cursor, Document, Entry, Error, Expect, Page, Store, StoredAnswer, Watermark,
-    decode, encode,
+    AuditRecord, Batch, Change, Cursor, Document, Entry, Error, Expect, PAGE_BYTES, Page, Store,
+    StoredAnswer, Watermark, decode, encode,
 };
 
 /// Runs the whole suite. `open` gives the store of a name: a new one the first time, the same one, opened anew, each
@@ -26,6 +26,7 @@ pub async fn conformance<S: Store>(open: impl AsyncFn(&str) -> S) {
     lists(&open("lists").await).await;
     changes(&open("changes").await).await;
     changes_while_paging(&open("paging").await).await;
+    changes_that_are_large(&open("large").await).await;
     foreign_cursors(&open("cursors").await).await;
     outbox(&open("outbox").await).await;
     event_identities(&open("identities").await).await;
@@ -350,6 +351,26 @@ async fn changes_while_paging(store: &impl Store) {
     let there = store.list("server", "", None, 100).await.unwrap();
     assert_eq!(seen.into_values().collect::<Vec<_>>(), there);
     assert_eq!(there.iter().map(|document| document.id.as_str()).collect::<Vec<_>>(), ["b", "e"]);
+}
+
+/// However many documents are asked for, a page is no more than a message can hold; one that is larger than that alone
+/// is given alone.
+async fn changes_that_are_large(store: &impl Store) {
+    let third = "x".repeat(PAGE_BYTES / 3);
+    let alone = "x".repeat(PAGE_BYTES + 1);
+    for (id, text) in [("a", &third), ("b", &third), ("c", &third), ("d", &alone), ("e", &third)] {
+        store.commit(change(put("server", id, 0, json!({ "text": text })))).await.unwrap();
+    }
+    let (mut pages, mut token) = (Vec::new(), String::new());
+    loop {
+        let page = store.changes("server", None, &token, 500).await.unwrap();
+        pages.push(ids(&page.entries).into_iter().map(|(id, _)| id.to_owned()).collect::<String>());
+        token.clone_from(&page.next_page_token);
+        if token.is_empty() {
+            break;
+        }
+    }
+    assert_eq!(pages, ["ab", "c", "d", "e"]);
 }
 
 async fn foreign_cursors(store: &impl Store) {

@@ -23,6 +23,10 @@ use async_trait::async_trait;
 use kiln_model::event::Event;
 use kiln_model::name::RequestId;
 
+/// Bodies of one page of changes, in bytes. A page goes out as one message, which is smaller than the bodies that it is
+/// made from, and a gRPC client takes 4 MiB.
+pub const PAGE_BYTES: usize = 2 << 20;
+
 /// Where a batch ended up.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Committed {
@@ -77,7 +81,8 @@ pub trait Store: Clone + Send + Sync + 'static {
     ) -> Result<Vec<Document>, Error>;
 
     /// What changed of a kind since a cursor, in the order of sequence, deletes as tombstones; with an unknown epoch,
-    /// or none, every live document. `page_token` continues a listing.
+    /// or none, every live document. `page_token` continues a listing. A page ends at `limit`, and before its bodies
+    /// are more than [`PAGE_BYTES`] together, though not before its first one.
     async fn changes(
         &self,
         kind: &str,

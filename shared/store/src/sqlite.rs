@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures::TryStreamExt as _;
 use kiln_model::event::Event;
 use kiln_model::name::RequestId;
 use sqlx::sqlite::{
@@ -24,7 +25,7 @@ use tokio::sync::{mpsc, watch};
 use crate::batch::{AuditRecord, Batch, StoredAnswer};
 use crate::document::{Cursor, Document, Page};
 use crate::token::Position;
-use crate::{Committed, Error, Store, sql};
+use crate::{Committed, Error, PAGE_BYTES, Store, sql};
 use writer::{Job, Writer};
 
 /// The tables. `WITHOUT ROWID` keeps a document beside its key.
@@ -291,18 +292,24 @@ impl Store for SqliteStore {
             Position::parse(page_token, &self.inner.epoch)?
         };
         let limit = rows::limit(limit);
-        let found = sqlx::query(sql::DOCUMENT_CHANGES)
+        let mut found = sqlx::query(sql::DOCUMENT_CHANGES)
             .bind(kind)
             .bind(rows::signed(position.sequence))
             .bind(&position.id)
             .bind(rows::signed(position.tombstones_after))
             .bind(limit + 1)
-            .fetch_all(&mut *connection)
-            .await
-            .map_err(self.failure("read"))?;
-        let more = found.len() > usize::try_from(limit).unwrap_or(usize::MAX);
-        let keep = if more { found.len() - 1 } else { found.len() };
-        let entries = found.iter().take(keep).map(rows::entry).collect::<Result<Vec<_>, _>>()?;
+            .fetch(&mut *connection);
+        let (mut entries, mut bytes, mut more) = (Vec::new(), 0, false);
+        while let Some(row) = found.try_next().await.map_err(self.failure("read"))? {
+            let size = rows::size(&row)?;
+            let full = entries.len() >= usize::try_from(limit).unwrap_or(usize::MAX);
+            if full || (!entries.is_empty() && bytes + size > PAGE_BYTES) {
+                more = true;
+                break;
+            }
+            bytes += size;
+            entries.push(rows::entry(&row)?);
+        }
         Ok(position.page(entries, more, &self.inner.epoch, now))
     }
 

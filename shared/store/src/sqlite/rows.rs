@@ -51,6 +51,11 @@ pub(super) fn document(row: &SqliteRow) -> Result<Document, Error> {
     })
 }
 
+/// Bytes of a document's body; none of a tombstone.
+pub(super) fn size(row: &SqliteRow) -> Result<usize, Error> {
+    column::<&str>(row, "body").map(str::len)
+}
+
 pub(super) fn entry(row: &SqliteRow) -> Result<Entry, Error> {
     if column::<Option<i64>>(row, "deleted")?.is_none() {
         return document(row).map(Entry::Document);
