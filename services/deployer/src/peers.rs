@@ -36,6 +36,8 @@ const LAUNCH: Duration = Duration::from_secs(60);
 /// On top of the drain: the instance's own way to stop, and the kernel's.
 const STOP: Duration = Duration::from_secs(40);
 const LOG_LINES: u32 = 40;
+/// Bytes of a line that are kept. It lies in the record of a rollout, and a list gives hundreds of those at once.
+const LOG_LINE: usize = 1 << 10;
 const PAGE: u32 = 500;
 
 impl From<Status> for Problem {
@@ -57,6 +59,15 @@ impl From<convert::Invalid> for Problem {
     fn from(invalid: convert::Invalid) -> Self {
         Self::Later(format!("the answer can't be read: {invalid}"))
     }
+}
+
+fn kept_line(line: &[u8]) -> String {
+    let mut text = String::from_utf8_lossy(line).trim_end().to_owned();
+    if text.len() > LOG_LINE {
+        text.truncate(text.floor_char_boundary(LOG_LINE));
+        text.push('…');
+    }
+    text
 }
 
 fn request<T>(message: T, timeout: Duration) -> Request<T> {
@@ -172,7 +183,7 @@ impl Engine for Node {
             if lines.len() >= LOG_LINES as usize {
                 break;
             }
-            lines.push(String::from_utf8_lossy(&line.line).trim_end().to_owned());
+            lines.push(kept_line(&line.line));
         }
         Ok(lines)
     }
@@ -299,5 +310,17 @@ impl Builder for Bakery {
         };
         self.client.clone().hold(request(message, ASK)).await?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kept_line_of_a_log_is_bounded() {
+        assert_eq!(kept_line(b"ready \r\n"), "ready");
+        let long = kept_line("ä".repeat(LOG_LINE).as_bytes());
+        assert!(long.ends_with("ä…") && long.len() <= LOG_LINE + '…'.len_utf8(), "{} bytes", long.len());
     }
 }
