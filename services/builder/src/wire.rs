@@ -35,6 +35,8 @@ pub fn server(server: &Server, version: u64) -> api::Server {
         version,
         image_digest: in_force.map(|in_force| in_force.image.to_string()).unwrap_or_default(),
         replicas: effective.replicas,
+        in_force_generation: in_force.map(|in_force| in_force.generation).unwrap_or_default(),
+        pending: server.wanted.is_some() || server.building.is_some(),
     }
 }
 

@@ -115,6 +115,7 @@ pub(crate) fn rollout(server: &ServerName, rollout: &Rollout, version: u64) -> d
         done: rollout.done,
         total: rollout.total,
         version,
+        back_to: rollout.back_to.unwrap_or_default(),
     }
 }
 
@@ -164,6 +165,7 @@ pub(crate) fn instance(id: &InstanceId, record: &InstanceRecord, version: u64) -
         version,
         node: NODE.to_owned(),
         image_digest: instance.content.image.to_string(),
+        last_checks: instance.last_checks.iter().cloned().map(Into::into).collect(),
     }
 }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 use kiln_model::cause::Cause;
+use kiln_model::check::CheckResult;
 use kiln_model::name::{InstanceId, ServerName};
 use kiln_model::signal::HealthState;
 use kiln_model::time::Millis;
@@ -68,6 +69,9 @@ pub struct Instance {
     pub ended: Option<Timestamp>,
     pub exit_code: Option<i32>,
     pub detail: String,
+    /// What was known of its probes when it became unhealthy or ended by itself: the monitor forgets what is retired.
+    #[serde(default)]
+    pub last_checks: Vec<CheckResult>,
     pub cause: Cause,
     /// Why another one is to take its place.
     pub replace: Option<Cause>,

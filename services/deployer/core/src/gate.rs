@@ -125,11 +125,9 @@ fn overdue(work: &Work<'_>, rollout: &Rollout, target: &Release, view: &View) ->
 }
 
 fn failure(work: &Work<'_>, view: &View, instance: InstanceId) -> Failure {
-    let told = view.health.get(&instance).map(|told| told.last_checks.clone());
-    let own = || view.checks.get(&instance).map(|own| vec![own.last.clone()]);
     Failure {
         exit_code: work.fleet.instances.get(&instance).and_then(|i| i.exit_code),
-        last_checks: told.filter(|checks| !checks.is_empty()).or_else(own).unwrap_or_default(),
+        last_checks: observe::last_checks(view, &instance),
         last_log: None,
         instance,
     }

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use jiff::Timestamp;
+use kiln_model::check::CheckResult;
 use kiln_model::name::InstanceId;
 use kiln_model::run::HealthPolicy;
 use kiln_model::signal::HealthState;
@@ -98,6 +99,10 @@ pub(crate) fn engine(work: &mut Work<'_>, engine: &BTreeMap<InstanceId, Seen>, v
     for (id, instance) in &mut work.fleet.instances {
         let seen = engine.get(id);
         let Some(verb) = advance(id, instance, seen, view, now) else { continue };
+        // One that was unhealthy first has the answers of that moment, which say more than those of its end.
+        if verb == InstanceVerb::Exited && instance.last_checks.is_empty() {
+            instance.last_checks = last_checks(view, id);
+        }
         if !instance.takes_room() && instance.ended.is_none() {
             instance.ended = seen.and_then(|seen| seen.ended).or(Some(now));
         }
@@ -188,6 +193,7 @@ pub(crate) fn health(work: &mut Work<'_>, view: &View) {
             continue;
         }
         let Some(release) = releases.get(&id.release) else { continue };
+        let before = instance.health;
         instance.health = match release.health() {
             None => HealthState::Healthy,
             Some(policy) => match fresh(view, id, policy) {
@@ -197,7 +203,21 @@ pub(crate) fn health(work: &mut Work<'_>, view: &View) {
             },
         };
         instance.passed |= instance.health == HealthState::Healthy;
+        // At the moment of the change alone: each further answer would be a change of the fleet.
+        if instance.health != before {
+            instance.last_checks = match instance.health {
+                HealthState::Unhealthy | HealthState::Gone => last_checks(view, id),
+                HealthState::Starting | HealthState::Healthy => Vec::new(),
+            };
+        }
     }
+}
+
+/// The newest answers of an instance's probe: the monitor's, or where it has none our own.
+pub(crate) fn last_checks(view: &View, id: &InstanceId) -> Vec<CheckResult> {
+    let told = view.health.get(id).map(|told| told.last_checks.clone());
+    let own = || view.checks.get(id).map(|own| vec![own.last.clone()]);
+    told.filter(|checks| !checks.is_empty()).or_else(own).unwrap_or_default()
 }
 
 /// Takes over that the node has the edge as it was wanted last.

@@ -115,6 +115,7 @@ async fn a_bad_image_goes_back_and_says_why() {
             && failed.last_log == ["web-r2-0-a4: last words"]
             && failed.problem.contains("web-r2-0-a4 exited with 3")
             && failed.state() == RolloutState::RolledBack
+            && (failed.from_release, failed.to_release, failed.back_to) == (1, 2, 1)
     })
     .await;
     let request = ListReleasesRequest { options: None, server: "web".to_owned() };
@@ -170,6 +171,8 @@ async fn a_rollback_needs_the_node_alone_and_happens_once() {
     let refused = api.rollback(rollback("q0", 1)).await.unwrap_err();
     assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
     let first = api.rollback(rollback("q1", 2)).await.unwrap().into_inner();
+    let way = first.rollout.as_ref().map(|it| (it.from_release, it.to_release, it.back_to));
+    assert_eq!(way, Some((2, 1, 1)));
     site.until_at(1).await;
     site.assert_tidy().await;
     // The same call again is the same rollback, though another release runs by now.
@@ -211,7 +214,7 @@ async fn an_aborted_rollout_goes_back() {
 #[tokio::test]
 async fn a_killed_instance_is_replaced_once_however_often_it_is_told() {
     let site = Site::new().await;
-    site.boot(&Life::long(), NEVER);
+    let deployer = site.boot(&Life::long(), NEVER);
     site.tell_revision(&revision(1, "first", "one", run_spec())).await;
     site.until_at(1).await;
     let killed = site.world.running()[1].clone();
@@ -227,6 +230,14 @@ async fn a_killed_instance_is_replaced_once_however_often_it_is_told() {
     site.until("the events", || async { site.count("instance.launched") == 4 }).await;
     site.assert_tidy().await;
     assert_eq!(site.loaded().await.fleet.next_attempt, 5);
+    let all = ListInstancesRequest { server: "web".to_owned(), all: true, ..Default::default() };
+    let listed = Api::new(deployer).list_instances(Request::new(all)).await.unwrap().into_inner().instances;
+    let ended = listed.iter().find(|instance| instance.id == killed.to_string()).unwrap();
+    assert_eq!(
+        (ended.exit_code, ended.last_checks.len()),
+        (Some(137), 1),
+        "what was last seen of it is kept"
+    );
 }
 
 #[tokio::test]

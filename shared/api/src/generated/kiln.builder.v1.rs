@@ -310,9 +310,11 @@ pub struct Server {
     pub orphaned: bool,
     #[prost(bool, tag = "8")]
     pub removed: bool,
-    /// A definition that the deployer convicted; automatic updates go on with `last_good_definition`.
+    /// The newest definition is one that the deployer convicted; automatic updates go on with `last_good_definition`.
     #[prost(bool, tag = "9")]
     pub quarantined: bool,
+    /// The definition in force: the newest revision's, or after a conviction that of the last good one; empty where there
+    /// is none. A definition that changes nothing of image and `run` comes in force without a revision.
     #[prost(string, tag = "10")]
     pub last_good_definition: ::prost::alloc::string::String,
     /// Archive release files that the lock in force was resolved from.
@@ -329,6 +331,12 @@ pub struct Server {
     pub image_digest: ::prost::alloc::string::String,
     #[prost(uint32, tag = "16")]
     pub replicas: u32,
+    /// Of the revision that is in force; 0 where none is. Lower than `generation` after a conviction.
+    #[prost(uint64, tag = "17")]
+    pub in_force_generation: u64,
+    /// A plan is wanted, or a build is awaited.
+    #[prost(bool, tag = "18")]
+    pub pending: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReleaseFile {

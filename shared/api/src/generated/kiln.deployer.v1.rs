@@ -56,9 +56,13 @@ pub struct Rollout {
     pub total: u32,
     #[prost(uint64, tag = "16")]
     pub version: u64,
+    /// The release that it goes back to; 0 while it goes forward. A rollback by hand of what runs is a rollout of its own,
+    /// whose `to_release` this is; one that turns back on its way leaves its `to_release`.
+    #[prost(uint64, tag = "17")]
+    pub back_to: u64,
 }
 /// An instance that the deployer means to exist.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Instance {
     #[prost(string, tag = "1")]
     pub id: ::prost::alloc::string::String,
@@ -98,6 +102,9 @@ pub struct Instance {
     pub node: ::prost::alloc::string::String,
     #[prost(string, tag = "18")]
     pub image_digest: ::prost::alloc::string::String,
+    /// The probe answers that were known when it became unhealthy or ended by itself, newest last.
+    #[prost(message, repeated, tag = "19")]
+    pub last_checks: ::prost::alloc::vec::Vec<super::super::types::v1::CheckResult>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Quarantine {

@@ -46,7 +46,7 @@ pub struct RolloutChanged {
     pub quarantine: ::core::option::Option<super::super::deployer::v1::Quarantine>,
 }
 /// deployer.instance.{launched,exited,retired,failed}
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct InstanceChanged {
     #[prost(message, optional, tag = "1")]
     pub instance: ::core::option::Option<super::super::deployer::v1::Instance>,

@@ -333,9 +333,13 @@ fn an_unhealthy_instance_leaves_after_another_took_its_place() {
     world.behave("one", Behaviour::Sickens { after: world.now + 1000 });
     world.now += 1000;
     world.look();
+    // For those who ask later: the monitor forgets what is retired.
+    let sick = &world.fleet.instances[&id("web-r1-0-a1")];
+    assert!(sick.last_checks.iter().any(|check| check.detail.contains("502")), "{:?}", sick.last_checks);
     world.behave("one", Behaviour::Good);
     world.signal(&id("web-r1-0-a1"), CauseKind::Unhealthy);
     world.play(60_000);
+    assert!(world.fleet.instances.values().all(|instance| instance.last_checks.is_empty()));
     assert_snapshot!(world.told());
     assert_eq!((world.running().len(), world.outages), (3, 0));
 }
