@@ -22,8 +22,12 @@ pub const SLOT_KIND: &str = "build_slot";
 pub const LEASE: Duration = Duration::from_secs(20);
 /// How often a worker says that it is there.
 pub const HEARTBEAT: Duration = Duration::from_secs(5);
-/// Attempts at a build whose failures may pass: with the backoff about half an hour.
-pub const MAX_ATTEMPTS: u32 = 8;
+/// Attempts at a lock whose failures may pass. The waits between them are 2 s, 4 s … 512 s and then 600 s: with the tenth
+/// that is 27 minutes. What asked for the build is planned anew then, since what the lock names may have left the archive.
+pub const MAX_ATTEMPTS: u32 = 11;
+/// Attempts that ended without an outcome before the build is taken for what ends them. A builder that is killed a few
+/// times for other reasons comes through.
+pub const MAX_INTERRUPTIONS: u32 = 5;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Build {
@@ -35,8 +39,11 @@ pub struct Build {
     pub state: State,
     /// Grows with each claim. What an earlier owner writes is refused by it.
     pub token: u64,
-    /// Claims so far.
+    /// Claims that came to an outcome, and the one that is running.
     pub attempts: u32,
+    /// Claims whose process or worker was gone before there was an outcome.
+    #[serde(default)]
+    pub interruptions: u32,
     pub created: Timestamp,
     pub started: Option<Timestamp>,
     pub ended: Option<Timestamp>,
@@ -48,6 +55,9 @@ pub struct Build {
     pub packages: Vec<PackageChange>,
     /// Why an attempt failed, and what to do.
     pub problem: String,
+    /// What it failed of may pass by itself, and says nothing of the definition.
+    #[serde(default)]
+    pub transient: bool,
     /// Last lines of the log of what failed.
     pub last_log: Vec<String>,
 }
@@ -153,6 +163,11 @@ impl Build {
         }
     }
 
+    /// Between two tries: nothing is lost where it gives way.
+    pub fn is_tried_again(&self) -> bool {
+        matches!(self.state, State::Queued { .. }) && self.attempts > 0
+    }
+
     /// A worker takes it.
     ///
     /// # Errors
@@ -219,7 +234,7 @@ impl Build {
         Ok(())
     }
 
-    /// The attempt failed: queued again where that may pass and attempts are left, else failed for good.
+    /// The attempt failed: queued again where that may pass and attempts are left, else ended.
     ///
     /// # Errors
     /// Where it is no longer this owner's.
@@ -228,6 +243,7 @@ impl Build {
         self.problem = failed.problem;
         self.last_log = failed.last_log;
         self.tests = failed.tests;
+        self.transient = failed.transient;
         if failed.transient && self.attempts < MAX_ATTEMPTS {
             self.state = State::Queued { not_before: after(now, backoff(self.attempts)) };
         } else {
@@ -254,17 +270,56 @@ impl Build {
         }
     }
 
-    /// A builder process starts and finds a build of a process that is gone (the lock on the run folder says so). An
-    /// attempt that ended so says nothing of the build, and is not counted.
+    /// A builder process starts and finds a build of a process that is gone (the lock on the run folder says so). True
+    /// where that changed the build.
     pub fn abandoned(&mut self, alive: &str, now: Timestamp) -> bool {
         match &self.state {
             State::Running { lease } if lease.owner != alive => {
-                self.attempts = self.attempts.saturating_sub(1);
-                self.state = State::Queued { not_before: now };
+                self.interrupted(now, now);
                 true
             }
             _ => false,
         }
+    }
+
+    /// Its worker is gone without an outcome, and its process goes on.
+    ///
+    /// # Errors
+    /// Where it is no longer this owner's.
+    pub fn broke_off(&mut self, token: u64, now: Timestamp) -> Result<(), Illegal> {
+        self.check_owner(token, "given back")?;
+        self.interrupted(after(now, backoff(self.interruptions + 1)), now);
+        Ok(())
+    }
+
+    /// Its process ends in order: the next one goes on, and nothing is counted.
+    ///
+    /// # Errors
+    /// Where it is no longer this owner's.
+    pub fn release(&mut self, token: u64, now: Timestamp) -> Result<(), Illegal> {
+        self.check_owner(token, "given back")?;
+        self.attempts = self.attempts.saturating_sub(1);
+        self.state = State::Queued { not_before: now };
+        Ok(())
+    }
+
+    /// An attempt that ended so says little of the build, and is not counted among those that failed. One that always ends
+    /// so would end its process for ever.
+    fn interrupted(&mut self, not_before: Timestamp, now: Timestamp) {
+        self.attempts = self.attempts.saturating_sub(1);
+        self.interruptions = self.interruptions.saturating_add(1);
+        if self.interruptions < MAX_INTERRUPTIONS {
+            self.state = State::Queued { not_before };
+            return;
+        }
+        self.state = State::Failed;
+        self.transient = false;
+        self.problem = format!(
+            "the builder ended in the middle of it {MAX_INTERRUPTIONS} times, so it may be what ends it: see the end of this \
+             build's log and the builder's own log, then run `kiln build {}`",
+            self.id.server
+        );
+        self.ended = Some(now);
     }
 
     fn check_owner(&self, token: u64, wanted: &'static str) -> Result<(), Illegal> {

@@ -7,7 +7,7 @@ use kiln_model::revision::PackageVersions;
 
 use crate::build::Build;
 use crate::definition::DefinitionRef;
-use crate::server::Server;
+use crate::server::{Building, Server};
 
 /// What a decision about a server rests on.
 #[derive(Debug, Clone, Copy)]
@@ -32,6 +32,8 @@ pub enum Next {
     Adopt,
     /// The awaited build is not there: its document was lost with a restored store. Plan anew.
     Forget,
+    /// The awaited build waits for its next try, and a newer definition is due: end it, and plan anew.
+    Supersede,
 }
 
 /// A plan that is to be made.
@@ -55,9 +57,10 @@ pub fn next(snapshot: Snapshot<'_>, now: Timestamp) -> Next {
     if server.removed {
         return Next::Nothing;
     }
-    if server.building.is_some() {
+    if let Some(building) = &server.building {
         return match build {
             Some(build) if build.state.has_ended() => Next::Adopt,
+            Some(build) if build.is_tried_again() => superseded(server, building, now),
             Some(_) => Next::Nothing,
             None => Next::Forget,
         };
@@ -81,6 +84,16 @@ pub fn next(snapshot: Snapshot<'_>, now: Timestamp) -> Next {
     Next::Plan(Box::new(Order { definition: definition.clone(), parent, causes: wanted.causes.clone() }))
 }
 
+/// Whether a build that was put off gives way. An archive may be away for hours; what mends a definition does not wait
+/// for what it mends.
+fn superseded(server: &Server, building: &Building, now: Timestamp) -> Next {
+    let (Some(wanted), Some(effective)) = (&server.wanted, server.effective()) else { return Next::Nothing };
+    if effective.digest == building.definition.digest {
+        return Next::Nothing;
+    }
+    if wanted.due > now { Next::Wait(wanted.due) } else { Next::Supersede }
+}
+
 /// Whether no newer image of this server is on its way. A cascade so goes from parents to children, and a child is
 /// built once for all that moved above it. A parent that can't be planned for now holds nobody back.
 fn is_settled(server: &Server) -> bool {
@@ -98,7 +111,7 @@ pub fn parent_image(parent: &Server) -> Option<ParentImage> {
     })
 }
 
-/// The awaited build is lost: what it was for is wanted again.
+/// The awaited build is lost or gives way: what it was for is wanted again.
 pub fn forget(server: &mut Server, now: Timestamp) {
     if let Some(building) = server.building.take() {
         for cause in building.causes {

@@ -10,6 +10,7 @@ use crate::build::{Build, Progress, State, package_changes};
 use crate::definition::{DefinitionRef, StoredDefinition};
 use crate::server::{Building, Failure, InForce, ReleaseFile, Server};
 use crate::signal::Outcome;
+use crate::time::{after, backoff};
 use crate::wanted::is_automatic;
 use crate::{Illegal, Told};
 
@@ -202,6 +203,7 @@ fn queue(
         state: State::Queued { not_before: now },
         token: 0,
         attempts: 0,
+        interruptions: 0,
         created: now,
         started: None,
         ended: None,
@@ -210,6 +212,7 @@ fn queue(
         tests: Vec::new(),
         packages,
         problem: String::new(),
+        transient: false,
         last_log: Vec::new(),
     }
 }
@@ -289,6 +292,13 @@ pub fn adopt(
             for cause in causes {
                 server.want(cause, now);
             }
+            Ok((server, None))
+        }
+        // What was away says nothing of what asked: that is planned anew, on a lock that may have moved on.
+        State::Failed if build.transient => {
+            let problem = format!("{} failed: {}", build.id, build.problem);
+            server.failure = Some(Failure { problem, time: now, transient: true });
+            server.want_again(causes, after(now, backoff(build.attempts)));
             Ok((server, None))
         }
         State::Failed | State::Cancelled { .. } => {

@@ -148,6 +148,16 @@ impl Server {
         }
     }
 
+    /// Asks once more for what came to nothing by a failure that may pass.
+    pub(crate) fn want_again(&mut self, causes: Vec<Cause>, due: Timestamp) {
+        for cause in causes {
+            self.want(cause, due);
+        }
+        if let Some(wanted) = &mut self.wanted {
+            wanted.attempts = wanted.attempts.max(1);
+        }
+    }
+
     /// Whether a plan or build for this cause is under way.
     pub fn is_following(&self, id: &str) -> bool {
         self.wanted.as_ref().is_some_and(|wanted| wanted.names(id))

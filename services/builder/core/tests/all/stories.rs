@@ -6,6 +6,7 @@ use kiln_builder_core::next::Next;
 use kiln_builder_core::signal::{self, Intake};
 use kiln_builder_core::{Illegal, graph};
 use kiln_model::cause::CauseKind;
+use kiln_model::revision::RevisionContent;
 
 use crate::world::{Content, World, name};
 
@@ -177,6 +178,111 @@ fn what_may_pass_is_tried_again_and_what_may_not_is_left() {
     world.servers.get_mut(&name("web")).unwrap().want(cause, now);
     world.work();
     assert_snapshot!(told(&world));
+}
+
+#[test]
+fn an_archive_that_is_away_for_hours_holds_no_security_fix_back_for_good() {
+    let mut world = applied(&Content::new("a", 3));
+    world.packages.insert("nginx".to_owned(), "2".to_owned());
+    world.signal(&name("web"), CauseKind::PackageUpdates, "release-file-2");
+    world.advance(30);
+    let (gone, mut seconds, mut tries) = (world.now, 0, 0);
+    // Three hours, looked at every two seconds.
+    while seconds < 3 * 3600 {
+        world.settle();
+        if let Some((build, token)) = world.claim() {
+            world.fail(&build, token, true).unwrap();
+            tries += 1;
+            // The monitor says it again, and that is no further build.
+            world.signal(&name("web"), CauseKind::PackageUpdates, "release-file-2");
+        }
+        seconds += 2;
+        world.advance(2);
+    }
+    let first = &world.builds["web-b2"];
+    let lasted = first.ended.unwrap().duration_since(gone).as_secs();
+    assert!((1600..1700).contains(&lasted), "{lasted} s of tries at one lock");
+    assert!((10..60).contains(&tries), "{tries}");
+    assert!(world.servers[&name("web")].problem().contains("failed: step run"));
+    // It is back; meanwhile the versions of the first lock left it.
+    world.packages.insert("nginx".to_owned(), "3".to_owned());
+    world.advance(1700);
+    world.work();
+    world.advance(600);
+    world.work();
+    let RevisionContent::Image(image) = &world.revisions.last().unwrap().content else { panic!("a removal") };
+    assert!(image.packages["nginx"] != "1", "{}", world.log.join("\n"));
+    assert_eq!(
+        (image.cause.kind, world.servers[&name("web")].problem()),
+        (CauseKind::PackageUpdates, String::new())
+    );
+    assert_eq!(world.violations(), Vec::<String>::new());
+}
+
+#[test]
+fn a_mended_definition_does_not_wait_for_the_tries_of_the_one_before() {
+    let mut world = applied(&Content::new("a", 3));
+    commit(&mut world, &Content::new("b", 3), "commit-1");
+    world.advance(30);
+    world.settle();
+    for _ in 0..6 {
+        let (build, token) = world.claim().unwrap();
+        world.fail(&build, token, true).unwrap();
+        world.advance(64);
+        world.settle();
+    }
+    commit(&mut world, &Content::new("c", 3), "commit-2");
+    world.settle();
+    assert_eq!(world.builds["web-b2"].state.as_str(), "queued", "the debounce holds");
+    world.advance(30);
+    world.work();
+    assert_eq!(world.builds["web-b2"].state.as_str(), "cancelled");
+    let in_force = world.servers[&name("web")].in_force.as_ref().unwrap();
+    assert_eq!((in_force.generation, in_force.build.number), (2, 3));
+    assert_eq!(world.violations(), Vec::<String>::new());
+}
+
+#[test]
+fn a_build_that_ends_its_builder_again_and_again_fails_and_says_so() {
+    let mut world = World::new();
+    let cause = world.cause(CauseKind::DefinitionApplied, "apply-1");
+    world.apply(&name("web"), &Content::new("a", 3), By::Hand, cause);
+    world.settle();
+    for round in 1..=5 {
+        let (id, _) = world.claim().unwrap();
+        let now = world.now;
+        let build = world.builds.get_mut(&id).unwrap();
+        assert!(!build.abandoned(crate::world::OWNER, now), "its owner lives");
+        assert!(build.abandoned(&format!("process-{round}"), now));
+        assert_eq!(build.attempts, 0);
+    }
+    world.settle();
+    assert_eq!(world.claim(), None);
+    let problem = world.servers[&name("web")].problem();
+    assert!(problem.contains("web-b1 failed: the builder ended in the middle of it 5 times"), "{problem}");
+    assert_eq!(world.violations(), Vec::<String>::new());
+}
+
+#[test]
+fn a_builder_that_is_stopped_in_order_or_loses_a_worker_goes_on() {
+    let mut world = World::new();
+    let cause = world.cause(CauseKind::DefinitionApplied, "apply-1");
+    world.apply(&name("web"), &Content::new("a", 3), By::Hand, cause);
+    world.settle();
+    let now = world.now;
+    for _ in 0..10 {
+        let (id, token) = world.claim().unwrap();
+        let build = world.builds.get_mut(&id).unwrap();
+        build.release(token, now).unwrap();
+        assert!(build.release(token, now).is_err(), "given back once");
+        assert_eq!((build.attempts, build.interruptions), (0, 0));
+    }
+    let (id, token) = world.claim().unwrap();
+    world.builds.get_mut(&id).unwrap().broke_off(token, now).unwrap();
+    assert_eq!(world.claim(), None, "its backoff holds");
+    world.advance(2);
+    world.work();
+    assert_eq!(world.revisions.len(), 1);
 }
 
 #[test]

@@ -210,6 +210,15 @@ impl World {
                     next::forget(self.servers.get_mut(&server).unwrap(), self.now);
                     true
                 }
+                Next::Supersede => {
+                    let now = self.now;
+                    let known = self.servers.get_mut(&server).unwrap();
+                    let id = known.building.as_ref().unwrap().build.to_string();
+                    next::forget(known, now);
+                    self.builds.get_mut(&id).unwrap().cancel("builder", now).unwrap();
+                    self.say(format!("{id} gives way"));
+                    true
+                }
                 Next::Nothing | Next::Wait(_) | Next::AwaitParent => false,
             };
         }
