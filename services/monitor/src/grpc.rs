@@ -58,6 +58,10 @@ fn actor(name: &str) -> String {
 
 impl<S: Store, C: Clock> Api<S, C> {
     async fn report(&self, message: ReportSignalRequest) -> Result<ReportSignalResponse, ApiError> {
+        // What it is about may be gone by now: a replaced instance was what the first call asked for.
+        if let Some(answer) = requests::answered(&self.store, &message.request_id, &message).await? {
+            return Ok(answer);
+        }
         let report = Report::read(events::Report {
             server: message.server.clone(),
             reporter: message.reporter.clone(),

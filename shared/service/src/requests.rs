@@ -15,6 +15,32 @@ pub fn new_id() -> String {
     ulid::Ulid::generate().to_string()
 }
 
+/// The answer that a request was given before, where it was. Asked first by a call that looks at the world before it
+/// decides: a repeated one is answered with Git, archives and peers away.
+///
+/// # Errors
+/// [`ApiError::Invalid`] for an id that is none, or that was used for another request.
+pub async fn answered<S, M, A>(store: &S, request_id: &str, request: &M) -> Result<Option<A>, ApiError>
+where
+    S: Store,
+    M: Message,
+    A: Message + Default,
+{
+    let (id, request_digest) = identity(request_id, request)?;
+    match store.answer(&id).await? {
+        Some(stored) => replay(&stored, &request_digest).map(Some),
+        None => Ok(None),
+    }
+}
+
+fn identity(request_id: &str, request: &impl Message) -> Result<(RequestId, Digest), ApiError> {
+    let id = request_id.parse().map_err(|error| {
+        ApiError::invalid("request_id", format!("{error}"), "give each call an id of its own")
+    })?;
+    // Maps are sorted in the generated types, so equal requests have equal bytes.
+    Ok((id, Digest::of(&request.encode_to_vec())))
+}
+
 /// Decides and commits once per request id. A repeated call gets the first one's answer; the same id with another
 /// request is refused. `decide` gives the change and the answer; it is asked again where the documents that it read
 /// were changed in between, so it must have no effects of its own.
@@ -34,11 +60,7 @@ where
     A: Message + Default,
     D: Future<Output = Result<(Batch, A), ApiError>>,
 {
-    let id: RequestId = request_id.parse().map_err(|error| {
-        ApiError::invalid("request_id", format!("{error}"), "give each call an id of its own")
-    })?;
-    // Maps are sorted in the generated types, so equal requests have equal bytes.
-    let request_digest = Digest::of(&request.encode_to_vec());
+    let (id, request_digest) = identity(request_id, request)?;
     for _ in 0..TRIES {
         if let Some(stored) = store.answer(&id).await? {
             return replay(&stored, &request_digest);
@@ -98,6 +120,9 @@ mod tests {
         assert_eq!(call().await.unwrap().name, "web");
         assert_eq!(call().await.unwrap().name, "web");
         assert_eq!(decided.load(Ordering::SeqCst), 1);
+        assert_eq!(answered::<_, _, Server>(&store, "r1", &request).await.unwrap().unwrap().name, "web");
+        assert!(answered::<_, _, Server>(&store, "r2", &request).await.unwrap().is_none());
+        assert!(answered::<_, _, Server>(&store, "r1", &remove("db")).await.is_err());
         assert_eq!(store.get("server", "web").await.unwrap().unwrap().version, 1);
     }
 

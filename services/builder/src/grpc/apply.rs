@@ -32,21 +32,27 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
     pub(super) async fn apply_source(&self, mut request: ApplyRequest) -> Result<ApplyResponse, Status> {
         // A repeated call is told by what was asked, not by what was found: a branch may have moved in between. A packed
         // folder is what is asked, and its digest says the same in fewer bytes.
-        let look = match request.source.take() {
+        let (place, archive) = match &mut request.source {
             Some(From::Git(git)) => {
-                let place = Place::Git { url: git.url.clone(), branch: git.branch.clone() };
-                request.source = Some(From::Git(git));
-                self.builder.sources.look(&place).await
+                (Place::Git { url: git.url.clone(), branch: git.branch.clone() }, Vec::new())
             }
             Some(From::Folder(FolderSource { archive, origin })) => {
-                let digest = Digest::of(&archive).to_string().into_bytes();
-                request.source = Some(From::Folder(FolderSource { archive: digest, origin: origin.clone() }));
-                self.builder.sources.unpack(&origin, archive).await
+                let digest = Digest::of(archive).to_string().into_bytes();
+                (Place::Folder { origin: origin.clone() }, std::mem::replace(archive, digest))
             }
             None => {
                 let todo = "give a Git repository with its branch, or a packed folder";
                 return Err(ApiError::invalid("source", "is missing", todo).into());
             }
+        };
+        let (store, id) = (self.builder.documents.store(), request.request_id.clone());
+        // One that was answered is answered again, with Git away too.
+        if let Some(answer) = requests::answered(store, &id, &request).await? {
+            return Ok(answer);
+        }
+        let look = match &place {
+            Place::Git { .. } => self.builder.sources.look(&place).await,
+            Place::Folder { origin } => self.builder.sources.unpack(origin, archive).await,
         };
         let look = look.map_err(refused)?;
         // Faults are told before anything is written, also to disk.
@@ -54,10 +60,7 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
         let cause = apply_cause(&request.request_id, &by, &look, self.builder.now());
         self.builder.sources.apply(&look, &cause, self.builder.now()).await.map_err(refused)?;
         self.builder.sources.keep(&look).await.map_err(refused)?;
-        let id = request.request_id.clone();
-        let answer =
-            requests::once(self.builder.documents.store(), &id, &request, || self.decide(&look, &cause, &by));
-        Ok(answer.await?)
+        Ok(requests::once(store, &id, &request, || self.decide(&look, &cause, &by)).await?)
     }
 
     async fn decide(

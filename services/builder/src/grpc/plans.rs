@@ -106,6 +106,11 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
     }
 
     pub(super) async fn build_server(&self, request: BuildRequest) -> Result<BuildResponse, ApiError> {
+        let store = self.builder.documents.store();
+        // What the first call found may be otherwise by now: its own build is under way.
+        if let Some(answer) = requests::answered(store, &request.request_id, &request).await? {
+            return Ok(answer);
+        }
         let read = self.live_server(&request.server).await?;
         let server = &read.value;
         let by = actor(&request.actor);
@@ -117,7 +122,6 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
             time: self.builder.now(),
             traceparent: kiln_service::trace::current(),
         };
-        let store = self.builder.documents.store();
         if request.verify {
             let decide = || self.decide_verify(&request.server, &cause);
             return requests::once(store, &request.request_id, &request, decide).await;

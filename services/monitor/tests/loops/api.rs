@@ -118,10 +118,13 @@ async fn a_replacement_can_be_asked_for_by_name() {
     assert_eq!(report(&monitor, ask("r1")).await.unwrap_err().code(), Code::NotFound);
     world.tells(a1.clone()).await;
     world.hears("healthy web-r1-0-a1").await;
-    report(&monitor, ask("r2")).await.unwrap();
+    let first = report(&monitor, ask("r2")).await.unwrap();
     world.hears("needs_update reported web-r1-0-a1").await;
     world.tells(crate::world::in_state(&a1, kiln_api::deployer::InstanceState::Retired)).await;
     world.hears("settled reported web-r1-0-a1").await;
+    // The answer was lost: the same call gets it, though what it asked for is done and the instance gone.
+    until("the instance is gone", async || report(&monitor, ask("r3")).await.err()).await;
+    assert_eq!(report(&monitor, ask("r2")).await.unwrap(), first);
     monitor.stop().await;
 }
 
