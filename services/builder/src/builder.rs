@@ -1,5 +1,6 @@
 //! What every part of the builder works with, and the making of plans.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -69,6 +70,7 @@ impl Error {
     /// Trying again, with nothing changed, may succeed.
     pub fn is_transient(&self) -> bool {
         match self {
+            Self::Store(kiln_store::Error::Schema { .. } | kiln_store::Error::Unreadable { .. }) => false,
             Self::Store(_) => true,
             Self::Bake(error) => error.is_transient(),
             Self::Illegal(_) | Self::Lost { .. } => false,
@@ -201,6 +203,18 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
         }
     }
 
+    /// Adds to a change that it comes to need an image.
+    ///
+    /// # Errors
+    /// [`Illegal::Stale`] where the image was removed.
+    pub async fn need(&self, edit: &mut Edit, image: &Digest) -> Result<(), Error> {
+        let Some(Read { version, value }) = self.documents.image(image).await? else {
+            let detail = "nobody needed it, and it was removed".to_owned();
+            return Err(Illegal::Stale { what: format!("image {}", image.short()), detail }.into());
+        };
+        Ok(edit.put_image(version, &value)?)
+    }
+
     /// What a plan leads to, as a change of the store.
     ///
     /// # Errors
@@ -230,6 +244,17 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
             && self.documents.lock(&lock_key).await?.is_none()
         {
             edit.put(LOCK_KIND, &lock_key.hex(), 0, lock)?;
+        }
+        let mut needed = BTreeSet::new();
+        if matches!(decided.made, Made::Revision(_)) {
+            needed.extend(decided.server.in_force.iter().map(|in_force| in_force.image));
+        }
+        // Of an image that is there already the parent has no part any more.
+        if matches!(decided.made, Made::Queued(_) | Made::Joined(_)) {
+            needed.extend(decided.server.building.iter().filter_map(|building| building.parent_image));
+        }
+        for image in &needed {
+            self.need(&mut edit, image).await?;
         }
         Ok((edit, decided.made))
     }

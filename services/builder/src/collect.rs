@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use kiln_builder_core::build::State;
 use kiln_builder_core::collect::garbage;
 use kiln_builder_core::server::{self, Server};
 use kiln_image::ImageStore;
@@ -50,39 +51,48 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
         images: &ImageStore,
         deployer_heard: Option<Timestamp>,
     ) -> Result<usize, Error> {
-        let holds = self.documents.store().list(HOLD_KIND, "", None, 500).await?;
-        let mut held = BTreeSet::new();
-        for document in &holds {
-            held.extend(crate::store::typed::<StoredHold>(document)?.value.images);
-        }
+        // Read first: whoever comes to need one of these later has written its document again, and whoever came before is
+        // seen below.
         let stored: Vec<Read<StoredImage>> = self.documents.all(IMAGE_KIND, "").await?;
-        let servers: Vec<Server> = self
-            .documents
-            .all(server::KIND, "")
-            .await?
-            .into_iter()
-            .map(|read: Read<Server>| read.value)
-            .collect();
+        let holds: Vec<Read<StoredHold>> = self.documents.all(HOLD_KIND, "").await?;
+        let held: BTreeSet<_> = holds.into_iter().flat_map(|hold| hold.value.images).collect();
+        let servers = self.documents.all(server::KIND, "").await?;
+        let servers: Vec<Server> = servers.into_iter().map(|read: Read<Server>| read.value).collect();
         let ages: Vec<_> = stored.iter().map(|read| (read.value.digest, read.value.created)).collect();
         let doomed = garbage(&ages, &held, &servers, deployer_heard, self.now());
-        for digest in &doomed {
-            let Some(read) = stored.iter().find(|read| read.value.digest == *digest) else { continue };
-            let mut edit = Edit::new(self.now());
-            // A hold that came meanwhile refuses the removal.
-            for document in &holds {
-                edit.expect(HOLD_KIND, &document.id, document.version);
+        let mut removed = 0;
+        for read in stored.iter().filter(|read| doomed.contains(&read.value.digest)) {
+            let digest = read.value.digest;
+            match self.forget_image(read).await {
+                Ok(()) => {
+                    self.remove(images, digest).await;
+                    removed += 1;
+                }
+                Err(error) if error.is_conflict() => {
+                    tracing::debug!(%digest, %error, "is needed again, and stays");
+                }
+                Err(error) => return Err(error),
             }
-            edit.delete(IMAGE_KIND, &digest.hex(), read.version);
-            // The lock has no image any more: the next plan for it is built.
-            if let Some(slot) = self.documents.slot_holder(&read.value.lock_key).await?
-                && let Some(build) = self.documents.build(&slot.value.build).await?
-            {
-                edit.free_slot(slot.version, &build.value);
-            }
-            self.documents.store().commit(edit.finish()).await?;
-            self.remove(images, *digest).await;
         }
-        Ok(doomed.len())
+        Ok(removed)
+    }
+
+    /// Removes an image's document as it was read.
+    ///
+    /// # Errors
+    /// A conflict where somebody came to need it since then.
+    pub(crate) async fn forget_image(&self, read: &Read<StoredImage>) -> Result<(), Error> {
+        let mut edit = Edit::new(self.now());
+        edit.delete(IMAGE_KIND, &read.value.digest.hex(), read.version);
+        // The lock has no image any more: the next plan for it is built.
+        if let Some(slot) = self.documents.slot_holder(&read.value.lock_key).await?
+            && let Some(build) = self.documents.build(&slot.value.build).await?
+            && matches!(build.value.state, State::Succeeded { image } if image == read.value.digest)
+        {
+            edit.free_slot(slot.version, &build.value);
+        }
+        self.documents.store().commit(edit.finish()).await?;
+        Ok(())
     }
 
     async fn remove(&self, images: &ImageStore, digest: Digest) {

@@ -22,10 +22,12 @@ use tracing::Instrument as _;
 
 use crate::bakery::Bakery;
 use crate::builder::{Builder, Error};
-use crate::store::{Edit, Read, typed};
+use crate::store::{Edit, Read};
 
 /// Plans that are made at once: resolving is mostly one process's work on one core.
 const PLANS: usize = 4;
+/// After a change that lost against others'.
+const CONFLICT: Duration = Duration::from_millis(20);
 /// Repositories that are fetched at once.
 const LOOKS: usize = 8;
 /// After the store refused.
@@ -67,7 +69,7 @@ impl Follower {
 /// again, and the others' must be seen.
 pub(crate) fn readable<T: DeserializeOwned>(entry: &Entry) -> Option<Read<T>> {
     let Entry::Document(document) = entry else { return None };
-    typed(document).inspect_err(|error| tracing::error!(%error, "a document is passed over")).ok()
+    crate::store::readable(document)
 }
 
 /// What is remembered of a server between its changes.
@@ -186,10 +188,11 @@ impl<S: Store, K: Bakery, C: Clock> Reconciler<S, K, C> {
             self.dirty.extend(children.map(|(name, _)| name.clone()));
             self.known.insert(value.name, Summary { parent, building });
         }
+        // Those that ended, and those that give way where something newer is wanted.
         let mut ended = BTreeSet::new();
         for entry in self.builds.changes(&store).await? {
             let Some(Read { value, .. }) = readable::<Build>(&entry) else { continue };
-            if value.state.has_ended() {
+            if value.state.has_ended() || value.is_tried_again() {
                 ended.insert(value.id);
             }
         }
@@ -238,17 +241,20 @@ impl<S: Store, K: Bakery, C: Clock> Reconciler<S, K, C> {
             Next::Plan(_) if self.planning.len() >= PLANS => return Ok(false),
             Next::Plan(order) => self.plan(name.clone(), *order),
             Next::Adopt => {
-                if let Some(build) = build {
-                    self.adopt(read, &build).await?;
+                if let Some(build) = build
+                    && !self.adopt(read, &build).await?
+                {
+                    self.again(name, now);
                 }
             }
             Next::Forget => {
                 tracing::warn!(server = %name, "the build that it awaits is lost, and is planned anew");
-                let mut server = read.value;
-                next::forget(&mut server, now);
-                let mut edit = Edit::new(now);
-                edit.put_server(read.version, &server, &[])?;
-                self.commit(edit).await?;
+                self.forget(read).await?;
+            }
+            Next::Supersede => {
+                if !self.supersede(read).await? {
+                    self.again(name, now);
+                }
             }
         }
         Ok(true)
@@ -282,8 +288,43 @@ impl<S: Store, K: Bakery, C: Clock> Reconciler<S, K, C> {
         Ok(true)
     }
 
-    async fn adopt(&self, read: Read<Server>, build: &Build) -> Result<(), Error> {
-        let Some(building) = &read.value.building else { return Ok(()) };
+    /// Looks at a server again although it did not change: others changed what its change rests on.
+    fn again(&mut self, name: &ServerName, now: Timestamp) {
+        let soon = now.checked_add(CONFLICT).unwrap_or(Timestamp::MAX);
+        self.due.insert(name.clone(), soon);
+    }
+
+    async fn forget(&self, read: Read<Server>) -> Result<bool, Error> {
+        let now = self.builder.now();
+        let mut server = read.value;
+        next::forget(&mut server, now);
+        let mut edit = Edit::new(now);
+        edit.put_server(read.version, &server, &[])?;
+        self.commit(edit).await
+    }
+
+    /// Ends a build that waits for its next try; one that is another server's goes on without this one. False where
+    /// others were first.
+    async fn supersede(&self, read: Read<Server>) -> Result<bool, Error> {
+        let mut server = read.value;
+        let Some(id) = server.building.as_ref().map(|building| building.build.clone()) else {
+            return Ok(true);
+        };
+        let Some(build) = self.builder.documents.build(&id).await? else { return Ok(false) };
+        let mut edit = if id.server == server.name && build.value.is_tried_again() {
+            self.builder.cancel(build, "builder").await?.0
+        } else {
+            Edit::new(self.builder.now())
+        };
+        tracing::info!(server = %server.name, build = %id, "gives way to a newer definition");
+        next::forget(&mut server, self.builder.now());
+        edit.put_server(read.version, &server, &[])?;
+        self.commit(edit).await
+    }
+
+    /// False where others were first.
+    async fn adopt(&self, read: Read<Server>, build: &Build) -> Result<bool, Error> {
+        let Some(building) = read.value.building.clone() else { return Ok(true) };
         let trace = building.causes.first().map(|cause| cause.traceparent.clone()).unwrap_or_default();
         let span = kiln_service::trace::span_under(&trace, "adopt build");
         async {
@@ -295,9 +336,18 @@ impl<S: Store, K: Bakery, C: Clock> Reconciler<S, K, C> {
             let name = read.value.name.clone();
             let (server, revision) = match plan::adopt(read.value.clone(), build, &definition, now) {
                 Ok(adopted) => adopted,
-                Err(Illegal::Stale { .. } | Illegal::State { .. }) => return Ok(()),
+                Err(Illegal::Stale { .. } | Illegal::State { .. }) => return Ok(true),
                 Err(illegal) => return Err(illegal.into()),
             };
+            let mut edit = Edit::new(now);
+            let image = server.in_force.as_ref().map(|in_force| in_force.image).filter(|_| revision.is_some());
+            if let Some(image) = image
+                && let Err(error) = self.builder.need(&mut edit, &image).await
+            {
+                let Error::Illegal(illegal) = error else { return Err(error) };
+                tracing::warn!(server = %name, build = %build.id, %illegal, "is planned anew");
+                return self.forget(read).await;
+            }
             match &revision {
                 Some(revision) => {
                     tracing::info!(server = %name, build = %build.id, generation = revision.generation, "a revision");
@@ -305,7 +355,6 @@ impl<S: Store, K: Bakery, C: Clock> Reconciler<S, K, C> {
                 None => tracing::warn!(server = %name, build = %build.id, problem = server.problem(), "no revision"),
             }
             let told: Vec<_> = revision.map(|revision| Told::RevisionCreated(Box::new(revision))).into_iter().collect();
-            let mut edit = Edit::new(now);
             edit.put_server(read.version, &server, &told)?;
             self.commit(edit).await
         }
@@ -313,10 +362,11 @@ impl<S: Store, K: Bakery, C: Clock> Reconciler<S, K, C> {
         .await
     }
 
-    /// A conflict is no failure: who changed the server brings it back here.
-    async fn commit(&self, edit: Edit) -> Result<(), Error> {
+    /// A conflict is no failure, and gives false. Who changed the server brings it back here.
+    async fn commit(&self, edit: Edit) -> Result<bool, Error> {
         match self.builder.documents.store().commit(edit.finish()).await {
-            Ok(_) | Err(kiln_store::Error::Conflict { .. }) => Ok(()),
+            Ok(_) => Ok(true),
+            Err(kiln_store::Error::Conflict { .. }) => Ok(false),
             Err(error) => Err(error.into()),
         }
     }

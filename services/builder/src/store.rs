@@ -41,6 +41,8 @@ pub struct StoredRevision {
 }
 
 /// An image that a build made. It is kept for as long as anything may need it.
+///
+/// Whoever comes to need it writes its document in the same commit, and so does its removal: of the two, one is refused.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct StoredImage {
     pub digest: Digest,
@@ -49,6 +51,7 @@ pub struct StoredImage {
     pub build: BuildId,
     pub key_id: String,
     pub packages: PackageVersions,
+    /// When a build last came to it.
     pub created: Timestamp,
 }
 
@@ -157,19 +160,34 @@ impl<S: Store> Documents<S> {
         Ok(Read { version, value })
     }
 
-    /// Every live document of a kind.
-    pub async fn all<T: DeserializeOwned>(&self, kind: &str, prefix: &str) -> Result<Vec<Read<T>>, Error> {
-        let mut found = Vec::new();
-        let mut after: Option<String> = None;
+    /// Every live document of a kind, as it is stored.
+    pub async fn documents(&self, kind: &str, prefix: &str) -> Result<Vec<Document>, Error> {
+        let mut found: Vec<Document> = Vec::new();
         loop {
+            let after = found.last().map(|last| last.id.clone());
             let page = self.store.list(kind, prefix, after.as_deref(), 500).await?;
-            let Some(last) = page.last() else { return Ok(found) };
-            after = Some(last.id.clone());
-            for document in &page {
-                found.push(Read { version: document.version, value: decode(document, SCHEMA)? });
+            if page.is_empty() {
+                return Ok(found);
             }
+            found.extend(page);
         }
     }
+
+    /// Every live document of a kind.
+    pub async fn all<T: DeserializeOwned>(&self, kind: &str, prefix: &str) -> Result<Vec<Read<T>>, Error> {
+        self.documents(kind, prefix).await?.iter().map(typed).collect()
+    }
+
+    /// As [`Documents::all`], where one that can't be read holds no other back.
+    pub async fn readable<T: DeserializeOwned>(&self, kind: &str) -> Result<Vec<Read<T>>, Error> {
+        let documents = self.documents(kind, "").await?;
+        Ok(documents.iter().filter_map(|document| readable(document)).collect())
+    }
+}
+
+/// Reads a document where it can be read; another is said and passed over, as nothing of what it is about can be done.
+pub fn readable<T: DeserializeOwned>(document: &Document) -> Option<Read<T>> {
+    typed(document).inspect_err(|error| tracing::error!(%error, "a document can't be read")).ok()
 }
 
 /// Reads a document of a listing.
@@ -230,6 +248,10 @@ impl Edit {
             before: serde_json::Value::Null,
             after,
         });
+    }
+
+    pub fn put_image(&mut self, version: u64, image: &StoredImage) -> Result<(), Error> {
+        self.put(IMAGE_KIND, &image.digest.hex(), version, image)
     }
 
     pub fn put_source(&mut self, version: u64, source: &Source) -> Result<(), Error> {

@@ -74,7 +74,9 @@ pub fn chain(error: &(dyn StdError + 'static)) -> String {
 
 impl From<Invalid> for ApiError {
     fn from(Invalid { field, reason }: Invalid) -> Self {
-        Self::Invalid { field, why: reason, what_to_do: String::new() }
+        let what_to_do =
+            format!("give another `{field}`; `kiln.*.v1` in the `proto` folder says what it can be");
+        Self::Invalid { field, why: reason, what_to_do }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Images: what is in them, their way out, and who needs them.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 
 use kiln_api::builder::{
@@ -11,7 +12,7 @@ use kiln_model::digest::Digest;
 use kiln_service::clock::Clock;
 use kiln_service::error::ApiError;
 use kiln_service::requests;
-use kiln_store::Store;
+use kiln_store::{Batch, Store};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
@@ -119,16 +120,44 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
         }
         images.sort();
         images.dedup();
-        let decide = || async {
-            let known = self.builder.documents.hold(&request.holder).await?;
-            let mut edit = Edit::new(self.builder.now());
-            if known.as_ref().is_none_or(|known| known.value.images != images) {
-                let version = known.map_or(0, |known| known.version);
-                edit.put(HOLD_KIND, &request.holder, version, &StoredHold { images: images.clone() })?;
-            }
-            Ok((edit.finish(), HoldResponse {}))
+        let (store, id) = (self.builder.documents.store(), &request.request_id);
+        let unknown = self.unknown_images(&request.holder, &images).await?;
+        let Some(first) = unknown.first() else {
+            let decide =
+                || async { Ok((self.decide_hold(&request.holder, &images).await?, HoldResponse {})) };
+            return requests::once(store, id, &request, decide).await;
         };
-        requests::once(self.builder.documents.store(), &request.request_id, &request, decide).await
+        // What is there is held all the same: the one that is not must not cost the holder the others.
+        images.retain(|image| !unknown.contains(image));
+        let batch = self.decide_hold(&request.holder, &images).await?;
+        store.commit(batch).await?;
+        Err(ApiError::not_found("image", first.to_string()))
+    }
+
+    /// Those that are not held yet and are not there. What is held stays so, also where a restored store forgot it.
+    async fn unknown_images(&self, holder: &str, images: &[Digest]) -> Result<BTreeSet<Digest>, ApiError> {
+        let held =
+            self.builder.documents.hold(holder).await?.map(|read| read.value.images).unwrap_or_default();
+        let mut unknown = BTreeSet::new();
+        for image in images.iter().filter(|image| !held.contains(image)) {
+            if self.builder.documents.image(image).await?.is_none() {
+                unknown.insert(*image);
+            }
+        }
+        Ok(unknown)
+    }
+
+    async fn decide_hold(&self, holder: &str, images: &[Digest]) -> Result<Batch, ApiError> {
+        let known = self.builder.documents.hold(holder).await?;
+        let mut edit = Edit::new(self.builder.now());
+        let (version, held) = known.map_or((0, Vec::new()), |known| (known.version, known.value.images));
+        if version == 0 || held != images {
+            for image in images.iter().filter(|image| !held.contains(image)) {
+                self.builder.need(&mut edit, image).await?;
+            }
+            edit.put(HOLD_KIND, holder, version, &StoredHold { images: images.to_vec() })?;
+        }
+        Ok(edit.finish())
     }
 }
 
@@ -137,6 +166,7 @@ fn image_error(error: &kiln_image::Error, digest: &Digest) -> ApiError {
         kiln_image::Error::NoBlob(missing) if missing == digest => {
             ApiError::not_found("image", digest.to_string())
         }
+        kiln_image::Error::NoImage(missing) => ApiError::not_found("image", missing.to_string()),
         other => ApiError::internal(other),
     }
 }
