@@ -14,7 +14,7 @@ use kiln_service::clock::Clock;
 use kiln_service::shutdown;
 use kiln_store::Store;
 use tokio::sync::{Notify, watch};
-use tokio::task::JoinSet;
+use tokio::task::{self, JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
@@ -24,7 +24,7 @@ use crate::builder::{Builder, Error};
 use crate::image_tests::{TestRun, Tester};
 use crate::logs::Writer;
 use crate::reconcile::{Follower, readable};
-use crate::store::{Edit, IMAGE_KIND, Read, StoredImage};
+use crate::store::{Edit, Read, StoredImage};
 
 /// After the store refused.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -61,7 +61,9 @@ struct Dispatcher<S, K, C, T> {
     /// When each build that has not ended may be claimed.
     claimable: BTreeMap<BuildId, Timestamp>,
     running: HashMap<BuildId, CancellationToken>,
-    tasks: JoinSet<BuildId>,
+    tasks: JoinSet<()>,
+    /// Which build each task is for, and with which token: one that panics can't say so itself.
+    claimed: HashMap<task::Id, (BuildId, u64)>,
 }
 
 /// Runs builds until told to stop. What runs then is interrupted, and claimed anew by the process that comes next.
@@ -81,6 +83,7 @@ pub async fn run<S: Store, K: Bakery, C: Clock, T: Tester>(
         claimable: BTreeMap::new(),
         running: HashMap::new(),
         tasks: JoinSet::new(),
+        claimed: HashMap::new(),
     };
     while !*stop.borrow() {
         sequence.borrow_and_update();
@@ -103,14 +106,7 @@ pub async fn run<S: Store, K: Bakery, C: Clock, T: Tester>(
             changed = sequence.changed() => {
                 if changed.is_err() { break; }
             }
-            Some(ended) = dispatcher.tasks.join_next() => match ended {
-                Ok(id) => { dispatcher.running.remove(&id); }
-                Err(error) => {
-                    // Its lease runs out, and it is claimed anew.
-                    tracing::error!(%error, "a worker ended badly");
-                    dispatcher.running.retain(|_, token| !token.is_cancelled());
-                }
-            },
+            Some(ended) = dispatcher.tasks.join_next_with_id() => dispatcher.ended(ended).await,
         }
     }
     for token in dispatcher.running.values() {
@@ -130,14 +126,10 @@ pub async fn recover<S: Store, K: Bakery, C: Clock>(
     builder: &Builder<S, K, C>,
     owner: &str,
 ) -> Result<(), Error> {
-    for read in builder.documents.all::<Build>(build::KIND, "").await? {
+    for read in builder.documents.readable::<Build>(build::KIND).await? {
         let mut value = read.value;
-        let now = builder.now();
-        if value.abandoned(owner, now) {
-            tracing::info!(build = %value.id, "was interrupted, and is built anew");
-            let mut edit = Edit::new(now);
-            edit.put_build(read.version, &value, None)?;
-            builder.documents.store().commit(edit.finish()).await?;
+        if value.abandoned(owner, builder.now()) {
+            builder.interrupted(read.version, &value).await?;
         }
     }
     Ok(())
@@ -198,6 +190,7 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Dispatcher<S, K, C, T> {
         }
         let cancel = CancellationToken::new();
         self.running.insert(id.clone(), cancel.clone());
+        let (for_build, span_of) = (id.clone(), build.cause.traceparent.clone());
         let worker = Worker {
             builder: self.builder.clone(),
             tester: self.tester.clone(),
@@ -208,15 +201,38 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Dispatcher<S, K, C, T> {
             progress: Arc::default(),
             moved: Arc::default(),
         };
-        let span = kiln_service::trace::span_under(&worker.build.cause.traceparent, "build");
-        self.tasks.spawn(
-            async move {
-                worker.run().await;
-                id
-            }
-            .instrument(span),
-        );
+        let span = kiln_service::trace::span_under(&span_of, "build");
+        let task = self.tasks.spawn(async move { worker.run().await }.instrument(span));
+        self.claimed.insert(task.id(), (for_build, token));
         Ok(())
+    }
+
+    /// A worker's task has ended, one way or the other: its place is free.
+    async fn ended(&mut self, ended: Result<(task::Id, ()), JoinError>) {
+        let (task, error) = match ended {
+            Ok((task, ())) => (task, None),
+            Err(error) => (error.id(), Some(error)),
+        };
+        let Some((id, token)) = self.claimed.remove(&task) else { return };
+        self.running.remove(&id);
+        let Some(error) = error else { return };
+        tracing::error!(build = %id, %error, "its worker ended badly");
+        self.builder
+            .logs
+            .writer(&id)
+            .line("a defect of Kiln ended this attempt; the builder's own log has more");
+        if let Err(error) = self.broke_off(&id, token).await {
+            // Its lease runs out, and it is claimed anew.
+            tracing::warn!(build = %id, %error, "could not be given back");
+        }
+    }
+
+    async fn broke_off(&self, id: &BuildId, token: u64) -> Result<(), Error> {
+        let Some(Read { version, value: mut build }) = self.builder.documents.build(id).await? else {
+            return Ok(());
+        };
+        build.broke_off(token, self.builder.now())?;
+        self.builder.interrupted(version, &build).await
     }
 }
 
@@ -260,13 +276,22 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
 
         let image = self.bake(&lock, !build.verify).await?;
         if build.verify {
-            let slot = self.builder.documents.slot(&build.lock_key).await.map_err(stored)?;
-            return match slot.value {
-                Slot::Succeeded { image: first, .. } if first != image => {
-                    Err(self
-                        .fell(format!("the same lock gave {first} the first time and {image} now"), false))
+            return match self.first_image().await.map_err(stored)? {
+                Some(first) if first == image => {
+                    Ok(Baked { image, key_id: self.sign(image).await?, tests: Vec::new() })
                 }
-                _ => Ok(Baked { image, key_id: self.sign(image).await?, tests: Vec::new() }),
+                Some(first) => {
+                    let problem = format!("the same lock gave {first} the first time and {image} now");
+                    Err(self.fell(problem, false))
+                }
+                None => {
+                    let problem = format!(
+                        "it gave {image}, and the image to compare it with was removed meanwhile; run `kiln build --verify \
+                         {}` again",
+                        build.server()
+                    );
+                    Err(self.fell(problem, false))
+                }
             };
         }
         // Signed before its tests: nothing runs an image whose signature it can't verify.
@@ -295,6 +320,19 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
             return Err(fell);
         }
         Ok(Baked { image, key_id, tests })
+    }
+
+    /// What this build's lock gave the first time: the image in force, which has no slot where a later build of the same
+    /// lock failed, or else that of the slot.
+    async fn first_image(&self) -> Result<Option<Digest>, kiln_store::Error> {
+        let documents = &self.builder.documents;
+        let server = documents.server(self.build.server()).await?;
+        let in_force = server.and_then(|server| server.value.in_force);
+        if let Some(in_force) = in_force.filter(|in_force| in_force.lock_key == self.build.lock_key) {
+            return Ok(Some(in_force.image));
+        }
+        let slot = documents.slot(&self.build.lock_key).await?;
+        Ok(if let Slot::Succeeded { image, .. } = slot.value { Some(image) } else { None })
     }
 
     async fn bake(&self, lock: &kiln_model::lock::Lock, use_layer_cache: bool) -> Result<Digest, Fell> {
@@ -388,6 +426,10 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
         let id = &self.build.id;
         if self.cancel.is_cancelled() && outcome.is_err() {
             tracing::info!(build = %id, "was interrupted");
+            match self.release().await {
+                Ok(()) => {}
+                Err(error) => tracing::debug!(build = %id, %error, "is not given back"),
+            }
             return;
         }
         loop {
@@ -404,6 +446,20 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
                 }
             }
         }
+    }
+
+    /// The service ends in order: the next one goes on at once. A build that was cancelled is nobody's any more.
+    async fn release(&self) -> Result<(), Error> {
+        let Some(Read { version, value: mut build }) = self.builder.documents.build(&self.build.id).await?
+        else {
+            return Ok(());
+        };
+        let now = self.builder.now();
+        build.release(self.token, now)?;
+        let mut edit = Edit::new(now);
+        edit.put_build(version, &build, None)?;
+        self.builder.documents.store().commit(edit.finish()).await?;
+        Ok(())
     }
 
     async fn write(&self, outcome: &Result<Baked, Fell>) -> Result<(), Error> {
@@ -424,9 +480,9 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
                 ((build.state == State::Failed).then_some(Told::BuildFailed), fell.image.clone())
             }
         };
-        if let Some((digest, key_id)) = image
-            && documents.image(&digest).await?.is_none()
-        {
+        if let Some((digest, key_id)) = image {
+            // One that was there before is a day old from now on, and is not removed before it is taken over.
+            let known = documents.image(&digest).await?.map_or(0, |known| known.version);
             let lock = documents.lock(&build.lock_key).await?;
             let stored = StoredImage {
                 digest,
@@ -437,7 +493,7 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
                 packages: lock.map(|lock| lock.packages()).unwrap_or_default(),
                 created: now,
             };
-            edit.put(IMAGE_KIND, &digest.hex(), 0, &stored)?;
+            edit.put_image(known, &stored)?;
         }
         edit.put_build(version, &build, told)?;
         self.builder.free_slot_of(&mut edit, &build).await?;
@@ -466,6 +522,16 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
         {
             edit.free_slot(slot.version, build);
         }
+        Ok(())
+    }
+
+    /// Writes a build whose attempt ended without an outcome.
+    async fn interrupted(&self, version: u64, build: &Build) -> Result<(), Error> {
+        tracing::info!(build = %build.id, state = build.state.as_str(), times = build.interruptions, "was interrupted");
+        let mut edit = Edit::new(self.now());
+        edit.put_build(version, build, (build.state == State::Failed).then_some(Told::BuildFailed))?;
+        self.free_slot_of(&mut edit, build).await?;
+        self.documents.store().commit(edit.finish()).await?;
         Ok(())
     }
 
