@@ -89,6 +89,7 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
     pub async fn receive(&self, signal: &Signal, epoch: &str, version: u64) -> Result<(), Error> {
         // A monitor whose store was restored counts anew.
         let (watermark, id) = (format!("monitor.signal/{epoch}"), signal.id.to_string());
+        let mut lost = None;
         for _ in 0..TRIES {
             if self.documents.store().watermark(&watermark, &id).await? >= version {
                 return Ok(());
@@ -99,12 +100,12 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
             self.take_signal(&mut edit, signal, now).await?;
             match self.documents.store().commit(edit.finish()).await {
                 Ok(_) | Err(kiln_store::Error::Stale { .. }) => return Ok(()),
-                Err(kiln_store::Error::Conflict { .. }) => {}
+                Err(error @ kiln_store::Error::Conflict { .. }) => lost = Some(error),
                 Err(error) => return Err(error.into()),
             }
         }
-        // The resync comes back to it.
-        Ok(())
+        // The bus or the resync comes back to it.
+        lost.map_or(Ok(()), |conflict| Err(conflict.into()))
     }
 
     async fn take_signal(&self, edit: &mut Edit, signal: &Signal, now: Timestamp) -> Result<(), Error> {
@@ -167,6 +168,7 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
 
     /// A fleet's rollbacks, with the releases that they are about.
     async fn convict(&self, server: &ServerName, fleet: &Fleet, releases: &[Release]) -> Result<(), Error> {
+        let mut lost = None;
         for _ in 0..TRIES {
             let Some(Read { version, value: before }) = self.documents.server(server).await? else {
                 return Ok(());
@@ -187,13 +189,22 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
             tracing::warn!(%server, problem = after.problem(), "a rollback was noted");
             let mut edit = Edit::new(now);
             edit.put_server(version, &after, &[])?;
+            let back = after.in_force.as_ref().filter(|_| after.in_force != before.in_force);
+            if let Some(back) = back {
+                match self.need(&mut edit, &back.image).await {
+                    // The deployer runs it all the same.
+                    Err(Error::Illegal(illegal)) => tracing::warn!(%server, %illegal, "what it went back to"),
+                    other => other?,
+                }
+            }
             match self.documents.store().commit(edit.finish()).await {
                 Ok(_) => return Ok(()),
-                Err(kiln_store::Error::Conflict { .. }) => {}
+                Err(error @ kiln_store::Error::Conflict { .. }) => lost = Some(error),
                 Err(error) => return Err(error.into()),
             }
         }
-        Ok(())
+        // The resync comes back to it.
+        lost.map_or(Ok(()), |conflict| Err(conflict.into()))
     }
 
     /// What the revision behind a release put in force.
@@ -274,7 +285,7 @@ impl<S: Store, K: Bakery, C: Clock, P: Peers> Resync<S, K, C, P> {
                     continue;
                 }
             };
-            self.builder.receive(&signal, &epoch, version).await.map_err(|error| error.to_string())?;
+            passing(self.builder.receive(&signal, &epoch, version).await, &signal.server)?;
             if signal.state == SignalState::Open {
                 seen.open.insert(signal.id.to_string(), signal);
             } else {
@@ -283,7 +294,7 @@ impl<S: Store, K: Bakery, C: Clock, P: Peers> Resync<S, K, C, P> {
         }
         seen.signals = changes.cursor;
         for signal in seen.open.values() {
-            self.builder.see_again(signal).await.map_err(|error| error.to_string())?;
+            passing(self.builder.see_again(signal).await, &signal.server)?;
         }
         Ok(())
     }
@@ -294,7 +305,8 @@ impl<S: Store, K: Bakery, C: Clock, P: Peers> Resync<S, K, C, P> {
         self.heard.send_replace(Some(self.builder.now()));
         for fleet in changes.items.iter().filter(|fleet| !fleet.quarantine.is_empty()) {
             let Ok(server) = fleet.server.parse::<ServerName>() else { continue };
-            let known = self.builder.documents.server(&server).await.map_err(|error| error.to_string())?;
+            let known = self.builder.documents.server(&server).await.map_err(Error::from);
+            let known = passing(known, &server)?.flatten();
             let knows = |release| known.as_ref().is_none_or(|read| read.value.quarantine.knows(release));
             if fleet.quarantine.iter().all(|verdict| knows(verdict.release)) {
                 continue;
@@ -305,12 +317,25 @@ impl<S: Store, K: Bakery, C: Clock, P: Peers> Resync<S, K, C, P> {
             let convicted = async {
                 let releases =
                     self.peers.releases(&server).await.map_err(|status| away("deployer", &status))?;
-                self.builder.convict(&server, fleet, &releases).await.map_err(|error| error.to_string())
+                passing(self.builder.convict(&server, fleet, &releases).await, &server)
             };
             convicted.instrument(span).await?;
         }
         seen.fleets = changes.cursor;
         Ok(())
+    }
+}
+
+/// What comes of one server in a resync: where its documents can't be read, that is said, and holds no other back.
+fn passing<T>(outcome: Result<T, Error>, server: &ServerName) -> Result<Option<T>, String> {
+    use kiln_store::Error::{Schema, Unreadable};
+    match outcome {
+        Ok(value) => Ok(Some(value)),
+        Err(Error::Store(error @ (Schema { .. } | Unreadable { .. }))) => {
+            tracing::error!(%server, %error, "is passed over");
+            Ok(None)
+        }
+        Err(error) => Err(error.to_string()),
     }
 }
 

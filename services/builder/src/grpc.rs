@@ -76,7 +76,7 @@ impl From<Error> for ApiError {
                 Self::Conflict(error.to_string())
             }
             Error::Illegal(Illegal::State { .. } | Illegal::Refused { .. }) => {
-                Self::precondition(error.to_string(), "")
+                Self::precondition(error.to_string(), "see `kiln status` for what is there now")
             }
             Error::Lost { .. } => Self::Internal(error.to_string()),
         }

@@ -3,6 +3,10 @@
 
 #![expect(clippy::large_futures, reason = "a test's future lives once")]
 
+mod collecting;
+mod contended;
+mod replays;
+mod working;
 mod world;
 
 use std::time::Duration;
@@ -176,6 +180,44 @@ async fn a_signal_is_followed_once_by_event_and_resync() {
         })
         .await;
     assert_eq!(world.builds().await.len(), 2);
+}
+
+#[tokio::test]
+async fn a_signal_that_loses_against_others_every_time_comes_again() {
+    let world = World::new().await;
+    world.apply("r1", &yaml("web", "a", 3)).await.unwrap();
+    world.running(world.revision("web", 1)).await;
+    let signal = world.signal("web", CauseKind::PackageUpdates, "release-file-2");
+    world.builder.documents.store().lose(100);
+    let lost = world.builder.receive(&signal, "monitor-1", 7).await.unwrap_err();
+    assert!(lost.is_conflict() && lost.is_transient(), "{lost}: the bus gives it again");
+    world.peers.signals(vec![(signal.clone(), 7)]);
+    assert!(world.resync().await.is_err(), "and the resync's cursor stays");
+    world.builder.documents.store().lose(0);
+    world.builder.receive(&signal, "monitor-1", 7).await.unwrap();
+    assert!(world.server("web").await.unwrap().wanted.is_some());
+}
+
+#[tokio::test]
+async fn a_document_that_can_not_be_read_holds_no_other_back() {
+    let world = World::new().await;
+    for name in ["web", "db"] {
+        world.apply(&format!("apply-{name}"), &yaml(name, name, 1)).await.unwrap();
+    }
+    world
+        .running(async {
+            world.revision("web", 1).await;
+            world.revision("db", 1).await;
+        })
+        .await;
+    world.damage("server", "db").await;
+    world.damage("build", "db-b1").await;
+    world.bakery.package("nginx", "2");
+    let signals =
+        ["db", "web"].map(|name| (world.signal(name, CauseKind::PackageUpdates, "release-file-2"), 7));
+    world.peers.signals(signals.to_vec());
+    world.resync().await.unwrap();
+    world.running(world.revision("web", 2)).await;
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -23,10 +24,11 @@ use kiln_model::name::ServerName;
 use kiln_model::revision::Revision;
 use kiln_model::signal::{Remedy, Signal, SignalId, SignalState};
 use kiln_service::clock::SystemClock;
-use kiln_store::{SqliteStore, Store as _};
+use kiln_store::{Batch, Change, Store as _};
 use tokio::sync::watch;
 use tonic::{Request, Status};
 
+use super::contended::Contended;
 use crate::bake::{BakeError, BakeRun, BakedImage, ReleaseFile, Resolution, ResolveRequest};
 use crate::bakery::Bakery;
 use crate::builder::Builder;
@@ -56,6 +58,10 @@ pub(crate) fn yaml(name: &str, image: &str, replicas: u32) -> String {
 pub(crate) enum Bakes {
     Well,
     Never,
+    /// A defect of Kiln.
+    Panics,
+    /// Another image than the lock gave before.
+    Otherwise,
     /// The archive can't be reached.
     Away,
 }
@@ -65,6 +71,8 @@ pub(crate) struct FakeBakery {
     bakes: watch::Sender<Bakes>,
     packages: Arc<Mutex<BTreeMap<String, String>>>,
     interrupted: watch::Sender<bool>,
+    /// Plans that asked the archives.
+    resolved: Arc<AtomicUsize>,
 }
 
 impl FakeBakery {
@@ -74,6 +82,7 @@ impl FakeBakery {
             bakes: watch::Sender::new(Bakes::Well),
             packages: Arc::new(Mutex::new(packages)),
             interrupted: watch::Sender::new(false),
+            resolved: Arc::default(),
         }
     }
 
@@ -85,6 +94,10 @@ impl FakeBakery {
         self.packages.lock().unwrap().insert(name.to_owned(), version.to_owned());
     }
 
+    pub(crate) fn resolved(&self) -> usize {
+        self.resolved.load(Ordering::SeqCst)
+    }
+
     pub(crate) async fn was_interrupted(&self) -> bool {
         let mut interrupted = self.interrupted.subscribe();
         tokio::time::timeout(LIMIT, interrupted.wait_for(|interrupted| *interrupted)).await.is_ok()
@@ -94,6 +107,8 @@ impl FakeBakery {
 #[async_trait]
 impl Bakery for FakeBakery {
     async fn resolve(&self, request: ResolveRequest<'_>) -> Result<Resolution, BakeError> {
+        self.resolved.fetch_add(1, Ordering::SeqCst);
+        (request.log)("resolving packages");
         let locked = |(name, version): (&String, &String)| LockedPackage {
             name: name.clone(),
             version: version.clone(),
@@ -137,6 +152,11 @@ impl Bakery for FakeBakery {
                 self.interrupted.send_replace(true);
                 Err(BakeError::Cancelled)
             }
+            Bakes::Otherwise => {
+                let digest = Digest::of(b"otherwise");
+                Ok(BakedImage { digest, layers: Vec::new(), steps: Vec::new() })
+            }
+            Bakes::Panics => panic!("a defect"),
             Bakes::Away => Err(BakeError::Archive {
                 archive: "archive".to_owned(),
                 why: "is away".to_owned(),
@@ -215,7 +235,7 @@ impl Peers for FakePeers {
 
 /// A builder without its loops, and what it works with.
 pub(crate) struct World {
-    pub(crate) builder: Builder<SqliteStore, FakeBakery, SystemClock>,
+    pub(crate) builder: Builder<Contended, FakeBakery, SystemClock>,
     pub(crate) bakery: FakeBakery,
     pub(crate) tester: FakeTester,
     pub(crate) peers: FakePeers,
@@ -226,7 +246,7 @@ pub(crate) struct World {
 impl World {
     pub(crate) async fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let documents = Documents::new(SqliteStore::in_memory().await.unwrap());
+        let documents = Documents::new(Contended::new().await);
         let contexts = Contexts::new(folder.path().join("contexts"));
         let bakery = FakeBakery::new();
         let builder = Builder {
@@ -259,9 +279,27 @@ impl World {
         }
     }
 
-    pub(crate) fn api(&self) -> Api<SqliteStore, FakeBakery, SystemClock> {
-        let images = ImageStore::open(&self.folder.path().join("images")).unwrap();
-        Api::new(self.builder.clone(), images, PathBuf::from("signing.pub"))
+    /// Does `work` while the workers run; then they are told to stop, and end in order.
+    pub(crate) async fn until_stopped<T>(&self, work: impl Future<Output = T>) -> T {
+        let (stop, stopped) = watch::channel(false);
+        let options = WorkerOptions { owner: "orderly".to_owned(), workers: 2 };
+        let tester = self.tester.clone();
+        let reconciling = reconcile::run(self.builder.clone(), stopped.clone());
+        let working = workers::run(self.builder.clone(), tester, options, stopped);
+        let work = async {
+            let done = work.await;
+            stop.send_replace(true);
+            done
+        };
+        tokio::join!(work, reconciling, working).0
+    }
+
+    pub(crate) fn images(&self) -> ImageStore {
+        ImageStore::open(&self.folder.path().join("images")).unwrap()
+    }
+
+    pub(crate) fn api(&self) -> Api<Contended, FakeBakery, SystemClock> {
+        Api::new(self.builder.clone(), self.images(), PathBuf::from("signing.pub"))
     }
 
     pub(crate) async fn apply(&self, request_id: &str, yaml: &str) -> Result<ApplyOutcome, Status> {
@@ -335,6 +373,15 @@ impl World {
         events.iter().map(|event| format!("{}.{}", event.event.kind.entity, event.event.kind.verb)).collect()
     }
 
+    /// What a defect or a newer program may leave.
+    pub(crate) async fn damage(&self, kind: &str, id: &str) {
+        let store = self.builder.documents.store();
+        let expected = store.get(kind, id).await.unwrap().unwrap().version;
+        let body = serde_json::json!({ "of": "another kind" });
+        let put = Change::Put { kind: kind.to_owned(), id: id.to_owned(), expected, schema: 1, body };
+        store.commit(Batch { changes: vec![put], ..Batch::default() }).await.unwrap();
+    }
+
     /// Waits for a commit after which `look` gives something.
     async fn until<T>(&self, what: &str, mut look: impl AsyncFnMut() -> Option<T>) -> T {
         let mut sequence = self.builder.documents.store().sequence();
@@ -376,6 +423,11 @@ impl World {
         self.until(&format!("failed attempt at {id}"), look).await;
     }
 
+    pub(crate) async fn until_builds<T>(&self, what: &str, wanted: impl Fn(&[Build]) -> Option<T>) -> T {
+        let look = async || wanted(&self.builds().await);
+        self.until(what, look).await
+    }
+
     pub(crate) async fn until_server(&self, name: &str, wanted: impl Fn(&Server) -> bool) {
         let look = async || self.server(name).await.filter(|server| wanted(server)).map(drop);
         self.until(&format!("{name} in the wanted state"), look).await;
@@ -387,6 +439,11 @@ pub(crate) struct Repository {
 }
 
 impl Repository {
+    /// Out of reach from here on.
+    pub(crate) fn goes_away(&self) {
+        std::fs::rename(&self.work, self.work.with_extension("away")).unwrap();
+    }
+
     fn url(&self) -> String {
         self.work.to_str().unwrap().to_owned()
     }
