@@ -3,7 +3,8 @@
 use std::pin::Pin;
 
 use futures::Stream;
-use kiln_api::convert::{self, ListRequest, list_info};
+use kiln_api::convert;
+use kiln_api::deployer;
 use kiln_api::deployer::deployer_service_server::{DeployerService, DeployerServiceServer};
 use kiln_api::deployer::{
     AbortRolloutRequest, AbortRolloutResponse, GetFleetRequest, GetFleetResponse, ListFleetsRequest,
@@ -11,15 +12,14 @@ use kiln_api::deployer::{
     ListReleasesResponse, ListRolloutsRequest, ListRolloutsResponse, RollbackRequest, RollbackResponse,
     WatchFleetRequest, WatchFleetResponse,
 };
-use kiln_api::{deployer, types};
 use kiln_deployer_core::{Commanded, InstanceState, Refused, Release, RollbackAsk, Verdict, abort, rollback};
 use kiln_model::cause::{Cause, CauseKind};
 use kiln_model::name::{InstanceId, RequestId, ServerName};
 use kiln_service::clock::Clock;
 use kiln_service::error::ApiError;
 use kiln_service::shutdown::requested;
-use kiln_service::{requests, trace};
-use kiln_store::{AuditRecord, Batch, Cursor, Document, Entry, Page, Store, decode};
+use kiln_service::{list, requests, trace};
+use kiln_store::{AuditRecord, Batch, Store, decode};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
@@ -75,13 +75,13 @@ impl<S: Store, C: Clock> DeployerService for Api<S, C> {
     }
 
     async fn list_fleets(&self, request: Request<ListFleetsRequest>) -> Answer<ListFleetsResponse> {
-        let page = self.page(FLEET, request.into_inner().options).await?;
+        let page = list::page(&self.deployer.store, FLEET, request.into_inner().options).await?;
         let mut fleets = Vec::new();
-        for document in documents(&page) {
+        for document in list::documents(&page) {
             let server = server_name(&document.id)?;
             fleets.push(self.fleet(&server).await?);
         }
-        Ok(Response::new(ListFleetsResponse { fleets, info: Some(info(page)) }))
+        Ok(Response::new(ListFleetsResponse { fleets, info: Some(list::info(&page)) }))
     }
 
     async fn watch_fleet(&self, request: Request<WatchFleetRequest>) -> Answer<Self::WatchFleetStream> {
@@ -97,30 +97,30 @@ impl<S: Store, C: Clock> DeployerService for Api<S, C> {
     async fn list_releases(&self, request: Request<ListReleasesRequest>) -> Answer<ListReleasesResponse> {
         let ListReleasesRequest { options, server } = request.into_inner();
         let wanted = server_filter(&server)?;
-        let page = self.page(RELEASE, options).await?;
+        let page = list::page(&self.deployer.store, RELEASE, options).await?;
         let mut releases = Vec::new();
-        for document in documents(&page) {
+        for document in list::documents(&page) {
             let Some(server) = server_of_release(&document.id) else { continue };
             if wanted.as_ref().is_none_or(|wanted| *wanted == server) {
                 let release: Release = decode(document, SCHEMA).map_err(ApiError::from)?;
                 releases.push(wire::release(&server, &release, document.version));
             }
         }
-        Ok(Response::new(ListReleasesResponse { releases, info: Some(info(page)) }))
+        Ok(Response::new(ListReleasesResponse { releases, info: Some(list::info(&page)) }))
     }
 
     async fn list_rollouts(&self, request: Request<ListRolloutsRequest>) -> Answer<ListRolloutsResponse> {
         let ListRolloutsRequest { options, server } = request.into_inner();
         let wanted = server_filter(&server)?;
-        let page = self.page(ROLLOUT, options).await?;
+        let page = list::page(&self.deployer.store, ROLLOUT, options).await?;
         let mut rollouts = Vec::new();
-        for document in documents(&page) {
+        for document in list::documents(&page) {
             let record: RolloutRecord = decode(document, SCHEMA).map_err(ApiError::from)?;
             if wanted.as_ref().is_none_or(|wanted| *wanted == record.server) {
                 rollouts.push(wire::rollout(&record.server, &record.rollout, document.version));
             }
         }
-        Ok(Response::new(ListRolloutsResponse { rollouts, info: Some(info(page)) }))
+        Ok(Response::new(ListRolloutsResponse { rollouts, info: Some(list::info(&page)) }))
     }
 
     async fn list_instances(&self, request: Request<ListInstancesRequest>) -> Answer<ListInstancesResponse> {
@@ -128,9 +128,9 @@ impl<S: Store, C: Clock> DeployerService for Api<S, C> {
         let wanted = server_filter(&server)?;
         // Who follows the changes is to learn of those that went.
         let everything = all || options.as_ref().is_some_and(|options| options.since.is_some());
-        let page = self.page(INSTANCE, options).await?;
+        let page = list::page(&self.deployer.store, INSTANCE, options).await?;
         let mut instances = Vec::new();
-        for document in documents(&page) {
+        for document in list::documents(&page) {
             let id: InstanceId = document.id.parse().map_err(|error| ApiError::internal(&error))?;
             let record: InstanceRecord = decode(document, SCHEMA).map_err(ApiError::from)?;
             let there = !record.past && record.instance.state != InstanceState::Retired;
@@ -138,7 +138,7 @@ impl<S: Store, C: Clock> DeployerService for Api<S, C> {
                 instances.push(wire::instance(&id, &record, document.version));
             }
         }
-        Ok(Response::new(ListInstancesResponse { instances, info: Some(info(page)) }))
+        Ok(Response::new(ListInstancesResponse { instances, info: Some(list::info(&page)) }))
     }
 }
 
@@ -310,24 +310,6 @@ impl<S: Store, C: Clock> Api<S, C> {
             }
         }
     }
-
-    async fn page(&self, kind: &str, options: Option<types::ListOptions>) -> Result<Page, ApiError> {
-        let ListRequest { since, page_size, page_token } = ListRequest::try_from(options)?;
-        let since = since.map(|since| Cursor { epoch: since.epoch, sequence: since.sequence });
-        Ok(self.deployer.store.changes(kind, since.as_ref(), &page_token, page_size).await?)
-    }
-}
-
-fn documents(page: &Page) -> impl Iterator<Item = &Document> {
-    page.entries.iter().filter_map(|entry| match entry {
-        Entry::Document(document) => Some(document),
-        // Only records of what ended long ago are ever deleted.
-        Entry::Tombstone { .. } => None,
-    })
-}
-
-fn info(page: Page) -> types::ListInfo {
-    list_info(page.cursor.epoch, page.cursor.sequence, page.next_page_token, page.full)
 }
 
 fn server_name(text: &str) -> Result<ServerName, ApiError> {

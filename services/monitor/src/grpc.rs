@@ -3,22 +3,22 @@
 use std::pin::Pin;
 
 use futures::Stream;
-use kiln_api::convert::{self, ListRequest};
+use kiln_api::convert;
+use kiln_api::events;
 use kiln_api::monitor::monitor_service_server::MonitorService;
 use kiln_api::monitor::{
     ApproveSignalRequest, ApproveSignalResponse, GetServerStatusRequest, GetServerStatusResponse, Health,
     ListHealthRequest, ListHealthResponse, ListSignalsRequest, ListSignalsResponse, ReportSignalRequest,
     ReportSignalResponse, WatchHealthRequest, WatchHealthResponse,
 };
-use kiln_api::{events, types};
 use kiln_model::definition::UpdatePolicy;
 use kiln_model::name::{RequestId, ServerName};
 use kiln_model::signal::SignalId;
 use kiln_monitor_core::signal::{Illegal, Record, reconcile};
 use kiln_service::clock::Clock;
 use kiln_service::error::ApiError;
-use kiln_service::requests;
-use kiln_store::{AuditRecord, Cursor, Entry, Page, Store, decode};
+use kiln_service::{list, requests};
+use kiln_store::{AuditRecord, Store, decode};
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -149,34 +149,24 @@ impl<S: Store, C: Clock> Api<S, C> {
         }
     }
 
-    async fn page(&self, kind: &str, options: Option<types::ListOptions>) -> Result<Page, ApiError> {
-        let ListRequest { since, page_size, page_token } = ListRequest::try_from(options)?;
-        let since = since.map(|types::Cursor { epoch, sequence }| Cursor { epoch, sequence });
-        Ok(self.store.changes(kind, since.as_ref(), &page_token, page_size).await?)
-    }
-
     async fn list_signals(&self, message: ListSignalsRequest) -> Result<ListSignalsResponse, ApiError> {
         let server = server_filter(&message.server)?;
-        let page = self.page(SIGNAL, message.options).await?;
+        let page = list::page(&self.store, SIGNAL, message.options).await?;
         let mut signals = Vec::new();
-        for entry in &page.entries {
-            // One that is forgotten was resolved long before.
-            let Entry::Document(document) = entry else { continue };
+        for document in list::documents(&page) {
             let signal = from_document(document)?;
             if server.as_ref().is_none_or(|server| signal.server == server.as_str()) {
                 signals.push(signal);
             }
         }
-        Ok(ListSignalsResponse { signals, info: Some(info(page)) })
+        Ok(ListSignalsResponse { signals, info: Some(list::info(&page)) })
     }
 
     async fn list_health(&self, message: ListHealthRequest) -> Result<ListHealthResponse, ApiError> {
         let server = server_filter(&message.server)?;
-        let page = self.page(HEALTH, message.options).await?;
+        let page = list::page(&self.store, HEALTH, message.options).await?;
         let mut health = Vec::new();
-        for entry in &page.entries {
-            // What is retired has no health.
-            let Entry::Document(document) = entry else { continue };
+        for document in list::documents(&page) {
             let watched: Watched = decode(document, SCHEMA)?;
             if server.as_ref().is_none_or(|server| watched.id.server == *server) {
                 // When it was last seen is known in memory alone.
@@ -184,7 +174,7 @@ impl<S: Store, C: Clock> Api<S, C> {
                 health.push(newest.unwrap_or_else(|| health_of(&watched, document.version)));
             }
         }
-        Ok(ListHealthResponse { health, info: Some(info(page)) })
+        Ok(ListHealthResponse { health, info: Some(list::info(&page)) })
     }
 
     fn server_status(&self, message: &GetServerStatusRequest) -> Result<GetServerStatusResponse, ApiError> {
@@ -236,10 +226,6 @@ impl<S: Store, C: Clock> Api<S, C> {
             }
         }
     }
-}
-
-fn info(page: Page) -> types::ListInfo {
-    convert::list_info(page.cursor.epoch, page.cursor.sequence, page.next_page_token, page.full)
 }
 
 #[tonic::async_trait]

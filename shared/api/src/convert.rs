@@ -14,7 +14,7 @@ use std::str::FromStr;
 use jiff::Timestamp;
 use kiln_model::time::Millis;
 
-pub use list::{ListRequest, list_info};
+pub use list::ListRequest;
 
 /// A message that has no place in the model.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

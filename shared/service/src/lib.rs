@@ -7,6 +7,7 @@ pub mod config;
 pub mod error;
 pub mod follow;
 pub mod guard;
+pub mod list;
 pub mod machine;
 pub mod metrics;
 mod observe;

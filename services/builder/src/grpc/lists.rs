@@ -4,7 +4,6 @@ use kiln_api::builder::{
     GetServerRequest, GetServerResponse, ListBuildsRequest, ListBuildsResponse, ListRevisionsRequest,
     ListRevisionsResponse, ListServersRequest, ListServersResponse, ListSourcesRequest, ListSourcesResponse,
 };
-use kiln_api::convert::{ListRequest, list_info};
 use kiln_api::types;
 use kiln_builder_core::build::{self, Build};
 use kiln_builder_core::server::{self, Server};
@@ -12,7 +11,8 @@ use kiln_builder_core::source::{self, Source};
 use kiln_model::name::ServerName;
 use kiln_service::clock::Clock;
 use kiln_service::error::ApiError;
-use kiln_store::{Cursor, Entry, Store};
+use kiln_service::list;
+use kiln_store::Store;
 use serde::de::DeserializeOwned;
 
 use super::Api;
@@ -21,25 +21,15 @@ use crate::store::{REVISION_KIND, Read, StoredRevision, typed};
 use crate::wire;
 
 impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
-    /// A page of what changed of a kind. Deletes are left out: the builder's documents that are listed are never
-    /// deleted, but for sources, whose absence is seen in the full list.
+    /// A page of what changed of a kind.
     async fn page<T: DeserializeOwned>(
         &self,
         kind: &str,
         options: Option<types::ListOptions>,
     ) -> Result<(Vec<Read<T>>, types::ListInfo), ApiError> {
-        let ListRequest { since, page_size, page_token } = options.try_into()?;
-        let since = since.map(|cursor| Cursor { epoch: cursor.epoch, sequence: cursor.sequence });
-        let page =
-            self.builder.documents.store().changes(kind, since.as_ref(), &page_token, page_size).await?;
-        let mut found = Vec::new();
-        for entry in &page.entries {
-            if let Entry::Document(document) = entry {
-                found.push(typed(document)?);
-            }
-        }
-        let info = list_info(page.cursor.epoch, page.cursor.sequence, page.next_page_token, page.full);
-        Ok((found, info))
+        let page = list::page(self.builder.documents.store(), kind, options).await?;
+        let found = list::documents(&page).map(typed).collect::<Result<_, _>>()?;
+        Ok((found, list::info(&page)))
     }
 
     fn filter(name: &str) -> Result<Option<ServerName>, ApiError> {

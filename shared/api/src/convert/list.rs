@@ -33,8 +33,3 @@ impl TryFrom<Option<types::ListOptions>> for ListRequest {
         Ok(Self { since: options.since, page_size, page_token: options.page_token })
     }
 }
-
-/// What closes a page.
-pub fn list_info(epoch: String, sequence: u64, next_page_token: String, full: bool) -> types::ListInfo {
-    types::ListInfo { cursor: Some(types::Cursor { epoch, sequence }), next_page_token, full }
-}

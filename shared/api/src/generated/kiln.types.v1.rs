@@ -23,7 +23,7 @@ pub struct ListOptions {
     pub page_token: ::prost::alloc::string::String,
 }
 /// Closes a page.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ListInfo {
     /// Present `cursor` as `since` the next time. Only meaningful on the last page.
     #[prost(message, optional, tag = "1")]
@@ -34,6 +34,9 @@ pub struct ListInfo {
     /// True where the epoch was unknown: what is not listed does not exist.
     #[prost(bool, tag = "3")]
     pub full: bool,
+    /// Documents of this page that are gone.
+    #[prost(message, repeated, tag = "4")]
+    pub deleted: ::prost::alloc::vec::Vec<Tombstone>,
 }
 /// One document was deleted after the cursor that was given.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
