@@ -4,6 +4,7 @@ use std::fmt::Display;
 use std::io;
 use std::process::ExitCode;
 
+use serde::Serialize;
 use tonic::{Code as GrpcCode, Status};
 use tonic_types::StatusExt as _;
 
@@ -48,6 +49,33 @@ pub(crate) struct Said {
     what: String,
     why: String,
     todo: String,
+    /// The same for programs, a piece for each thing that is wrong.
+    violations: Vec<Violation>,
+}
+
+/// One thing that is wrong, and where: a field of the request, or a place in a file of a definition.
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Violation {
+    field: String,
+    description: String,
+    #[serde(flatten)]
+    place: Option<Place>,
+}
+
+#[derive(Debug, PartialEq, Eq, Serialize)]
+struct Place {
+    file: String,
+    line: u32,
+    column: u32,
+}
+
+impl Place {
+    /// `web/server.yaml:3:5`
+    fn parse(text: &str) -> Option<Self> {
+        let mut parts = text.rsplitn(3, ':');
+        let (column, line) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
+        Some(Self { file: parts.next()?.to_owned(), line, column })
+    }
 }
 
 impl Failure {
@@ -58,6 +86,7 @@ impl Failure {
             what: what.to_string(),
             why: why.to_string(),
             todo: String::new(),
+            violations: Vec::new(),
         }))
     }
 
@@ -115,6 +144,7 @@ impl Failure {
                     "message": said.what,
                     "why": said.why,
                     "what_to_do": said.todo,
+                    "violations": said.violations,
                 }
             });
             return Some(document.to_string());
@@ -171,17 +201,23 @@ fn of_status(what: impl Display, status: &Status) -> Failure {
     let details = status.get_error_details();
     let mut why = status.message().trim().to_owned();
     let mut todo = details.localized_message().map(|it| it.message.clone()).unwrap_or_default();
-    let violations = details
+    let of_fields = details
         .bad_request()
         .into_iter()
         .flat_map(|bad| &bad.field_violations)
         .map(|violation| (violation.field.as_str(), violation.description.as_str()));
-    let preconditions = details
+    let of_states = details
         .precondition_failure()
         .into_iter()
         .flat_map(|failed| &failed.violations)
         .map(|violation| (violation.subject.as_str(), violation.description.as_str()));
-    for (field, description) in violations.chain(preconditions) {
+    let mut violations = Vec::new();
+    for (field, description) in of_fields.chain(of_states) {
+        violations.push(Violation {
+            field: field.to_owned(),
+            description: description.to_owned(),
+            place: Place::parse(field),
+        });
         // Services put the first violation into the message as well; it is not said twice.
         if !description.is_empty() && !why.contains(description) && !todo.contains(description) {
             why.push_str(&if field.is_empty() {
@@ -198,7 +234,10 @@ fn of_status(what: impl Display, status: &Status) -> Failure {
     if todo.is_empty() && code == Code::Unavailable {
         "kiln up, which starts what does not run".clone_into(&mut todo);
     }
-    let failure = Failure::new(code, what, why).todo(todo);
+    let mut failure = Failure::new(code, what, why).todo(todo);
+    if let Failure::Said(said) = &mut failure {
+        said.violations = violations;
+    }
     match details.error_info() {
         Some(info) if !info.reason.is_empty() => failure.reason(&info.reason.to_lowercase()),
         _ => failure,
@@ -221,10 +260,34 @@ mod tests {
         assert_eq!(failure.exit_code(), ExitCode::from(4));
         assert_eq!(
             failure.render(true).unwrap(),
-            r#"{"error":{"code":4,"message":"rolling web back","reason":"stale_release","what_to_do":"run `kiln status web` and try again","why":"web is at r3"}}"#
+            r#"{"error":{"code":4,"message":"rolling web back","reason":"stale_release","violations":[],"what_to_do":"run `kiln status web` and try again","why":"web is at r3"}}"#
         );
         let text = failure.render(false).unwrap();
         assert_eq!(text, "error: rolling web back: web is at r3\n   do: run `kiln status web` and try again");
+    }
+
+    #[test]
+    fn programs_are_told_the_place_of_each_fault() {
+        let mut details = ErrorDetails::new();
+        details.add_bad_request_violation("web/server.yaml:3:5", "unknown key `form`");
+        details.add_bad_request_violation("source.git", "is missing");
+        let status = Status::with_error_details(GrpcCode::InvalidArgument, "2 faults", details);
+        let failure = Err::<(), _>(status).during("applying web").unwrap_err();
+        assert_eq!(failure.exit_code(), ExitCode::from(64));
+        let document: serde_json::Value = serde_json::from_str(&failure.render(true).unwrap()).unwrap();
+        assert_eq!(
+            document["error"]["violations"],
+            serde_json::json!([
+                {
+                    "field": "web/server.yaml:3:5",
+                    "description": "unknown key `form`",
+                    "file": "web/server.yaml",
+                    "line": 3,
+                    "column": 5,
+                },
+                { "field": "source.git", "description": "is missing" },
+            ])
+        );
     }
 
     #[test]
