@@ -22,6 +22,9 @@ use crate::site;
 /// What one page may hold; the services give no more.
 const PAGE: u32 = 500;
 
+/// An image's configuration and the definitions of a large repository are over tonic's 4 MiB.
+const ANSWER: usize = 68 << 20;
+
 /// A look at what is known takes milliseconds; a service that is stopped or hangs answers never.
 const LOOK: Duration = Duration::from_secs(5);
 
@@ -43,16 +46,15 @@ impl Services {
     }
 
     pub(crate) fn builder(&self) -> BuilderServiceClient<Channel> {
-        // An image's configuration and the definitions of a large repository are over tonic's 4 MiB.
-        BuilderServiceClient::new(self.channel(Service::Builder)).max_decoding_message_size(68 << 20)
+        BuilderServiceClient::new(self.channel(Service::Builder)).max_decoding_message_size(ANSWER)
     }
 
     pub(crate) fn deployer(&self) -> DeployerServiceClient<Channel> {
-        DeployerServiceClient::new(self.channel(Service::Deployer))
+        DeployerServiceClient::new(self.channel(Service::Deployer)).max_decoding_message_size(ANSWER)
     }
 
     pub(crate) fn monitor(&self) -> MonitorServiceClient<Channel> {
-        MonitorServiceClient::new(self.channel(Service::Monitor))
+        MonitorServiceClient::new(self.channel(Service::Monitor)).max_decoding_message_size(ANSWER)
     }
 
     pub(crate) fn engine(&self) -> EngineServiceClient<Channel> {
@@ -82,6 +84,17 @@ impl Services {
             Err(failure) if failure.is_not_found() => Ok(None),
             Err(failure) => Err(failure),
         }
+    }
+
+    /// As [`Services::fleet`]; a server that has no release yet is told from one that does not exist.
+    pub(crate) async fn released(&self, name: &str) -> Outcome<Fleet> {
+        if let Some(fleet) = self.fleet_if_any(name).await? {
+            return Ok(fleet);
+        }
+        self.server(name).await?;
+        Err(Failure::new(Code::Refused, format!("{name} has no release yet"), "")
+            .reason("no_release")
+            .todo(format!("kiln status {name}")))
     }
 
     pub(crate) async fn build(&self, id: &str) -> Outcome<Build> {

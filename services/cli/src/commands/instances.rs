@@ -26,14 +26,17 @@ pub(crate) const HEAD: [&str; 8] =
 pub(crate) async fn run(it: &Instances, services: &Services, screen: Screen) -> Outcome {
     let server = it.server.as_deref().unwrap_or_default();
     if !server.is_empty() {
-        // A name that does not exist is told apart from a server without instances.
-        services.fleet(server).await?;
+        // A name that does not exist is told apart from a server that has no release yet.
+        if services.fleet_if_any(server).await?.is_none() {
+            services.server(server).await?;
+        }
     }
     let instances = services.instances(server, it.all).await?;
     screen.json(&json!({ "instances": json::list("kiln.deployer.v1.Instance", &instances)? }))?;
     if instances.is_empty() {
-        screen.line("No instances.")?;
-        return screen.next(&["kiln status"]);
+        let of = if server.is_empty() { String::new() } else { format!(" of {server}") };
+        screen.line(format_args!("No instances{of}."))?;
+        return screen.next(&[format!("kiln status {server}").trim_end()]);
     }
     screen.table(&HEAD, instances.iter().map(row).collect())
 }

@@ -1,5 +1,6 @@
 //! `kiln logs`
 
+use std::collections::VecDeque;
 use std::io::Write as _;
 
 use clap::Args;
@@ -24,14 +25,21 @@ pub(crate) struct Logs {
     /// Go on with what is written from now on
     #[arg(short, long)]
     follow: bool,
-    /// Begin with the last lines of each instance; 0 for all
+    /// Begin with the last lines of each instance, or of the build; 0 for all
     #[arg(long, value_name = "LINES", default_value = "100")]
     tail: u32,
 }
 
 pub(crate) async fn run(it: &Logs, services: &Services, screen: Screen) -> Outcome {
     if it.target.parse::<BuildId>().is_ok() {
-        return build(it, services, screen).await;
+        match build(it, services, screen).await {
+            // A server may be called what looks like a build.
+            Err(failure) if failure.is_not_found() => {
+                let server = services.released(&it.target).await;
+                server.map_err(|other| if other.is_not_found() { failure } else { other })?;
+            }
+            other => return other,
+        }
     }
     let ids = instances(&it.target, services).await?;
     if ids.is_empty() {
@@ -66,7 +74,7 @@ pub(crate) async fn run(it: &Logs, services: &Services, screen: Screen) -> Outco
     Ok(())
 }
 
-/// A build's log, from its beginning; with `--follow` until the build ends.
+/// The end of a build's log; with `--follow` until the build ends.
 async fn build(it: &Logs, services: &Services, screen: Screen) -> Outcome {
     let id = it.target.as_str();
     let what = format!("reading the log of {id}");
@@ -77,15 +85,28 @@ async fn build(it: &Logs, services: &Services, screen: Screen) -> Outcome {
         .await
         .during(&what)?
         .into_inner();
+    let show = |line: &str| {
+        if screen.is_json() { print(json!({ "build": id, "line": line })) } else { print(line.trim_end()) }
+    };
+    // What was written up to now comes before the first state: of that the last lines are shown.
+    let mut past = Some(VecDeque::new());
     while let Some(item) = stream.message().await.during(&what)? {
-        match item.item {
-            Some(Item::Line(line)) if screen.is_json() => print(json!({ "build": id, "line": line }))?,
-            Some(Item::Line(line)) => print(line.trim_end())?,
-            Some(Item::Build(build)) if !it.follow && !is_over(&build) => {
-                screen.progress(format_args!("{id} goes on; -f shows what comes"));
-                return Ok(());
+        match (item.item, &mut past) {
+            (Some(Item::Line(line)), Some(past)) if it.tail > 0 => {
+                if past.len() >= it.tail as usize {
+                    past.pop_front();
+                }
+                past.push_back(line);
             }
-            Some(Item::Build(_)) | None => {}
+            (Some(Item::Line(line)), _) => show(&line)?,
+            (Some(Item::Build(build)), _) => {
+                past.take().into_iter().flatten().try_for_each(|line| show(&line))?;
+                if !it.follow && !is_over(&build) {
+                    screen.progress(format_args!("{id} goes on; -f shows what comes"));
+                    return Ok(());
+                }
+            }
+            (None, _) => {}
         }
     }
     Ok(())
@@ -95,7 +116,7 @@ async fn instances(target: &str, services: &Services) -> Outcome<Vec<String>> {
     if target.parse::<InstanceId>().is_ok() {
         return Ok(vec![target.to_owned()]);
     }
-    services.fleet(target).await?;
+    services.released(target).await?;
     Ok(services.instances(target, false).await?.into_iter().map(|instance| instance.id).collect())
 }
 
