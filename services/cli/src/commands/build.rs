@@ -3,7 +3,7 @@
 use clap::Args;
 use kiln_api::builder::watch_build_response::Item;
 use kiln_api::builder::{
-    Build as BuildMessage, BuildRequest, BuildState, CancelBuildRequest, WatchBuildRequest,
+    Build as BuildMessage, BuildRequest, BuildResponse, BuildState, CancelBuildRequest, WatchBuildRequest,
 };
 use serde_json::json;
 
@@ -49,14 +49,17 @@ pub(crate) async fn run(it: &Build, services: &Services, screen: Screen) -> Outc
     let answer =
         services.builder().build(request).await.during(format_args!("building {server}"))?.into_inner();
     drop(bar);
-    let Some(build) = answer.build.filter(|_| !answer.unchanged) else {
-        screen.json(&json!({ "unchanged": true, "image_digest": answer.image_digest, "build": null }))?;
-        screen.line(format_args!(
-            "{server} is up to date: its inputs are those of image {}, nothing was built",
-            or_dash(short(&answer.image_digest))
-        ))?;
-        return screen
-            .next(&[format!("kiln build {server} --verify --wait"), format!("kiln status {server}")]);
+    let Some(build) = answer.build else {
+        screen.json(&json!({
+            "unchanged": answer.unchanged, "image_digest": answer.image_digest, "build": null,
+        }))?;
+        screen.line(nothing_built(server, &answer))?;
+        let next = if answer.unchanged {
+            format!("kiln build {server} --verify --wait")
+        } else {
+            format!("kiln why {server}")
+        };
+        return screen.next(&[next, format!("kiln status {server}")]);
     };
     if !it.wait {
         screen.json(&json!({
@@ -80,6 +83,17 @@ pub(crate) async fn run(it: &Build, services: &Services, screen: Screen) -> Outc
         screen.line("baked again without the layer cache: the same image, bit for bit")?;
     }
     screen.next(&[format!("kiln status {server}"), format!("kiln image inspect {server}")])
+}
+
+fn nothing_built(server: &str, answer: &BuildResponse) -> String {
+    let image = or_dash(short(&answer.image_digest));
+    if answer.unchanged {
+        format!("{server} is up to date: its inputs are those of image {image}, nothing was built")
+    } else {
+        format!(
+            "{server} goes on with image {image}, which was made before; how it runs changes, and is rolled out"
+        )
+    }
 }
 
 /// Shows a build's log until it ends.
@@ -138,4 +152,21 @@ async fn cancel(id: &str, services: &Services, screen: Screen) -> Outcome {
         answer.into_inner().build.ok_or_else(|| Failure::failed(format!("cancelling {id}"), "no answer"))?;
     screen.json(&json::of("kiln.builder.v1.Build", &build)?)?;
     screen.line(format_args!("{id} is {}", build_state(build.state())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_revision_without_a_build_is_not_called_up_to_date() {
+        let answer = |unchanged| BuildResponse {
+            image_digest: "sha256:0123456789abcdef".to_owned(),
+            unchanged,
+            ..BuildResponse::default()
+        };
+        assert!(nothing_built("web", &answer(true)).starts_with("web is up to date"));
+        let revised = nothing_built("web", &answer(false));
+        assert!(revised.contains("0123456789ab") && revised.contains("rolled out"), "{revised}");
+    }
 }
