@@ -203,7 +203,7 @@ impl NatsBus {
     ///
     /// # Errors
     /// [`Error::Unavailable`] where it is away or refuses, [`Error::Undecodable`] for a message that is no event.
-    pub async fn past(&self, since: jiff::Timestamp) -> Result<Vec<Event>, Error> {
+    pub async fn past(&self, since: jiff::Timestamp) -> Result<Vec<Result<Event, Error>>, Error> {
         follow::past(self, since).await
     }
 

@@ -45,8 +45,8 @@ impl Follow {
 }
 
 /// What the broker still has from `since` on, in its order. Read message by message, which needs no consumer: whoever
-/// looks back leaves nothing behind.
-pub(super) async fn past(bus: &NatsBus, since: Timestamp) -> Result<Vec<Event>, Error> {
+/// looks back leaves nothing behind. As in [`Follow::next`], one that is no event hides none of the others.
+pub(super) async fn past(bus: &NatsBus, since: Timestamp) -> Result<Vec<Result<Event, Error>>, Error> {
     let failed = |error: &dyn std::fmt::Display| bus.unavailable("read past events", error);
     let name = Stream::Events.name(&bus.inner.site);
     let stream = bus.inner.context.get_stream(name).await.map_err(|error| failed(&error))?;
@@ -67,7 +67,7 @@ pub(super) async fn past(bus: &NatsBus, since: Timestamp) -> Result<Vec<Event>, 
     let mut found = Vec::new();
     for sequence in low..=last {
         let message = get(sequence).await?;
-        found.push(decode(message.subject.as_str(), &message.headers, &message.payload)?);
+        found.push(decode(message.subject.as_str(), &message.headers, &message.payload));
     }
     Ok(found)
 }

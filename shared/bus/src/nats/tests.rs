@@ -218,6 +218,14 @@ async fn those_who_look_on_see_events_and_the_cli_may_report() {
     }
     let cli = NatsBus::connect(nats.server.options(User::Cli)).await.unwrap();
     cli.report("report", "scan-1", b"x".to_vec(), "").await.unwrap();
+    // What is no event hides none of those after it.
+    let context = jetstream::new(nats.root.clone());
+    let junk = context.publish("kiln.v1.home.monitor.server.junk.web", "junk".into()).await.unwrap();
+    junk.await.unwrap();
+    nats.monitor.publish(&event("server", 89)).await.unwrap();
+    let past = cli.past(jiff::Timestamp::UNIX_EPOCH).await.unwrap();
+    assert_eq!(past.iter().filter(|event| event.is_err()).count(), 1);
+    assert_eq!(past.last().unwrap().as_ref().unwrap().event.aggregate_version, 89);
     let other = async_nats::ConnectOptions::new().nkey(nats.server.seed(User::Cli));
     let other = other.connect(nats.server.url()).await.unwrap();
     let mut spy = other.subscribe("_INBOX.monitor.>").await.unwrap();
