@@ -138,7 +138,7 @@ mod tests {
         assert_eq!(value["last_checks"][0]["took"], 1.5);
         assert_eq!(value["to_release"], 0);
         assert!(value["exit_code"].is_null() && value["cause"].is_null());
-        assert_eq!(value.as_object().unwrap().len(), 16);
+        assert_eq!(value.as_object().unwrap().len(), 17);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use comfy_table::Cell;
 use jiff::{Timestamp, Unit};
 use kiln_api::builder::BuildState;
-use kiln_api::deployer::{InstanceState, RolloutState};
+use kiln_api::deployer::{Fleet, InstanceState, Rollout, RolloutState};
 use kiln_api::types::{HealthState, SignalState};
 
 use crate::screen::{bad, busy, good, plain};
@@ -61,9 +61,36 @@ pub(crate) fn release(number: u64) -> String {
     if number == 0 { "-".to_owned() } else { format!("r{number}") }
 }
 
-/// `r1 -> r2`; a first release comes from nowhere.
+/// `r1 -> r2`; the first release, and one after a removal, comes from nowhere: `to r1`.
 pub(crate) fn way(from: u64, to: u64) -> String {
-    if from == 0 { format!("first to r{to}") } else { format!("r{from} -> r{to}") }
+    if from == 0 { format!("to r{to}") } else { format!("r{from} -> r{to}") }
+}
+
+/// A rollout's whole way: one that turned back on it says so.
+pub(crate) fn whole_way(from: u64, to: u64, back_to: u64) -> String {
+    let there = way(from, to);
+    if back_to == 0 || back_to == to { there } else { format!("{there}, back to r{back_to}") }
+}
+
+/// What a rollout leaves, and what it goes back to; none while it goes forward.
+pub(crate) fn back(it: &Rollout) -> Option<(u64, u64)> {
+    match it.back_to {
+        0 => None,
+        back if back == it.to_release => Some((it.from_release, back)),
+        back => Some((it.to_release, back)),
+    }
+}
+
+/// A rollback of what ran, which a person asked for: that it ended as rolled back is its success, and says nothing bad of
+/// the release that it goes to.
+pub(crate) fn went_back_by_hand(it: &Rollout) -> bool {
+    it.back_to != 0 && it.back_to == it.to_release
+}
+
+/// Whether what is wrong is the reason of a verdict, which is told beside it.
+pub(crate) fn is_verdict(problem: &str, fleet: Option<&Fleet>) -> bool {
+    let mut verdicts = fleet.into_iter().flat_map(|fleet| &fleet.quarantine);
+    verdicts.any(|it| !it.reason.is_empty() && problem.contains(&it.reason))
 }
 
 pub(crate) fn plural(count: usize, one: &str) -> String {
@@ -148,6 +175,23 @@ mod tests {
         assert_eq!([span(-5), span(0), span(119)], ["0s", "0s", "119s"]);
         assert_eq!([span(120), span(7_199), span(7_200)], ["2m", "119m", "2h"]);
         assert_eq!(span(200_000), "2d");
+    }
+
+    #[test]
+    fn a_way_back_is_told_from_a_way_there() {
+        let rollout = |from, to, back| Rollout {
+            from_release: from,
+            to_release: to,
+            back_to: back,
+            ..Rollout::default()
+        };
+        let (there, turned, by_hand) = (rollout(1, 2, 0), rollout(1, 2, 1), rollout(2, 1, 1));
+        assert_eq!([back(&there), back(&turned), back(&by_hand)], [None, Some((2, 1)), Some((2, 1))]);
+        assert!(went_back_by_hand(&by_hand) && !went_back_by_hand(&turned) && !went_back_by_hand(&there));
+        assert_eq!(
+            [whole_way(0, 1, 0), whole_way(1, 2, 1), whole_way(2, 1, 1)],
+            ["to r1", "r1 -> r2, back to r1", "r2 -> r1"]
+        );
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! `kiln apply`
 
 use std::path::Path;
-use std::time::Duration;
 
 use clap::Args;
 use kiln_api::builder::apply_request::Source;
@@ -10,6 +9,7 @@ use serde_json::json;
 
 use crate::clients::{Services, actor, request_id};
 use crate::failure::{Code, During as _, Failure, Outcome};
+use crate::follow::Patience;
 use crate::screen::{Screen, plain};
 use crate::words::{plural, short, tinted};
 use crate::{follow, json, pack};
@@ -26,7 +26,7 @@ pub(crate) struct Apply {
     #[arg(long)]
     wait: bool,
     /// How long to wait, in seconds
-    #[arg(long, value_name = "SECONDS", default_value = "900")]
+    #[arg(long, value_name = "SECONDS", default_value_t = follow::LIMIT)]
     timeout: u64,
 }
 
@@ -61,11 +61,10 @@ pub(crate) async fn run(it: &Apply, services: &Services, screen: Screen) -> Outc
 
     let mut fleets = Vec::new();
     if it.wait {
-        let limit = Duration::from_secs(it.timeout);
+        let patience = Patience::of_seconds(it.timeout);
         for server in &answer.servers {
-            let fleet =
-                follow::until_running(services, screen, &server.name, &server.definition_digest, limit)
-                    .await?;
+            let digest = &server.definition_digest;
+            let fleet = follow::until_running(services, screen, &server.name, digest, patience).await?;
             screen.line(format_args!(
                 "{} r{} runs: {} healthy{}",
                 fleet.server,

@@ -10,7 +10,7 @@ use crate::clients::Services;
 use crate::failure::{Code, Failure, Outcome};
 use crate::json;
 use crate::screen::{Screen, print};
-use crate::words::way;
+use crate::words::whole_way;
 
 #[derive(Debug, Args)]
 pub(crate) struct Events {
@@ -50,8 +50,13 @@ pub(crate) async fn run(it: &Events, services: &Services, screen: Screen) -> Out
     if let Some(back) = back {
         let since = Timestamp::now().saturating_sub(back).unwrap_or(Timestamp::MIN);
         for event in bus.past(since).await.map_err(|error| broker(&error))? {
-            show(it, &event, screen)?;
-            seen.insert(event.id);
+            match event {
+                Ok(event) => {
+                    show(it, &event, screen)?;
+                    seen.insert(event.id);
+                }
+                Err(error) => screen.progress(format_args!("not understood: {error}")),
+            }
         }
     }
     let Some(following) = &mut following else {
@@ -122,7 +127,14 @@ fn summary(data: &Value, server: &str) -> String {
         ],
         Some("release") => vec![format!("{server} r{}", number("/release/number"))],
         Some("rollout") | Some("quarantine") => vec![
-            format!("{server} {}", way(number("/rollout/from_release"), number("/rollout/to_release"))),
+            format!(
+                "{server} {}",
+                whole_way(
+                    number("/rollout/from_release"),
+                    number("/rollout/to_release"),
+                    number("/rollout/back_to")
+                )
+            ),
             format!("{}/{}", number("/rollout/done"), number("/rollout/total")),
             first_line(text("/rollout/problem")),
         ],

@@ -14,7 +14,7 @@ use crate::screen::{Screen, plain};
 use crate::words::{
     build_state, moment, plural, rollout_is_under_way, rollout_state, short, signal_state, timestamp,
 };
-use crate::words::{tinted, took, way};
+use crate::words::{tinted, took, whole_way};
 
 #[derive(Debug, Args)]
 pub(crate) struct History {
@@ -107,7 +107,7 @@ fn release_line(it: &Release) -> Line {
 }
 
 fn rollout_line(it: &Rollout) -> Line {
-    let mut detail = way(it.from_release, it.to_release);
+    let mut detail = whole_way(it.from_release, it.to_release, it.back_to);
     if !rollout_is_under_way(it.state()) {
         detail.push_str(&format!(" in {}", took(it.started.as_ref(), it.ended.as_ref())));
     }

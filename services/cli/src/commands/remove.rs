@@ -6,7 +6,7 @@ use serde_json::json;
 
 use crate::clients::{Services, actor, request_id};
 use crate::failure::{During as _, Outcome};
-use crate::follow;
+use crate::follow::{self, Patience};
 use crate::screen::Screen;
 
 #[derive(Debug, Args)]
@@ -16,6 +16,9 @@ pub(crate) struct Remove {
     /// Wait until its last instance is retired
     #[arg(long)]
     wait: bool,
+    /// How long to wait, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = follow::LIMIT)]
+    timeout: u64,
 }
 
 pub(crate) async fn run(it: &Remove, services: &Services, screen: Screen) -> Outcome {
@@ -23,7 +26,7 @@ pub(crate) async fn run(it: &Remove, services: &Services, screen: Screen) -> Out
     let request = RemoveRequest { request_id: request_id(), server: server.clone(), actor: actor() };
     services.builder().remove(request).await.during(format_args!("removing {server}"))?;
     if it.wait {
-        follow::until_retired(services, screen, server).await?;
+        follow::until_retired(services, screen, server, Patience::of_seconds(it.timeout)).await?;
     }
     screen.json(&json!({ "server": server, "removed": true, "retired": it.wait }))?;
     if it.wait {

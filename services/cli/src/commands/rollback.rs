@@ -5,8 +5,10 @@ use kiln_api::deployer::RollbackRequest;
 
 use crate::clients::{Services, actor, request_id};
 use crate::failure::{During as _, Failure, Outcome};
+use crate::follow::{self, Patience};
+use crate::json;
 use crate::screen::Screen;
-use crate::{follow, json};
+use crate::words::back;
 
 #[derive(Debug, Args)]
 pub(crate) struct Rollback {
@@ -21,6 +23,9 @@ pub(crate) struct Rollback {
     /// Wait until the fleet is back
     #[arg(long)]
     wait: bool,
+    /// How long to wait, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = follow::LIMIT)]
+    timeout: u64,
 }
 
 fn parse_release(text: &str) -> Result<u64, String> {
@@ -31,7 +36,7 @@ fn parse_release(text: &str) -> Result<u64, String> {
 pub(crate) async fn run(it: &Rollback, services: &Services, screen: Screen) -> Outcome {
     let server = &it.server;
     // What the person sees as current is what is left; if another release came meanwhile, the deployer refuses.
-    let fleet = services.fleet(server).await?;
+    let fleet = services.released(server).await?;
     let request = RollbackRequest {
         request_id: request_id(),
         server: server.clone(),
@@ -49,14 +54,21 @@ pub(crate) async fn run(it: &Rollback, services: &Services, screen: Screen) -> O
     let rollout = answer
         .rollout
         .ok_or_else(|| Failure::failed(format!("rolling {server} back"), "the deployer gave no rollout"))?;
-    screen.line(format_args!(
-        "{server} goes back from r{} to r{}; r{} is quarantined",
-        rollout.from_release, rollout.to_release, rollout.from_release
-    ))?;
-    let rollout = if it.wait { follow::rollout(services, screen, &rollout).await? } else { rollout };
+    let (left, back) = back(&rollout).unwrap_or((rollout.from_release, rollout.to_release));
+    // A fleet whose way back failed is at the release already that it is to go back to.
+    if left == back {
+        screen.line(format_args!("{server} is brought back to r{back}"))?;
+    } else {
+        screen.line(format_args!("{server} goes back from r{left} to r{back}; r{left} is quarantined"))?;
+    }
+    let rollout = if it.wait {
+        follow::until_back(services, screen, &rollout, Patience::of_seconds(it.timeout)).await?
+    } else {
+        rollout
+    };
     screen.json(&json::of("kiln.deployer.v1.Rollout", &rollout)?)?;
     if it.wait {
-        screen.line(format_args!("{server} runs r{}", rollout.to_release))
+        screen.line(format_args!("{server} runs r{back}"))
     } else {
         screen.next(&[format!("kiln status {server}")])
     }

@@ -17,9 +17,10 @@ use crate::failure::{Code, During as _, Failure, Outcome};
 use crate::json;
 use crate::screen::{Screen, plain};
 use crate::words::{
-    age, moment, or_dash, plural, release, rollout_is_under_way, rollout_state, short, signal_state,
+    age, is_verdict, moment, or_dash, plural, release, rollout_is_under_way, rollout_state, short,
+    signal_state,
 };
-use crate::words::{build_state, tinted, took, way};
+use crate::words::{build_state, tinted, took, whole_way};
 
 #[derive(Debug, Args)]
 pub(crate) struct Status {
@@ -98,6 +99,15 @@ async fn all(services: &Services, screen: Screen) -> Outcome {
     if let Some((name, _)) = troubled { screen.next(&[format!("kiln why {name}")]) } else { Ok(()) }
 }
 
+/// Given up by a person.
+fn is_removed(known: &Known) -> bool {
+    match (&known.server, &known.fleet) {
+        (Some(server), _) => server.removed,
+        (None, Some(fleet)) => fleet.removed,
+        (None, None) => false,
+    }
+}
+
 fn document<M: prost::Message>(kind: &str, message: Option<&M>) -> Outcome<Value> {
     message.map_or(Ok(Value::Null), |message| json::of(kind, message))
 }
@@ -109,6 +119,7 @@ fn state(known: &Known) -> String {
         .is_some_and(|build| matches!(build.state(), BuildState::Queued | BuildState::Running));
     let Some(fleet) = &known.fleet else {
         return match &known.build {
+            _ if known.server.as_ref().is_some_and(|server| server.removed) => "removed",
             _ if building => "building",
             Some(build) if build.state() == BuildState::Failed => "failed",
             _ if known.server.as_ref().is_some_and(|server| !server.problem.is_empty()) => "failed",
@@ -117,7 +128,7 @@ fn state(known: &Known) -> String {
         .to_owned();
     };
     if fleet.removed {
-        return "retiring".to_owned();
+        return if fleet.instances.is_empty() { "removed" } else { "retiring" }.to_owned();
     }
     if let Some(rollout) = fleet.rollout.as_ref().filter(|it| rollout_is_under_way(it.state())) {
         return format!("{} {}/{}", rollout_state(rollout.state()), rollout.done, rollout.total);
@@ -137,7 +148,8 @@ fn notes(known: &Known, signals: usize) -> Vec<String> {
         if server.orphaned {
             notes.push("orphaned: no longer in its source".to_owned());
         }
-        if server.quarantined {
+        let told = known.fleet.as_ref().is_some_and(|fleet| is_verdict(&fleet.problem, Some(fleet)));
+        if server.quarantined && !told {
             notes.push("its definition was rolled back".to_owned());
         }
         // What was rolled back is told by the deployer as well, and said once.
@@ -183,13 +195,28 @@ fn row(name: &str, known: &Known, state: &str, signals: usize) -> Vec<Cell> {
 async fn one(name: &str, services: &Services, screen: Screen) -> Outcome {
     let mut away = Vec::new();
     let server = or_away(services.server(name).await.map(Some), "builder", &mut away)?;
-    let build = or_away(services.builds(name).await, "builder", &mut away)?.pop();
+    // One that hangs is waited for once.
+    let build = match away.contains(&"builder") {
+        true => None,
+        false => or_away(services.builds(name).await, "builder", &mut away)?.pop(),
+    };
     let fleet = or_away(services.fleet_if_any(name).await, "deployer", &mut away)?;
-    let instances = or_away(services.instances(name, false).await, "deployer", &mut away)?;
+    let instances = match away.contains(&"deployer") {
+        true => Vec::new(),
+        false => or_away(services.instances(name, false).await, "deployer", &mut away)?,
+    };
     let seen = or_away(seen(name, services).await, "monitor", &mut away)?;
-    away.dedup();
     if away.len() == 3 {
         return Err(Failure::new(Code::Unavailable, "Kiln's services are not running", "").todo("kiln up"));
+    }
+    if server.is_none() && fleet.is_none() {
+        // Only the builder can tell whether there is such a server.
+        return Err(Failure::new(
+            Code::Unavailable,
+            format!("asking for {name}"),
+            "the builder is not running",
+        )
+        .todo("kiln up"));
     }
     let known = Known { server, fleet, build };
     let state = state(&known);
@@ -211,6 +238,9 @@ async fn one(name: &str, services: &Services, screen: Screen) -> Outcome {
     if !away.is_empty() {
         screen.line(format_args!("\nNot running: {}. What it knows is left out.", away.join(", ")))?;
         return screen.next(&["kiln up"]);
+    }
+    if is_removed(&known) {
+        return screen.next(&[format!("kiln history {name}")]);
     }
     screen.next(&[format!("kiln why {name}"), format!("kiln logs {name} -f"), format!("kiln history {name}")])
 }
@@ -234,6 +264,10 @@ fn show(
 ) -> Outcome {
     let fact = |label: &str, text: String| screen.line(format_args!("  {label:<12} {text}"));
     screen.line(format_args!("{name}: {state}"))?;
+    if is_removed(known) {
+        // What it was convicted for, and what was wrong with it, is over.
+        return fact("removed", "apply its definition to bring it back".to_owned());
+    }
     if let Some(fleet) = &known.fleet {
         let good = if fleet.last_good == fleet.release {
             String::new()
@@ -243,7 +277,7 @@ fn show(
         fact("release", format!("{}{good}", release(fleet.release)))?;
         fact("healthy", format!("{} of {}{}", fleet.healthy, fleet.replicas, answers(&fleet.ports)))?;
         if let Some(rollout) = &fleet.rollout {
-            let way = way(rollout.from_release, rollout.to_release);
+            let way = whole_way(rollout.from_release, rollout.to_release, rollout.back_to);
             fact(
                 "rollout",
                 format!("{way}: {} ({} of {})", rollout_state(rollout.state()), rollout.done, rollout.total),
@@ -255,7 +289,7 @@ fn show(
         for it in &fleet.quarantine {
             fact("quarantined", format!("{}: {}", release(it.release), it.reason))?;
         }
-        if !fleet.problem.is_empty() {
+        if !fleet.problem.is_empty() && !is_verdict(&fleet.problem, Some(fleet)) {
             fact("problem", fleet.problem.clone())?;
         }
     }
@@ -277,7 +311,7 @@ fn show(
                 "its definition was rolled back; package updates go on from the last good one".to_owned(),
             )?;
         }
-        if !server.problem.is_empty() {
+        if !server.problem.is_empty() && !is_verdict(&server.problem, known.fleet.as_ref()) {
             fact("problem", server.problem.clone())?;
         }
     }

@@ -12,7 +12,7 @@ use crate::failure::Outcome;
 use crate::words::{
     build_state, health, instance_state, moment, or_dash, plural, release, rollout_state, short,
 };
-use crate::words::{signal_state, timestamp, took, way};
+use crate::words::{signal_state, timestamp, took, went_back_by_hand, whole_way};
 
 /// One step of the chain.
 pub(super) struct Link {
@@ -104,16 +104,25 @@ impl Facts {
 
     pub(super) fn of_instance(&self, it: &Instance) -> Vec<Link> {
         let mut chain = self.of_release(it.release);
+        // What happened to its release after it was launched has not led to it.
+        let later = |link: &Link| timestamp(link.time.as_ref()) > timestamp(it.launched.as_ref());
+        chain.retain(|link| link.kind != "rollout" || it.launched.is_none() || !later(link));
         // A replacement has a cause of its own, beside that of its release.
         let own = it
             .cause
             .as_ref()
             .filter(|cause| matches!(cause.kind.as_str(), "unhealthy" | "gone" | "reported"));
         chain.extend(own.map(|cause| self.cause(cause)));
-        let text = format!("{} at {}", it.id, or_dash(&it.address));
+        let text = match it.address.as_str() {
+            "" => it.id.clone(),
+            address => format!("{} at {address}", it.id),
+        };
         chain.push(Link::new("instance", &it.id, it.launched, text));
         if it.ended.is_some() {
-            let text = format!("{} is {}: {}", it.id, instance_state(it.state()), or_dash(&it.detail));
+            let mut text = instance_headline(it);
+            if !it.detail.is_empty() {
+                text.push_str(&format!(": {}", it.detail));
+            }
             chain.push(Link::new("end", &it.id, it.ended, text));
         }
         chain
@@ -127,7 +136,16 @@ impl Facts {
         }
         let text = format!("{} {}", self.name, release(number));
         chain.push(Link::new("release", &format!("{}-r{number}", self.name), made.created, text));
-        chain.extend(self.rollouts_to(number).map(rollout));
+        let left_by_hand = |it: &&Rollout| went_back_by_hand(it) && it.from_release == number;
+        let of_it = self.rollouts.iter().filter(|it| it.to_release == number || left_by_hand(it));
+        chain.extend(of_it.map(rollout));
+        chain
+    }
+
+    /// A rollout by its id: who or what asked for it, and how it went.
+    pub(super) fn of_rollout(&self, it: &Rollout) -> Vec<Link> {
+        let mut chain: Vec<Link> = it.cause.iter().map(|cause| self.cause(cause)).collect();
+        chain.push(rollout(it));
         chain
     }
 
@@ -214,7 +232,7 @@ impl Facts {
         if !cause.summary.is_empty() {
             text.push_str(&format!(": {}", cause.summary));
         }
-        if !cause.actor.is_empty() {
+        if !cause.actor.is_empty() && !cause.summary.contains(&cause.actor) {
             text.push_str(&format!(" (by {})", cause.actor));
         }
         Link::new("cause", &cause.id, cause.time, text)
@@ -223,9 +241,11 @@ impl Facts {
     pub(super) fn release_headline(&self, number: u64) -> String {
         let Some(made) = self.release(number) else { return release(number) };
         let current = self.fleet.as_ref().is_some_and(|fleet| fleet.release == number);
+        let moving = self.fleet.as_ref().is_some_and(|fleet| fleet.rollout.is_some());
         let word = match (made.quarantined, current, made.good) {
             (true, ..) => "is quarantined",
-            (false, true, _) => "is what the fleet runs, or is being moved to",
+            (false, true, _) if moving => "is what the fleet is being moved to",
+            (false, true, _) => "is what the fleet runs",
             (false, false, true) => "was good, and was replaced",
             (false, false, false) => "never was proven good",
         };
@@ -245,7 +265,8 @@ impl Facts {
 }
 
 fn rollout(it: &Rollout) -> Link {
-    let mut text = format!("{}: {}", way(it.from_release, it.to_release), rollout_state(it.state()));
+    let mut text =
+        format!("{}: {}", whole_way(it.from_release, it.to_release, it.back_to), rollout_state(it.state()));
     if it.ended.is_some() {
         text.push_str(&format!(" after {}", took(it.started.as_ref(), it.ended.as_ref())));
     }
@@ -301,6 +322,11 @@ pub(super) fn instance_headline(it: &Instance) -> String {
         None if it.ended.is_some() => format!("{} is {state}", it.id),
         None => format!("{} is {state}, {}", it.id, health(it.health())),
     }
+}
+
+pub(super) fn rollout_headline(it: &Rollout) -> String {
+    let way = whole_way(it.from_release, it.to_release, it.back_to);
+    format!("{} ({way}) is {}", it.id, rollout_state(it.state()))
 }
 
 pub(super) fn build_headline(it: &Build) -> String {

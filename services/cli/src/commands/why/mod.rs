@@ -17,8 +17,9 @@ use trouble::Trouble;
 
 #[derive(Debug, Args)]
 pub(crate) struct Why {
-    /// A server (web), build (web-b7), release (web-r12), instance (web-r12-0-a3) or signal (its first digits)
-    #[arg(value_name = "SERVER|BUILD|RELEASE|INSTANCE|SIGNAL")]
+    /// A server (web), build (web-b7), release (web-r12), rollback (web-r11-back1), instance (web-r12-0-a3) or signal
+    /// (its first digits)
+    #[arg(value_name = "SERVER|BUILD|RELEASE|ROLLBACK|INSTANCE|SIGNAL")]
     subject: String,
 }
 
@@ -30,6 +31,11 @@ enum Subject {
     Release {
         server: String,
         number: u64,
+    },
+    /// A rollback by hand; another rollout is named as its release is.
+    Back {
+        server: String,
+        rollout: String,
     },
     /// A server's name, or a signal's digits.
     Name(String),
@@ -43,10 +49,18 @@ impl Subject {
         if let Ok(id) = text.parse() {
             return Self::Build(id);
         }
-        let number = |text: &str| text.parse().ok().filter(|number| *number > 0);
+        let number = |text: &str| text.parse().ok().filter(|number: &u64| *number > 0);
         match text.rsplit_once("-r").and_then(|(server, text)| Some((server, number(text)?))) {
             Some((server, number)) if !server.is_empty() => {
-                Self::Release { server: server.to_owned(), number }
+                return Self::Release { server: server.to_owned(), number };
+            }
+            _ => {}
+        }
+        let back = text.rsplit_once("-back").filter(|(_, count)| number(count).is_some());
+        let back = back.and_then(|(release, _)| release.rsplit_once("-r"));
+        match back {
+            Some((server, to)) if !server.is_empty() && number(to).is_some() => {
+                Self::Back { server: server.to_owned(), rollout: text.to_owned() }
             }
             _ => Self::Name(text.to_owned()),
         }
@@ -131,6 +145,16 @@ async fn answer(subject: Subject, services: &Services) -> Outcome<Answer> {
                 troubles: trouble::of_release(number, &facts),
             })
         }
+        Subject::Back { server, rollout } => {
+            let facts = Facts::gather(&server, services).await?;
+            let back = facts.rollouts.iter().find(|it| it.id == rollout);
+            let back = back.ok_or_else(|| missing("rollout", &rollout))?;
+            Ok(Answer {
+                headline: chain::rollout_headline(back),
+                chain: facts.of_rollout(back),
+                troubles: trouble::of_rollout(back).into_iter().collect(),
+            })
+        }
         Subject::Name(name) => named(&name, services).await,
     }
 }
@@ -171,7 +195,9 @@ mod tests {
         assert_eq!(Subject::parse("web-r12-0-a3"), Subject::Instance("web-r12-0-a3".parse().unwrap()));
         assert_eq!(Subject::parse("web-b7"), Subject::Build("web-b7".parse().unwrap()));
         assert_eq!(Subject::parse("web-r12"), Subject::Release { server: "web".to_owned(), number: 12 });
-        for name in ["web", "web-r", "web-r0", "-r1", "0a1b2c3d4e5f"] {
+        let back = Subject::Back { server: "web-r1".to_owned(), rollout: "web-r1-r2-back3".to_owned() };
+        assert_eq!(Subject::parse("web-r1-r2-back3"), back);
+        for name in ["web", "web-back1", "web-r1-back", "web-r", "web-r0", "-r1", "0a1b2c3d4e5f"] {
             assert_eq!(Subject::parse(name), Subject::Name(name.to_owned()), "{name}");
         }
     }

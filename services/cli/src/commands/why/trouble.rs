@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::chain::{Facts, build_headline, instance_headline};
 use crate::clients::Services;
 use crate::follow::check_line;
-use crate::words::{release, rollout_state, short};
+use crate::words::{is_verdict, release, rollout_state, short, went_back_by_hand};
 
 const LOG_LINES: u32 = 20;
 
@@ -83,8 +83,13 @@ pub(super) fn of_release(number: u64, facts: &Facts) -> Vec<Trouble> {
     troubles
 }
 
-fn of_rollout(it: &Rollout) -> Option<Trouble> {
-    if !matches!(it.state(), RolloutState::RolledBack | RolloutState::RollingBack | RolloutState::Failed) {
+pub(super) fn of_rollout(it: &Rollout) -> Option<Trouble> {
+    let wrong = match it.state() {
+        RolloutState::Failed => true,
+        RolloutState::RolledBack | RolloutState::RollingBack => !went_back_by_hand(it),
+        _ => false,
+    };
+    if !wrong {
         return None;
     }
     let mut trouble = Trouble::new(format!("rollout {} {}", it.id, rollout_state(it.state())));
@@ -129,7 +134,8 @@ pub(super) fn of_server(facts: &Facts) -> Vec<Trouble> {
     }
     for (problem, service) in problems {
         // A failed build or rollout says the same with more around it.
-        let told = troubles.iter().any(|it| it.lines.iter().any(|line| problem.contains(line.as_str())));
+        let told = troubles.iter().any(|it| it.lines.iter().any(|line| problem.contains(line.as_str())))
+            || is_verdict(problem, facts.fleet.as_ref());
         if !problem.is_empty() && !told {
             let mut trouble = Trouble::new(format!("the {service} says"));
             trouble.lines.extend(problem.lines().map(ToOwned::to_owned));
@@ -140,10 +146,8 @@ pub(super) fn of_server(facts: &Facts) -> Vec<Trouble> {
 }
 
 pub(super) async fn of_instance(it: &Instance, facts: &Facts, services: &Services) -> Vec<Trouble> {
-    let ended = matches!(it.state(), InstanceState::Exited | InstanceState::Failed);
-    let sick = matches!(it.health(), HealthState::Unhealthy | HealthState::Gone);
     let blamed = facts.rollouts.iter().find(|rollout| rollout.failed_instance == it.id);
-    if !ended && !sick && blamed.is_none() {
+    if !is_in_trouble(it) && blamed.is_none() {
         return Vec::new();
     }
     let mut trouble = Trouble::new(instance_headline(it));
@@ -151,15 +155,30 @@ pub(super) async fn of_instance(it: &Instance, facts: &Facts, services: &Service
     if let Some(rollout) = blamed {
         trouble.lines.push(format!("it failed rollout {}: {}", rollout.id, rollout.problem));
     }
+    // What the monitor says now; once it has forgotten the instance, what was kept of it.
     let observed =
         facts.health.iter().find(|health| health.instance == it.id).map(|health| &health.last_checks);
-    let checks = observed.or_else(|| blamed.map(|rollout| &rollout.last_checks)).cloned().unwrap_or_default();
+    let known = [observed, Some(&it.last_checks), blamed.map(|rollout| &rollout.last_checks)];
+    let checks = known.into_iter().flatten().find(|checks| !checks.is_empty()).cloned().unwrap_or_default();
     let mut log = last_lines(&it.id, services).await;
     if log.is_empty() {
         log = blamed.map(|rollout| rollout.last_log.clone()).unwrap_or_default();
     }
-    trouble.todo = format!("kiln why {}-r{}", it.server, it.release);
+    trouble.todo = match blamed {
+        Some(_) => format!("kiln why {}-r{}", it.server, it.release),
+        None => format!("kiln logs {}", it.id),
+    };
     vec![trouble.seen(it.exit_code, &checks, &log)]
+}
+
+/// It ended by itself, is unhealthy, or was when it left. Each instance that is retired is gone in the end: that alone says
+/// nothing against it.
+fn is_in_trouble(it: &Instance) -> bool {
+    match (it.state(), it.health()) {
+        (InstanceState::Exited | InstanceState::Failed, _) | (_, HealthState::Unhealthy) => true,
+        (InstanceState::Draining | InstanceState::Retired, _) => !it.last_checks.is_empty(),
+        (_, health) => health == HealthState::Gone,
+    }
 }
 
 /// What an instance wrote last; nothing where the node is away or keeps it no longer.
@@ -172,4 +191,37 @@ async fn last_lines(id: &str, services: &Services) -> Vec<String> {
         lines.push(String::from_utf8_lossy(&line.line).trim_end().to_owned());
     }
     lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rollout(to: u64, state: RolloutState, back_to: u64) -> Rollout {
+        Rollout { to_release: to, state: state.into(), back_to, ..Rollout::default() }
+    }
+
+    #[test]
+    fn a_rollback_by_hand_is_no_failure_of_the_release_that_it_goes_to() {
+        assert!(of_rollout(&rollout(1, RolloutState::RolledBack, 1)).is_none());
+        assert!(of_rollout(&rollout(1, RolloutState::RollingBack, 1)).is_none());
+        assert!(of_rollout(&rollout(1, RolloutState::Failed, 1)).is_some());
+        assert!(of_rollout(&rollout(2, RolloutState::RolledBack, 1)).is_some());
+    }
+
+    #[test]
+    fn an_instance_that_was_replaced_as_a_whole_fleet_is_has_not_failed() {
+        let instance = |state: InstanceState, health: HealthState, checks: usize| Instance {
+            state: state.into(),
+            health: health.into(),
+            last_checks: vec![CheckResult::default(); checks],
+            ..Instance::default()
+        };
+        assert!(!is_in_trouble(&instance(InstanceState::Running, HealthState::Healthy, 0)));
+        assert!(!is_in_trouble(&instance(InstanceState::Retired, HealthState::Gone, 0)));
+        assert!(is_in_trouble(&instance(InstanceState::Retired, HealthState::Gone, 3)));
+        assert!(is_in_trouble(&instance(InstanceState::Running, HealthState::Gone, 0)));
+        assert!(is_in_trouble(&instance(InstanceState::Running, HealthState::Unhealthy, 0)));
+        assert!(is_in_trouble(&instance(InstanceState::Exited, HealthState::Gone, 0)));
+    }
 }
