@@ -13,7 +13,7 @@ use kiln_tests::wait::until;
 use kiln_tests::server::{SETTLES, Web};
 
 /// A package of the test's own archive, whose file nginx serves.
-fn with_archive(archive: &Archive) -> impl FnOnce(&Repo) -> Result<()> {
+pub(crate) fn with_archive(archive: &Archive) -> impl FnOnce(&Repo) -> Result<()> {
     let (url, ring) = (archive.url(), archive.key_ring());
     move |repo| {
         std::fs::copy(ring, repo.path().join("web/archive.gpg"))?;
