@@ -90,11 +90,17 @@ impl ImageStore {
     }
 
     /// Takes over a blob of another folder, without copying where both are on one file system. `false` where it is not there.
+    /// Its digest is checked first: a second name of what is damaged is damaged as well.
     ///
     /// # Errors
-    /// It can't be written, or copied it is something else.
+    /// It can't be written, or is something else.
     pub fn adopt_blob(&self, from: &Path, digest: &Digest) -> Result<bool, Error> {
         let path = self.blob_path(digest);
+        match File::open(from) {
+            Ok(file) => check(file, from, digest)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(Error::io("open", from)(error)),
+        }
         match fs::hard_link(from, &path) {
             Ok(()) => sync_folder(&self.root.join("blobs/sha256")).map(|()| true),
             Err(error) => match error.kind() {
@@ -157,19 +163,23 @@ impl ImageStore {
 
     /// Reads a blob from end to end and compares its digest.
     pub(crate) fn rehash(&self, digest: &Digest) -> Result<(), Error> {
-        let (mut file, _) = self.open_blob(digest)?;
-        let mut hasher = Sha256::new();
-        let mut buffer = vec![0; 1 << 18];
-        loop {
-            let n = file.read(&mut buffer).map_err(Error::io("read", self.blob_path(digest)))?;
-            if n == 0 {
-                break;
-            }
-            hasher.update(&buffer[..n]);
-        }
-        let found = Digest::from_bytes(hasher.finalize().into());
-        if found == *digest { Ok(()) } else { Err(Error::Corrupt { wanted: *digest, found }) }
+        check(self.open_blob(digest)?.0, &self.blob_path(digest), digest)
     }
+}
+
+/// Reads a file from end to end and compares its digest.
+fn check(mut file: File, path: &Path, wanted: &Digest) -> Result<(), Error> {
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 18];
+    loop {
+        let n = file.read(&mut buffer).map_err(Error::io("read", path))?;
+        if n == 0 {
+            break;
+        }
+        hasher.update(&buffer[..n]);
+    }
+    let found = Digest::from_bytes(hasher.finalize().into());
+    if found == *wanted { Ok(()) } else { Err(Error::Corrupt { wanted: *wanted, found }) }
 }
 
 /// A blob in the making. Dropped before it is finished, it leaves nothing.
@@ -199,14 +209,16 @@ impl BlobWriter {
         Digest::from_bytes(self.hasher.clone().finalize().into())
     }
 
-    /// Makes the blob durable under its digest.
+    /// Makes the blob durable under its digest. One that is there stays where it is whole; a damaged one is replaced, which
+    /// is how an image that is baked again mends it.
     ///
     /// # Errors
     /// It can't be written.
     pub fn finish(self) -> Result<(Digest, u64), Error> {
         let digest = self.digest();
         let path = self.store.blob_path(&digest);
-        if path.is_file() {
+        let is_whole = |size| size == self.size && self.store.rehash(&digest).is_ok();
+        if fs::metadata(&path).is_ok_and(|found| found.is_file() && is_whole(found.len())) {
             return Ok((digest, self.size));
         }
         self.file.as_file().sync_data().map_err(Error::io("sync", self.file.path()))?;

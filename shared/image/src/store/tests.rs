@@ -75,6 +75,28 @@ fn a_blob_is_what_its_name_says_or_not_there() {
 }
 
 #[test]
+fn a_damaged_blob_is_not_taken_over_and_is_mended_by_a_whole_one() {
+    let (folder, store) = store();
+    let wanted = Digest::of(b"wanted");
+    let cached = folder.path().join("cached");
+    for damaged in [&b"damage"[..], b"cut"] {
+        fs::write(&cached, damaged).unwrap();
+        let refused = store.adopt_blob(&cached, &wanted);
+        assert!(matches!(refused, Err(Error::Corrupt { .. })) && !store.has_blob(&wanted), "{refused:?}");
+    }
+    assert!(!store.adopt_blob(&folder.path().join("nowhere"), &wanted).unwrap());
+    fs::write(&cached, b"wanted").unwrap();
+    assert!(store.adopt_blob(&cached, &wanted).unwrap());
+
+    // On disk, behind the store's back.
+    for damaged in [&b"damage"[..], b"cut"] {
+        fs::write(store.blob_path(&wanted), damaged).unwrap();
+        store.put_blob(&mut &b"wanted"[..], Some(&wanted)).unwrap();
+        assert_eq!(fs::read(store.blob_path(&wanted)).unwrap(), b"wanted");
+    }
+}
+
+#[test]
 fn packing_what_was_extracted_gives_the_same_bytes() {
     let (folder, store) = store();
     let tree = folder.path().join("tree");
