@@ -199,10 +199,11 @@ impl NatsBus {
         Follow::open(self).await
     }
 
-    /// Events of the site that the broker keeps from a moment on.
+    /// Events of the site that the broker keeps from a moment on, with [`Error::Undecodable`] in the place of a message
+    /// that is none.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] where it is away or refuses, [`Error::Undecodable`] for a message that is no event.
+    /// [`Error::Unavailable`] where it is away or refuses.
     pub async fn past(&self, since: jiff::Timestamp) -> Result<Vec<Result<Event, Error>>, Error> {
         follow::past(self, since).await
     }

@@ -22,6 +22,8 @@ const MAX_ACK_PENDING: i64 = 256;
 const POLL: Duration = Duration::from_secs(30);
 /// Bound on a clean end; a broker that is away needs none.
 const FLUSH: Duration = Duration::from_millis(300);
+/// Bytes of why a message was buried: a handler may quote what it was given.
+const MAX_REASON: usize = 4096;
 /// A message that failed comes again after this time, so that its attempts are not used up within a moment.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -233,7 +235,9 @@ impl Consumer<'_> {
         headers.insert("kiln-dead-consumer", self.durable);
         headers.insert("kiln-dead-attempts", message.attempt.to_string());
         // A header ends at its line's end.
-        headers.insert("kiln-dead-reason", reason.replace(['\r', '\n'], " "));
+        let mut reason = reason.replace(['\r', '\n'], " ");
+        reason.truncate(reason.floor_char_boundary(MAX_REASON));
+        headers.insert("kiln-dead-reason", reason);
         let subject = dead_letter(&self.bus.inner.site, self.durable, message.subject);
         self.bus.store(subject, headers, message.payload.to_vec()).await
     }

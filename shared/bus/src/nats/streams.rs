@@ -16,11 +16,12 @@ const DAY: Duration = Duration::from_secs(24 * 3600);
 const DUPLICATES: Duration = Duration::from_secs(600);
 
 fn wanted(stream: Stream, site: &SiteName) -> Config {
-    let (max_bytes, max_age) = match stream {
+    let (max_bytes, max_age, largest) = match stream {
         // As long as the outbox keeps them.
-        Stream::Events => (256 * MIB, 7 * DAY),
-        Stream::Reports => (32 * MIB, DAY),
-        Stream::DeadLetters => (32 * MIB, 30 * DAY),
+        Stream::Events => (256 * MIB, 7 * DAY, MIB),
+        Stream::Reports => (32 * MIB, DAY, MIB),
+        // What it buries, and why.
+        Stream::DeadLetters => (32 * MIB, 30 * DAY, 2 * MIB),
     };
     Config {
         name: stream.name(site),
@@ -33,7 +34,7 @@ fn wanted(stream: Stream, site: &SiteName) -> Config {
         max_messages: -1,
         max_messages_per_subject: -1,
         max_consumers: -1,
-        max_message_size: i32::try_from(MIB).unwrap_or(i32::MAX),
+        max_message_size: i32::try_from(largest).unwrap_or(i32::MAX),
         duplicate_window: DUPLICATES,
         deny_delete: true,
         deny_purge: true,

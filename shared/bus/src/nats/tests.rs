@@ -114,6 +114,34 @@ async fn a_dead_letter_lies_there_once() {
     assert!(header("kiln-dead-reason").contains("ce-specversion"));
 }
 
+/// As large as a message can be, and a reason that is longer than a header should be.
+#[tokio::test]
+async fn what_is_large_is_buried_too_and_hides_no_other() {
+    let nats = Nats::start().await;
+    let large = vec![b'x'; (1 << 20) - 512];
+    nats.send("kiln.v1.home.monitor.server.changed.web", HeaderMap::new(), &large).await;
+    nats.monitor.publish(&event("server", 1)).await.unwrap();
+    let why = "because ".repeat(100_000);
+    let mut consuming = consume(nats.monitor.clone(), "monitor", "server", move |event, _| {
+        if event.sequence == 1 { Handled::Failed(why.clone()) } else { Handled::Done }
+    });
+    nats.monitor.publish(&event("server", 2)).await.unwrap();
+    while consuming.next().await.0 != 2 {}
+    consuming.stop().await;
+    let letters = nats.letters().await;
+    assert_eq!(letters.iter().map(|(_, payload)| payload.len()).max(), Some(large.len()));
+    assert!(
+        letters.iter().all(|(headers, _)| headers.get("kiln-dead-reason").unwrap().as_str().len() <= 4096)
+    );
+    assert_eq!(letters.len(), 2);
+
+    let cli = NatsBus::connect(nats.server.options(User::Cli)).await.unwrap();
+    let past = cli.past(jiff::Timestamp::UNIX_EPOCH).await.unwrap();
+    let seen: Vec<_> =
+        past.iter().filter_map(|event| event.as_ref().ok()).map(|event| event.sequence).collect();
+    assert_eq!((seen, past.len()), (vec![1, 2], 3));
+}
+
 #[tokio::test]
 async fn a_broker_that_is_killed_and_comes_back_is_used_again() {
     let mut nats = Nats::start().await;

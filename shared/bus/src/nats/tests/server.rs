@@ -35,7 +35,7 @@ impl Server {
         let folder = self.folder.path();
         let port = if self.port == 0 { "-1".to_owned() } else { self.port.to_string() };
         let config = format!(
-            "listen: \"127.0.0.1:{port}\"\nports_file_dir: {folder:?}\njetstream {{ store_dir: {:?} }}\n{}",
+            "listen: \"127.0.0.1:{port}\"\nports_file_dir: {folder:?}\nmax_payload: 4MB\njetstream {{ store_dir: {:?} }}\n{}",
             folder.join("data"),
             self.users,
         );
