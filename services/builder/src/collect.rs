@@ -1,4 +1,4 @@
-//! Removing images that nobody needs.
+//! Removing what nobody needs: images, and logs of old builds.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -31,6 +31,11 @@ pub async fn run<S: Store, K: Bakery, C: Clock>(
         tokio::select! {
             () = shutdown::requested(&mut stop) => return,
             () = builder.clock.sleep(PERIOD) => {}
+        }
+        match builder.logs.prune() {
+            Ok(0) => {}
+            Ok(count) => tracing::info!(count, "logs of old builds were removed"),
+            Err(error) => tracing::warn!(%error, "logs of old builds could not be removed"),
         }
         let deployer_heard = *heard.borrow();
         match builder.collect(&images, deployer_heard).await {

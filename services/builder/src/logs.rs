@@ -1,18 +1,20 @@
 //! Builds' logs: bounded files, and who waits for their next line.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kiln_model::name::BuildId;
+use kiln_model::name::{BuildId, ServerName};
 use tokio::io::{AsyncReadExt as _, AsyncSeekExt as _};
 use tokio::sync::watch;
 
 /// What a build may write; a loop that prints fills no disk.
 const MAX_LOG: u64 = 8 << 20;
 const MAX_LINE: usize = 4096;
+/// Logs of a server's newest builds that are kept.
+const KEPT: usize = 50;
 /// Lines that a failed build's document carries.
 pub const LAST_LINES: usize = 30;
 
@@ -60,6 +62,34 @@ impl Logs {
         // Senders that only this map holds are of logs that nobody writes or reads.
         open.retain(|id, sender| id == build || Arc::strong_count(sender) > 1);
         open.entry(build.clone()).or_insert_with(|| Arc::new(watch::Sender::new(0))).clone()
+    }
+
+    /// Removes the logs of older builds; not those that somebody writes or reads.
+    ///
+    /// # Errors
+    /// The folder can't be read.
+    pub fn prune(&self) -> std::io::Result<usize> {
+        let mut builds: BTreeMap<ServerName, BTreeSet<u64>> = BTreeMap::new();
+        for item in std::fs::read_dir(&self.folder)? {
+            let name = item?.file_name();
+            let id = name.to_str().and_then(|name| name.strip_suffix(".log")?.parse::<BuildId>().ok());
+            if let Some(BuildId { server, number }) = id {
+                builds.entry(server).or_default().insert(number);
+            }
+        }
+        let mut removed = 0;
+        let open = held(&self.open);
+        for (server, numbers) in builds {
+            for number in numbers.into_iter().rev().skip(KEPT) {
+                let build = BuildId { server: server.clone(), number };
+                let is_open = open.get(&build).is_some_and(|sender| Arc::strong_count(sender) > 1);
+                if !is_open {
+                    std::fs::remove_file(self.path(&build))?;
+                    removed += 1;
+                }
+            }
+        }
+        Ok(removed)
     }
 
     /// Goes on with a build's log.
@@ -156,10 +186,12 @@ impl Reader {
                 break;
             }
             self.position += read as u64;
-            while let Some(end) = self.rest.iter().position(|byte| *byte == b'\n') {
-                let line: Vec<u8> = self.rest.drain(..=end).collect();
-                lines.push(String::from_utf8_lossy(line.trim_ascii_end()).into_owned());
-            }
+            // Once for all lines: what is taken off the front one by one is moved once for each.
+            let Some(end) = self.rest.iter().rposition(|byte| *byte == b'\n') else { continue };
+            let rest = self.rest.split_off(end + 1);
+            let whole = std::mem::replace(&mut self.rest, rest);
+            let ended = whole.strip_suffix(b"\n").unwrap_or(&whole).split(|byte| *byte == b'\n');
+            lines.extend(ended.map(|line| String::from_utf8_lossy(line.trim_ascii_end()).into_owned()));
         }
         Ok(lines)
     }
@@ -197,6 +229,21 @@ mod tests {
         logs.writer(&build).line("three");
         assert_eq!(reader.lines().await.unwrap(), ["three"]);
         assert_eq!(logs.reader(&build).lines().await.unwrap().len(), 3);
+    }
+
+    #[tokio::test]
+    async fn the_newest_logs_and_those_in_use_are_kept() {
+        let (_folder, logs, first) = logs();
+        let _in_use = logs.writer(&first);
+        for number in 2..=60 {
+            logs.writer(&format!("web-b{number}").parse().unwrap()).line("x");
+        }
+        logs.writer(&"db-b1".parse().unwrap()).line("another server's");
+        assert_eq!(logs.prune().unwrap(), 9);
+        let is_there = |id: &str| logs.path(&id.parse().unwrap()).exists();
+        assert!(is_there("web-b1") && !is_there("web-b2") && !is_there("web-b10"));
+        assert!(is_there("web-b11") && is_there("web-b60") && is_there("db-b1"));
+        assert_eq!(logs.prune().unwrap(), 0);
     }
 
     #[tokio::test]

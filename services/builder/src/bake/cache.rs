@@ -7,6 +7,7 @@
 //! <key>     blobs/<hex>: hard links into the image stores
 //! ```
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write as _;
 use std::os::unix::fs::MetadataExt as _;
@@ -78,13 +79,26 @@ impl LayerCache {
 }
 
 impl LayerCache {
-    /// Lets go of layers that no image store has any more, a while after they were made.
+    /// Lets go of layers that no image store has any more, a while after they were made, and of what names them.
     pub(crate) fn forget(&self, unused_for: Duration) -> Result<(), BakeError> {
         let blobs = self.root.join("blobs");
+        let mut gone = BTreeSet::new();
         for item in fs::read_dir(&blobs).map_err(BakeError::io("read", &blobs))?.filter_map(Result::ok) {
             let Ok(metadata) = item.metadata() else { continue };
             let age = metadata.modified().ok().and_then(|time| time.elapsed().ok()).unwrap_or_default();
             if metadata.nlink() == 1 && age > unused_for {
+                fs::remove_file(item.path()).map_err(BakeError::io("remove", item.path()))?;
+                gone.insert(item.file_name().to_string_lossy().into_owned());
+            }
+        }
+        if gone.is_empty() {
+            return Ok(());
+        }
+        let records = fs::read_dir(&self.root).map_err(BakeError::io("read", &self.root))?;
+        for item in records.filter_map(Result::ok).filter(|item| item.path().is_file()) {
+            let record =
+                fs::read(item.path()).ok().and_then(|text| serde_json::from_slice::<Record>(&text).ok());
+            if record.is_some_and(|record| gone.contains(&record.diff_id.hex())) {
                 fs::remove_file(item.path()).map_err(BakeError::io("remove", item.path()))?;
             }
         }
@@ -149,6 +163,26 @@ mod tests {
             command: Vec::new(),
             timestamp: jiff::Timestamp::from_second(timestamp).unwrap(),
         }
+    }
+
+    #[test]
+    fn a_layer_that_no_store_has_goes_with_what_names_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let cache = LayerCache::open(&folder.path().join("cache")).unwrap();
+        let store = ImageStore::open(&folder.path().join("images")).unwrap();
+        let put = |content: &[u8]| {
+            let (diff_id, size) = store.put_blob(&mut &*content, None).unwrap();
+            let record = Record { diff_id, size, stamp: 0, below: Vec::new() };
+            let key = Digest::of(&[content, b"key"].concat());
+            cache.put(&key, &record, &store).unwrap();
+            (key, diff_id)
+        };
+        let ((kept, _), (lost, diff_id)) = (put(b"kept"), put(b"lost"));
+        fs::remove_file(store.root().join("blobs/sha256").join(diff_id.hex())).unwrap();
+        cache.forget(Duration::ZERO).unwrap();
+        assert!(cache.get(&kept, &[], &store).is_some());
+        assert!(!cache.blob(&diff_id).exists() && !cache.root.join(lost.hex()).exists());
+        assert!(cache.root.join(kept.hex()).exists());
     }
 
     #[test]
