@@ -10,18 +10,22 @@ use kiln_api::engine::{
     CheckRequest, InstanceSpec, InstanceState, ListInstancesRequest, LogsRequest, RetireRequest,
 };
 use kiln_api::{engine, types};
-use kiln_builder_core::build::TestResult;
+use kiln_builder_core::build::{Build, State, TestResult};
 use kiln_model::check::Check;
 use kiln_model::definition::Definition;
 use kiln_model::digest::Digest;
 use kiln_model::name::{BuildId, InstanceId};
 use kiln_model::time::Millis;
 use kiln_service::client::Channel;
+use kiln_service::clock::Clock;
 use kiln_service::{error, requests};
+use kiln_store::Store;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
 
+use crate::bakery::Bakery;
+use crate::builder::Builder;
 use crate::logs::Writer;
 
 /// How long an image gets to come up where its definition does not say.
@@ -70,6 +74,61 @@ pub struct EngineTester {
 impl EngineTester {
     pub fn new(channel: Channel) -> Self {
         Self { client: EngineServiceClient::new(channel) }
+    }
+
+    /// Retires test instances that no running build owns, and says how many those were: a build whose process was killed
+    /// leaves one, and may never come to its tests again.
+    ///
+    /// # Errors
+    /// In words, where the engine or the store is away.
+    pub async fn retire_leftovers<S: Store, K: Bakery, C: Clock>(
+        &self,
+        builder: &Builder<S, K, C>,
+    ) -> Result<usize, String> {
+        // Instances first: one that is launched after this look is not in it, and its build runs at the later one.
+        let instances = self.test_instances().await.map_err(|fault| fault.problem)?;
+        let mut retired = 0;
+        for id in instances {
+            let build = BuildId { server: id.server.clone(), number: id.attempt };
+            let build = match builder.documents.build(&build).await {
+                Ok(build) => build.map(|read| read.value),
+                Err(error) => {
+                    tracing::error!(instance = %id, %error, "its build can't be read, and it stays");
+                    continue;
+                }
+            };
+            let owns = |build: &Build| {
+                matches!(build.state, State::Running { .. }) && build.token == u64::from(id.ordinal)
+            };
+            if !build.as_ref().is_some_and(owns) {
+                tracing::warn!(instance = %id, "is left over from a build that does not run, and is retired");
+                let mut instance = Instance { client: self.client.clone(), id };
+                instance.retire().await.map_err(|fault| fault.problem)?;
+                retired += 1;
+            }
+        }
+        Ok(retired)
+    }
+
+    /// Those of image tests that are there.
+    async fn test_instances(&self) -> Result<Vec<InstanceId>, TestFault> {
+        let mut found = Vec::new();
+        let mut token = String::new();
+        loop {
+            let request = ListInstancesRequest { server: String::new(), page_size: 500, page_token: token };
+            let page = self.client.clone().list_instances(call(request)).await;
+            let page = page.map_err(|status| fault("listing instances", &status))?.into_inner();
+            let is_there = |instance: &engine::Instance| {
+                !matches!(instance.state(), InstanceState::Retiring | InstanceState::Retired)
+            };
+            let specs = page.instances.into_iter().filter(is_there).filter_map(|instance| instance.spec);
+            let tests = specs.filter(|spec| spec.role() == types::Role::Test);
+            found.extend(tests.filter_map(|spec| spec.id.parse().ok()));
+            if page.next_page_token.is_empty() {
+                return Ok(found);
+            }
+            token = page.next_page_token;
+        }
     }
 }
 

@@ -95,14 +95,19 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     let routes = Routes::new(service);
     let options = WorkerOptions { owner, workers: site.builder.workers };
 
+    let tester = EngineTester::new(node);
+
     use kiln_bus::Bus as _;
     let serving = serve(ServerOptions::new(Service::Builder, &site), routes, stop.clone());
     let beside = async {
         tokio::join!(
             relay::run(store, bus.clone(), stop.clone()),
             reconcile::run(builder.clone(), stop.clone()),
-            workers::run(builder.clone(), EngineTester::new(node), options, stop.clone()),
-            collect::run(builder, images, following.heard(), stop.clone()),
+            workers::run(builder.clone(), tester.clone(), options, stop.clone()),
+            collect::run(builder.clone(), images, following.heard(), stop.clone()),
+            resync::every(site.poll.resync, stop.clone(), Arc::default(), || async {
+                tester.retire_leftovers(&builder).await.map(drop)
+            }),
             resync::every(site.poll.resync, stop.clone(), wake, || following.run()),
             follow::events(stop.clone(), || bus.consume(CONSUMER, &interests, handler.clone(), stop.clone())),
         );
