@@ -1,7 +1,7 @@
 //! What every part of the builder works with, and the making of plans.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use jiff::Timestamp;
 use kiln_builder_core::build;
@@ -14,7 +14,7 @@ use kiln_model::cause::Cause;
 use kiln_model::definition::Source;
 use kiln_model::digest::Digest;
 use kiln_model::lock::Lock;
-use kiln_model::name::ServerName;
+use kiln_model::name::{BuildId, ServerName};
 use kiln_model::revision::PackageVersions;
 use kiln_service::clock::Clock;
 use kiln_store::Store;
@@ -28,6 +28,8 @@ use crate::store::{Documents, Edit, LOCK_KIND, Read, StoredSlot};
 
 /// Links that a parent's own parents are looked up through; [`kiln_builder_core::graph`] refuses longer chains.
 const MAX_PARENTS: usize = 32;
+/// Lines of resolving that a build's log begins with.
+const MAX_SAID: usize = 500;
 /// Times that a change is decided anew where others change the same documents.
 pub const TRIES: u32 = 8;
 
@@ -51,6 +53,8 @@ pub struct Resolved {
     pub parent_image: Option<Digest>,
     pub packages: PackageVersions,
     pub release_files: Vec<ReleaseFile>,
+    /// What resolving said.
+    pub log: Vec<String>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -129,13 +133,21 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
             _ => None,
         };
         let name = server.name.clone();
+        let said: Arc<Mutex<Vec<String>>> = Arc::default();
+        let keep = said.clone();
         let request = ResolveRequest {
             definition: &stored.definition,
             context: &self.sources.contexts().folder(&digest),
             parent: bake_parent,
             timestamp: context.first_applied,
             pinned,
-            log: Arc::new(move |line: &str| tracing::debug!(server = %name, line, "resolving")),
+            log: Arc::new(move |line: &str| {
+                tracing::debug!(server = %name, line, "resolving");
+                let mut lines = keep.lock().unwrap_or_else(PoisonError::into_inner);
+                if lines.len() < MAX_SAID {
+                    lines.push(line.to_owned());
+                }
+            }),
         };
         let span = tracing::info_span!("resolve", server = %server.name, pinned = pinned.is_some());
         let resolution = self.bakery.resolve(request).instrument(span).await?;
@@ -154,7 +166,9 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
         };
         let parent_image = parent.map(|parent| parent.image);
         let definition = definition.clone();
-        Ok(Resolved { stored, definition, lock: resolution.lock, key, parent_image, packages, release_files })
+        let log = std::mem::take(&mut *said.lock().unwrap_or_else(PoisonError::into_inner));
+        let lock = resolution.lock;
+        Ok(Resolved { stored, definition, lock, key, parent_image, packages, release_files, log })
     }
 
     /// The archives that a parent's image was made from.
@@ -282,6 +296,7 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
         };
         let cause = causes.remove(0);
         let (stored, lock) = (resolved.stored.clone(), resolved.lock.clone());
+        let said = resolved.log.clone();
         let planned = resolved.planned(cause, causes);
         for _ in 0..TRIES {
             let Some(read) = self.documents.server(name).await? else { return Ok(()) };
@@ -310,6 +325,7 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
                             tracing::info!(server = %name, %build, "planned: joins a build")
                         }
                         Made::Queued(build) => {
+                            self.log_resolving(&build.id, &said);
                             tracing::info!(server = %name, build = %build.id, "planned: a build")
                         }
                     }
@@ -318,6 +334,14 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
             }
         }
         Ok(())
+    }
+
+    /// Tells in a build's log how its lock came to be: it is part of how long the build takes.
+    pub fn log_resolving(&self, build: &BuildId, said: &[String]) {
+        let log = self.logs.writer(build);
+        for line in said {
+            log.line(line);
+        }
     }
 
     async fn plan_failed(&self, name: &ServerName, order: &Order, error: &Error) -> Result<(), Error> {

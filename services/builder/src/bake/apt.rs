@@ -2,7 +2,7 @@
 //! signatures and solves; what it would do is read from what it prints.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -17,6 +17,8 @@ use super::sources::{Archive, render};
 use super::{LogSink, ReleaseFile};
 
 const TIME_LIMIT: Duration = Duration::from_secs(600);
+/// Between two looks at a lock that another holds.
+const LOCK_TICK: Duration = Duration::from_millis(50);
 /// How the host reaches archives, and whether its clock is to be trusted. Everything else of its configuration stays out.
 const CARRIED_OVER: [&str; 8] = [
     "Acquire::http::",
@@ -50,6 +52,7 @@ impl<'a> Apt<'a> {
         architecture: &str,
         archives: &'a [Archive],
         log: &'a LogSink,
+        cancel: &CancellationToken,
     ) -> Result<Self, BakeError> {
         let sources = render(archives);
         let key = Digest::of(format!("{architecture}\n{sources}").as_bytes()).hex();
@@ -60,7 +63,7 @@ impl<'a> Apt<'a> {
         }
         let lock_path = folder.join("in-use");
         let lock = File::create(&lock_path).map_err(BakeError::io("open", &lock_path))?;
-        lock.lock().map_err(BakeError::io("lock", &lock_path))?;
+        wait_for(&lock, log, cancel).map_err(BakeError::io("lock", &lock_path))??;
         let write = |name: &str, content: &str| {
             let path = folder.join(name);
             // An unchanged file keeps its time, by which apt tells whether its cache is still good.
@@ -170,6 +173,28 @@ impl<'a> Apt<'a> {
             });
         }
         Ok(files.into_iter().map(|(url, digest)| ReleaseFile { url, digest }).collect())
+    }
+}
+
+/// Waits for another bake of the same archives, for as long as the caller does.
+fn wait_for(
+    lock: &File,
+    log: &LogSink,
+    cancel: &CancellationToken,
+) -> std::io::Result<Result<(), BakeError>> {
+    let mut told = false;
+    loop {
+        match lock.try_lock() {
+            Ok(()) => return Ok(Ok(())),
+            Err(TryLockError::Error(error)) => return Err(error),
+            Err(TryLockError::WouldBlock) if cancel.is_cancelled() => return Ok(Err(BakeError::Cancelled)),
+            Err(TryLockError::WouldBlock) => {
+                if !std::mem::replace(&mut told, true) {
+                    log("waiting for another build that asks the same archives");
+                }
+                std::thread::sleep(LOCK_TICK);
+            }
+        }
     }
 }
 
@@ -304,6 +329,26 @@ pub(crate) fn is_request(text: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_wait_for_anothers_apt_ends_with_its_caller() {
+        let home = tempfile::tempdir().unwrap();
+        let lines = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+        let cancel = CancellationToken::new();
+        let quiet: LogSink = std::sync::Arc::new(|_: &str| {});
+        let _first = Apt::open(home.path(), "amd64", &[], &quiet, &cancel).unwrap();
+        // Cancelled once it says that it waits.
+        let log: LogSink = {
+            let (lines, cancel) = (lines.clone(), cancel.clone());
+            std::sync::Arc::new(move |line: &str| {
+                lines.lock().unwrap().push(line.to_owned());
+                cancel.cancel();
+            })
+        };
+        let second = Apt::open(home.path(), "amd64", &[], &log, &cancel).err();
+        assert!(matches!(second, Some(BakeError::Cancelled)), "{second:?}");
+        assert_eq!(*lines.lock().unwrap(), ["waiting for another build that asks the same archives"]);
+    }
 
     #[test]
     fn what_apt_prints_becomes_a_locked_package() {

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Instant;
 
@@ -174,7 +176,7 @@ impl Resolver<'_> {
         };
         let keys = self.config.home.join("apt/keys");
         let archives = sources::archives(&root, &self.config.archives, &keys)?;
-        let apt = Apt::open(&self.config.home, architecture()?, &archives, self.log)?;
+        let apt = Apt::open(&self.config.home, architecture()?, &archives, self.log, self.cancel)?;
         apt.update(self.cancel)?;
         let release_files = apt.release_files(self.cancel)?;
 
@@ -248,17 +250,29 @@ struct Solver<'a> {
 
 impl Solver<'_> {
     fn each(&self, lists: &[&[String]]) -> Result<Vec<Vec<Solved>>, BakeError> {
-        // All at once: each list with all before it. Nearly always what one gives holds what the one before gave.
-        let guesses: Vec<Result<Vec<Solved>, BakeError>> = thread::scope(|scope| {
-            let threads: Vec<_> = (1..=lists.len())
-                .map(|length| {
-                    let wanted = lists[..length].concat();
-                    scope.spawn(move || self.solve(&wanted))
-                })
-                .collect();
-            threads.into_iter().map(|thread| thread.join().unwrap_or(Err(BakeError::Cancelled))).collect()
+        // As many at once as there are processors: each list with all before it. Nearly always what one gives holds what the
+        // one before gave.
+        let next = AtomicUsize::new(1);
+        let threads = thread::available_parallelism().map_or(2, NonZero::get).min(lists.len());
+        let mut guesses: Vec<(usize, Result<Vec<Solved>, BakeError>)> = thread::scope(|scope| {
+            let work = || {
+                let mut done = Vec::new();
+                while let Some(some) = lists.get(..next.fetch_add(1, Ordering::Relaxed)) {
+                    let solved = self.solve(&some.concat());
+                    let failed = solved.is_err();
+                    done.push((some.len(), solved));
+                    if failed {
+                        break;
+                    }
+                }
+                done
+            };
+            let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+            let panicked = |_| vec![(0, Err(BakeError::Cancelled))];
+            threads.into_iter().flat_map(|thread| thread.join().unwrap_or_else(panicked)).collect()
         });
-        let guesses = guesses.into_iter().collect::<Result<Vec<_>, _>>()?;
+        guesses.sort_by_key(|(length, _)| *length);
+        let guesses = guesses.into_iter().map(|(_, guess)| guess).collect::<Result<Vec<_>, _>>()?;
         let grows = guesses.windows(2).all(|pair| pair[0].iter().all(|solved| pair[1].contains(solved)));
         if !grows {
             return self.one_after_the_other(lists);

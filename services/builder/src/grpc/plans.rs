@@ -135,7 +135,13 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
             self.builder.resolve_shippable(server, &order).await?
         };
         let decide = || self.decide_build(&request.server, &cause, &resolved);
-        requests::once(store, &request.request_id, &request, decide).await
+        let answer = requests::once(store, &request.request_id, &request, decide).await?;
+        // One that it joined has the log of the plan that queued it.
+        let queued = answer.build.as_ref().filter(|build| build.version == 1);
+        if let Some(id) = queued.and_then(|build| build.id.parse().ok()) {
+            self.builder.log_resolving(&id, &resolved.log);
+        }
+        Ok(answer)
     }
 
     async fn lock_in_force(&self, server: &Server) -> Result<Lock, ApiError> {
