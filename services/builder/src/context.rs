@@ -8,17 +8,19 @@ use std::path::{Path, PathBuf};
 use kiln_builder_core::definition::StoredDefinition;
 use kiln_model::definition::{
     ContextEntry, Definition, DefinitionErrors, EntryKind, ImageSpec, Source, Step, WrongPath,
-    context_digest, parse, wrong_paths,
+    context_digest, parse, wrong_parent, wrong_paths,
 };
 use kiln_model::digest::Digest;
 use kiln_model::name::ServerName;
 use serde::Serialize;
 
-use crate::tree::{Node, Tree, link_target};
+use crate::tree::{MAX_SIZE, Node, Tree, link_target};
 
 const FILE: &str = "server.yaml";
 /// More servers in one source are several sources.
-const MAX_SERVERS: usize = 1000;
+pub const MAX_SERVERS: usize = 1000;
+/// What all definitions of a source name, each for itself: where folders lie in folders, a file can be several's.
+const MAX_NAMED: u64 = 4 * MAX_SIZE;
 
 /// A folder with a `server.yaml`, as it is in a source.
 #[derive(Debug, Clone)]
@@ -62,6 +64,21 @@ impl Faulty {
     }
 }
 
+impl Readable {
+    /// Why this definition can't begin with the parent that it names.
+    pub fn wrong_parent(&self, folder: &str, problem: String) -> Fault {
+        let file = if folder == "." { FILE.to_owned() } else { format!("{folder}/{FILE}") };
+        let text = match self.files.get(FILE) {
+            Some(Node::File { content, .. }) => content.bytes(),
+            _ => &[],
+        };
+        let help = "name a server that is applied, or comes with this one, and does not begin with this one"
+            .to_owned();
+        let (_, faults) = refusal(&wrong_parent(text, &file, problem.clone(), help));
+        faults.into_iter().next().unwrap_or(Fault { place: format!("{file}:1:1"), why: problem })
+    }
+}
+
 impl Found {
     pub fn name(&self) -> Option<&ServerName> {
         match &self.read {
@@ -94,7 +111,20 @@ pub fn find(tree: &Tree) -> Result<Vec<Found>, String> {
             folders.len()
         ));
     }
-    let mut found: Vec<Found> = folders.into_iter().map(|folder| read(tree, folder)).collect();
+    let mut found: Vec<Found> = Vec::new();
+    let mut named = 0;
+    for folder in folders {
+        let one = read(tree, folder);
+        named += one.read.as_ref().map_or(0, |readable| readable.files.size());
+        if named > MAX_NAMED {
+            return Err(format!(
+                "the definitions name more than {} MiB of files together, the same files several times: let no folder that \
+                 is named hold another definition's",
+                MAX_NAMED >> 20
+            ));
+        }
+        found.push(one);
+    }
     refuse_namesakes(&mut found);
     Ok(found)
 }
@@ -111,7 +141,7 @@ type Refusal = (Option<ServerName>, Vec<Fault>);
 
 fn take(part: &Tree, file: &str) -> Result<Readable, Refusal> {
     let text = match part.get(FILE) {
-        Some(Node::File { content, .. }) => content,
+        Some(Node::File { content, .. }) => content.bytes(),
         _ => {
             return Err((
                 None,
@@ -225,7 +255,7 @@ fn normal(path: &str) -> String {
 fn entries(files: &Tree) -> Vec<ContextEntry> {
     let kind = |node: &Node| match node {
         Node::File { content, executable } => {
-            EntryKind::Regular { digest: Digest::of(content), executable: *executable }
+            EntryKind::Regular { digest: content.digest(), executable: *executable }
         }
         Node::Symlink { target } => EntryKind::Symlink { target: target.clone() },
     };
@@ -326,7 +356,7 @@ fn write(root: &Path, target: &Path, files: &Tree) -> std::io::Result<()> {
                 let mode = if *executable { 0o755 } else { 0o644 };
                 let mut file =
                     std::fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&path)?;
-                file.write_all(content)?;
+                file.write_all(content.bytes())?;
             }
             Node::Symlink { target } => std::os::unix::fs::symlink(target, &path)?,
         }
@@ -354,7 +384,7 @@ mod tests {
         for (path, content) in files {
             let node = match content.strip_prefix("-> ") {
                 Some(target) => Node::Symlink { target: target.to_owned() },
-                None => Node::File { content: content.as_bytes().to_vec(), executable: false },
+                None => Node::File { content: content.as_bytes().to_vec().into(), executable: false },
             };
             tree.insert(path, node).unwrap();
         }
@@ -375,6 +405,36 @@ mod tests {
         let changed = only(&[("server.yaml", WEB), ("site/index.html", "Bye")]).unwrap();
         assert_ne!(one.stored.digest, changed.stored.digest);
         assert_ne!(one.stored.image_context, changed.stored.image_context);
+    }
+
+    #[test]
+    fn folders_in_folders_share_contents_and_name_a_bounded_amount() {
+        let yaml = |depth: usize| WEB.replace("name: web", &format!("name: w{depth}")).replace("site/", ".");
+        let nested = |depth: usize| {
+            let mut tree = Tree::default();
+            let folder = |depth: usize| "d/".repeat(depth);
+            for depth in 0..depth {
+                let content = yaml(depth).into_bytes().into();
+                let path = format!("{}server.yaml", folder(depth));
+                tree.insert(&path, Node::File { content, executable: false }).unwrap();
+            }
+            let content = vec![0; 32 << 20].into();
+            tree.insert(&format!("{}large", folder(depth)), Node::File { content, executable: false })
+                .unwrap();
+            find(&tree)
+        };
+        let found = nested(7).unwrap();
+        let content = |found: &Found, path: &str| match found.read.as_ref().unwrap().files.get(path) {
+            Some(Node::File { content, .. }) => content.bytes().as_ptr(),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(found.len(), 7);
+        let first = content(&found[0], "d/d/d/d/d/d/d/large");
+        assert!(found.iter().any(|one| one.read.is_ok() && one.folder == "d/d/d/d/d/d"));
+        let last = found.iter().find(|one| one.folder == "d/d/d/d/d/d").unwrap();
+        assert_eq!(content(last, "d/large"), first, "one copy");
+        let refused = nested(20).unwrap_err();
+        assert!(refused.contains("name more than 256 MiB"), "{refused}");
     }
 
     #[test]

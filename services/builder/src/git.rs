@@ -3,13 +3,16 @@
 //! The repository is hostile: nothing of it is checked out, no hook, submodule, filter or configuration of it is used, and
 //! what it sends is bounded in time and size.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
 
+use crate::context::MAX_SERVERS;
 use crate::tree::{MAX_ENTRIES, MAX_SIZE, Node, Tree, Unreadable};
 
 const FETCH_TIMEOUT: Duration = Duration::from_secs(120);
@@ -186,42 +189,46 @@ impl Mirror {
     pub async fn read(&self, commit: &str) -> Result<Tree, Error> {
         let listing =
             self.git("ls-tree", &["ls-tree", "-r", "-z", "-l", "--full-tree", commit], READ_TIMEOUT).await?;
-        let listed = self.parse(&listing)?;
-        let folders: Vec<String> = listed
+        // Up to 24 MiB of lines, and below a tree that is as large: no work for a thread that others wait for.
+        let mirror = self.clone();
+        let wanted = self.aside("ls-tree", move || mirror.wanted(&listing)).await?;
+        let contents = self.contents(&wanted).await?;
+        self.aside("cat-file", move || tree_of(&wanted, contents)).await
+    }
+
+    async fn aside<T: Send + 'static>(
+        &self,
+        what: &'static str,
+        work: impl FnOnce() -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let done = tokio::task::spawn_blocking(work).await;
+        done.map_err(|error| self.failed(what, error.to_string()))?
+    }
+
+    /// What lies below a folder with a `server.yaml`.
+    fn wanted(&self, listing: &[u8]) -> Result<Vec<Listed>, Error> {
+        let mut listed = self.parse(listing)?;
+        let folders: HashSet<String> = listed
             .iter()
             .filter_map(|entry| entry.path.strip_suffix("server.yaml"))
             .filter(|folder| folder.is_empty() || folder.ends_with('/'))
             .map(ToOwned::to_owned)
             .collect();
-        let wanted: Vec<&Listed> = listed
-            .iter()
-            .filter(|entry| folders.iter().any(|folder| entry.path.starts_with(folder)))
-            .collect();
-        self.check_amount(&wanted)?;
-        let mut tree = Tree::default();
-        let contents = self.contents(&wanted).await?;
-        for (entry, content) in wanted.iter().zip(contents) {
-            let node = match entry.mode.as_str() {
-                "100644" | "100664" => Node::File { content, executable: false },
-                "100755" => Node::File { content, executable: true },
-                "120000" => {
-                    let target = String::from_utf8(content).map_err(|_| Unreadable {
-                        path: shown(&entry.path),
-                        why: "is a symbolic link whose target is not UTF-8".to_owned(),
-                    })?;
-                    Node::Symlink { target }
-                }
-                other => {
-                    let why = format!("has mode {other}, which is neither a file nor a symbolic link");
-                    return Err(Unreadable { path: shown(&entry.path), why }.into());
-                }
-            };
-            tree.insert(&entry.path, node)?;
+        if folders.len() > MAX_SERVERS {
+            let why = format!("holds {} definitions, and at most {MAX_SERVERS} are taken", folders.len());
+            return Err(Unreadable { path: shown(&self.address.url), why }.into());
         }
-        Ok(tree)
+        // By the folders above each entry, of which there are few, however many folders are wanted.
+        let is_wanted = |path: &str| {
+            folders.contains("")
+                || path.match_indices('/').any(|(at, _)| path.get(..=at).is_some_and(|f| folders.contains(f)))
+        };
+        listed.retain(|entry| is_wanted(&entry.path));
+        self.check_amount(&listed)?;
+        Ok(listed)
     }
 
-    fn check_amount(&self, wanted: &[&Listed]) -> Result<(), Error> {
+    fn check_amount(&self, wanted: &[Listed]) -> Result<(), Error> {
         let size: u64 = wanted.iter().map(|entry| entry.size).fold(0, u64::saturating_add);
         if wanted.len() > MAX_ENTRIES || size > MAX_SIZE {
             let why = format!(
@@ -268,7 +275,7 @@ impl Mirror {
     }
 
     /// The contents of blobs, in their order, through one `git cat-file`.
-    async fn contents(&self, wanted: &[&Listed]) -> Result<Vec<Vec<u8>>, Error> {
+    async fn contents(&self, wanted: &[Listed]) -> Result<Vec<Vec<u8>>, Error> {
         let request: String = wanted.iter().map(|entry| format!("{}\n", entry.object)).collect();
         let output =
             self.run("cat-file", &["cat-file", "--batch"], request.into_bytes(), READ_TIMEOUT).await?;
@@ -334,6 +341,7 @@ impl Mirror {
             .args(arguments)
             .spawn()
             .map_err(|error| self.failed(what, format!("git can't be started: {error}; is it installed?")))?;
+        let mut group = Group::of(&child);
         let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
         let talk = async {
             let write = async {
@@ -346,11 +354,12 @@ impl Mirror {
             let (_, output, errors) = tokio::join!(write, read(stdout, limit), read(stderr, 64 << 10));
             (output, errors, child.wait().await)
         };
-        // Dropping the child kills it, on a timeout and when the caller gives up.
+        // Dropping the group kills it, on a timeout and when the caller gives up.
         let Ok((output, errors, status)) = tokio::time::timeout(timeout, talk).await else {
             return Err(self.failed(what, format!("not done within {} s", timeout.as_secs())));
         };
         let status = status.map_err(|error| self.failed(what, error.to_string()))?;
+        group.ended();
         if status.success() {
             return output.ok_or_else(|| self.failed(what, "it sent more than is taken".to_owned()));
         }
@@ -394,11 +403,60 @@ fn command(home: &Path, mirror: &Path) -> Command {
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
+        .process_group(0)
         .kill_on_drop(true);
     if let Some(agent) = std::env::var_os("SSH_AUTH_SOCK") {
         command.env("SSH_AUTH_SOCK", agent);
     }
     command
+}
+
+/// A commit's content as a tree.
+fn tree_of(wanted: &[Listed], contents: Vec<Vec<u8>>) -> Result<Tree, Error> {
+    let mut tree = Tree::default();
+    for (entry, content) in wanted.iter().zip(contents) {
+        let node = match entry.mode.as_str() {
+            "100644" | "100664" => Node::File { content: content.into(), executable: false },
+            "100755" => Node::File { content: content.into(), executable: true },
+            "120000" => {
+                let target = String::from_utf8(content).map_err(|_| Unreadable {
+                    path: shown(&entry.path),
+                    why: "is a symbolic link whose target is not UTF-8".to_owned(),
+                })?;
+                Node::Symlink { target }
+            }
+            other => {
+                let why = format!("has mode {other}, which is neither a file nor a symbolic link");
+                return Err(Unreadable { path: shown(&entry.path), why }.into());
+            }
+        };
+        tree.insert(&entry.path, node)?;
+    }
+    Ok(tree)
+}
+
+/// git and what it starts, ssh and the like, which wait for a peer that says nothing. Killed when dropped.
+struct Group(Option<Pid>);
+
+impl Group {
+    fn of(child: &tokio::process::Child) -> Self {
+        let pid = child.id().and_then(|id| i32::try_from(id).ok());
+        Self(pid.and_then(Pid::from_raw))
+    }
+
+    /// Its leader was waited for, so its number may be another's by now.
+    fn ended(&mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if let Some(leader) = self.0 {
+            // Gone already is as good.
+            let _ = kill_process_group(leader, Signal::KILL);
+        }
+    }
 }
 
 /// None where there is more than `limit`. Reads on to the end all the same, so that the writer is not stuck.
@@ -510,7 +568,7 @@ mod tests {
         let first = mirror.fetch().await.unwrap();
         let tree = mirror.read(&first).await.unwrap();
         assert_eq!(paths(&tree), ["web/server.yaml", "web/site/index.html"]);
-        let hello = Node::File { content: b"Hello".to_vec(), executable: false };
+        let hello = Node::File { content: b"Hello".to_vec().into(), executable: false };
         assert_eq!(tree.get("web/site/index.html"), Some(&hello));
 
         repository.commit(&[("web/site/index.html", "Hello again"), ("db/server.yaml", "name: db")]);
@@ -566,5 +624,45 @@ mod tests {
         let address = Address::new("/nowhere/at/all", "main").unwrap();
         let error = Mirror::new(repository.0.path().join("b"), address).fetch().await.unwrap_err();
         assert!(error.is_transient(), "{error}");
+    }
+
+    #[tokio::test]
+    async fn more_definitions_than_are_taken_are_refused_before_they_are_read() {
+        let repository = Repository::new();
+        let paths: Vec<_> = (0..=MAX_SERVERS).map(|number| format!("d{number}/server.yaml")).collect();
+        let files: Vec<_> = paths.iter().map(|path| (path.as_str(), "name: web")).collect();
+        repository.commit(&files);
+        let mirror = repository.mirror();
+        let commit = mirror.fetch().await.unwrap();
+        let refused = mirror.read(&commit).await.unwrap_err();
+        assert!(refused.to_string().contains("holds 1001 definitions"), "{refused}");
+    }
+
+    #[tokio::test]
+    async fn what_a_stalled_git_started_goes_with_it() {
+        let mut child = Command::new("sh")
+            .args(["-c", "sleep 1000 & echo $!; wait"])
+            .stdout(Stdio::piped())
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let group = Group::of(&child);
+        let mut pid = [0; 16];
+        let read = child.stdout.take().unwrap().read(&mut pid).await.unwrap();
+        let pid: u32 = std::str::from_utf8(&pid[..read]).unwrap().trim().parse().unwrap();
+        // Killed it stays as a zombie until somebody waits for it.
+        let state = || std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let lives =
+            || state().rsplit(')').next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with(" Z"));
+        assert!(lives());
+        drop(group);
+        for _ in 0..1000 {
+            if !lives() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("process {pid} is left: {}", state());
     }
 }

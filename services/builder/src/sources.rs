@@ -189,10 +189,12 @@ impl<S: Store> Sources<S> {
             return Err(Error::Empty { what: "server.yaml", place });
         }
         if let Err((name, problem)) = self.check_parents(&readable).await? {
-            let folder = readable.iter().find(|(_, one)| one.stored.definition.name == name);
-            let place =
-                folder.map_or_else(String::new, |(found, _)| format!("{}/server.yaml:1:1", found.folder));
-            return Err(Error::Faulty(vec![(place, problem)]));
+            let child = readable.iter().find(|(_, one)| one.stored.definition.name == name);
+            let fault = child.map_or((String::new(), problem.clone()), |(found, one)| {
+                let fault = one.wrong_parent(&found.folder, problem);
+                (fault.place, fault.why)
+            });
+            return Err(Error::Faulty(vec![fault]));
         }
         let mut taking = Taking::new(self, look, now).await?;
         let mut applied = Vec::new();
@@ -216,8 +218,12 @@ impl<S: Store> Sources<S> {
         // One with an impossible parent is refused, and what is left is looked at again.
         while let Err((name, problem)) = self.check_parents(&candidates).await? {
             let before = candidates.len();
+            if let Some((found, one)) = candidates.iter().find(|(_, one)| one.stored.definition.name == name)
+            {
+                let fault = one.wrong_parent(&found.folder, problem);
+                refused.insert(name.clone(), format!("{}: {}", fault.place, fault.why));
+            }
             candidates.retain(|(_, one)| one.stored.definition.name != name);
-            refused.insert(name, problem);
             if candidates.len() == before {
                 break;
             }

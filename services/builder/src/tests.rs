@@ -6,6 +6,7 @@
 mod collecting;
 mod contended;
 mod replays;
+mod testing;
 mod working;
 mod world;
 
@@ -77,6 +78,23 @@ async fn a_faulty_definition_changes_nothing_and_names_its_place() {
         "{violations:?}"
     );
     assert!(world.server("web").await.is_none());
+}
+
+#[tokio::test]
+async fn an_impossible_parent_is_refused_where_it_is_named() {
+    let world = World::new().await;
+    let child = |name: &str, parent: &str| {
+        yaml(name, "x", 1).replace("from: scratch", &format!("from:\n    server: {parent}"))
+    };
+    let refused = world.apply("r1", &child("app", "nowhere")).await.unwrap_err();
+    let details = refused.get_error_details();
+    let violation = &details.bad_request().unwrap().field_violations[0];
+    assert_eq!(violation.field, "web/server.yaml:5:13");
+    assert!(violation.description.contains("there is no such server"), "{violation:?}");
+    let refused = world.apply("r2", &child("app", "app")).await.unwrap_err();
+    let details = refused.get_error_details();
+    let violation = &details.bad_request().unwrap().field_violations[0];
+    assert_eq!(violation.field, "web/server.yaml:5:13", "{violation:?}");
 }
 
 #[tokio::test]
@@ -331,6 +349,7 @@ async fn a_watcher_gets_the_log_and_the_end() {
                 }
             }
             assert!(lines.iter().any(|line| line == "baking"), "{lines:?}");
+            assert!(lines.iter().any(|line| line == "resolving packages"), "{lines:?}");
             assert_eq!(last.unwrap().state(), kiln_api::builder::BuildState::Succeeded);
         })
         .await;

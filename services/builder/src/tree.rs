@@ -3,7 +3,9 @@
 
 use std::collections::BTreeMap;
 use std::io::Read;
+use std::sync::Arc;
 
+use kiln_model::digest::Digest;
 use tar::EntryType;
 
 /// All files together. A packed folder comes in one message, and a Git commit is held to the same.
@@ -22,8 +24,32 @@ pub struct Tree {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Node {
-    File { content: Vec<u8>, executable: bool },
+    File { content: Content, executable: bool },
     Symlink { target: String },
+}
+
+/// What is in a file. Hashed once, and shared by every part of a tree that holds it: definitions can lie in each other's
+/// folders.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Content {
+    bytes: Arc<[u8]>,
+    digest: Digest,
+}
+
+impl Content {
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    pub const fn digest(&self) -> Digest {
+        self.digest
+    }
+}
+
+impl From<Vec<u8>> for Content {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self { digest: Digest::of(&bytes), bytes: bytes.into() }
+    }
 }
 
 /// Why a source can't be read.
@@ -69,6 +95,11 @@ impl Tree {
         }
         self.entries.insert(path.to_owned(), node);
         Ok(())
+    }
+
+    /// Bytes of all files together.
+    pub const fn size(&self) -> u64 {
+        self.size
     }
 
     pub fn get(&self, path: &str) -> Option<&Node> {
@@ -140,7 +171,7 @@ impl Tree {
                     if read as u64 != size {
                         return Err(unreadable(&path, "is cut off"));
                     }
-                    tree.insert(&path, Node::File { content, executable })?;
+                    tree.insert(&path, Node::File { content: content.into(), executable })?;
                 }
                 EntryType::Symlink => {
                     let target =
@@ -166,7 +197,7 @@ impl Tree {
 impl Node {
     fn size(&self) -> u64 {
         match self {
-            Self::File { content, .. } => content.len() as u64,
+            Self::File { content, .. } => content.bytes.len() as u64,
             Self::Symlink { target } => target.len() as u64,
         }
     }
@@ -217,7 +248,7 @@ mod tests {
     use super::*;
 
     fn file(content: &str) -> Node {
-        Node::File { content: content.as_bytes().to_vec(), executable: false }
+        Node::File { content: content.as_bytes().to_vec().into(), executable: false }
     }
 
     /// A raw entry, so that names can be written which the tar crate would refuse to write.
@@ -303,7 +334,8 @@ mod tests {
     #[test]
     fn what_is_too_much_is_refused() {
         let mut tree = Tree::default();
-        tree.insert("a", Node::File { content: vec![0; MAX_SIZE as usize], executable: false }).unwrap();
+        tree.insert("a", Node::File { content: vec![0; MAX_SIZE as usize].into(), executable: false })
+            .unwrap();
         assert!(tree.insert("b", file("x")).is_err());
         let mut tree = Tree::default();
         assert!(tree.insert(&"a/".repeat(100), file("x")).is_err());

@@ -59,6 +59,20 @@ pub fn wrong_paths(content: &[u8], file_name: &str, wrong: Vec<WrongPath>) -> De
     DefinitionErrors::new(file_name, text, problems.collect(), server)
 }
 
+/// What whoever knows the other servers found wrong with the parent that a definition names, at the place that names it.
+pub fn wrong_parent(content: &[u8], file_name: &str, message: String, help: String) -> DefinitionErrors {
+    let text = match text_of(content, file_name) {
+        Ok(text) => text,
+        Err(errors) => return errors,
+    };
+    let tree = Tree::parse(text).ok();
+    let node = tree.as_ref().and_then(|tree| tree.root.get("image")?.get("from")?.get("server"));
+    let place = node.and_then(|node| tree.as_ref()?.places.get(node.id).copied());
+    let problem = Problem::new(place.unwrap_or_else(|| Place::of(text, 1, 1)), message, Some(help));
+    let server = tree.as_ref().and_then(|tree| tree.root.get("name")?.text()?.parse().ok());
+    DefinitionErrors::new(file_name, text, vec![problem], server)
+}
+
 /// Every path into the folder, as the checked definition has it, with the node that names it.
 fn named_paths(node: &Node, named: &mut Vec<(String, usize)>) {
     match &node.value {
