@@ -140,7 +140,7 @@ impl Installer<'_> {
         for name in links {
             let make = || -> std::io::Result<()> {
                 tree.folder(format!("usr/{name}").as_bytes())?;
-                std::os::unix::fs::symlink(format!("usr/{name}"), tree.path().join(name))
+                Ok(rustix::fs::symlinkat(format!("usr/{name}"), tree.folder(b"")?, *name)?)
             };
             make().map_err(BakeError::io("make link", format!("/{name}")))?;
         }
@@ -233,7 +233,8 @@ fn complete(tree: &Tree) -> Result<(), BakeError> {
             ("stdout", "/proc/self/fd/1"),
             ("stderr", "/proc/self/fd/2"),
         ] {
-            std::os::unix::fs::symlink(target, tree.path().join("dev").join(name))?;
+            // Where the tree's own /dev leads, a link of a package's, is inside of it.
+            rustix::fs::symlinkat(target, tree.folder(b"dev")?, name)?;
         }
         Ok(())
     };
@@ -274,4 +275,28 @@ pub(crate) fn hides_ischroot(tree: &Tree) -> Result<bool, BakeError> {
             .map_err(|e| BakeError::io("look at", format!("/{}", String::from_utf8_lossy(path)))(e.into()))
     };
     Ok(is_file(b"usr/bin/ischroot")? && is_file(b"usr/bin/true")?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_completes_a_tree_does_not_leave_it_by_a_link() {
+        let folder = tempfile::tempdir().unwrap();
+        let outside = folder.path().join("outside");
+        fs::create_dir(&outside).unwrap();
+        for target in [outside.clone(), "../outside".into()] {
+            let root = folder.path().join("tree");
+            // The link leads somewhere on both sides.
+            let inside = root.join(target.strip_prefix("/").unwrap_or(Path::new("outside")));
+            fs::create_dir_all(&inside).unwrap();
+            std::os::unix::fs::symlink(&target, root.join("dev")).unwrap();
+            complete(&Tree::open(&root, 0).unwrap()).unwrap();
+            let names = |path: &Path| fs::read_dir(path).unwrap().count();
+            assert_eq!(names(&outside), 0, "{target:?}");
+            assert_eq!(names(&inside), 6, "{target:?}");
+            fs::remove_dir_all(&root).unwrap();
+        }
+    }
 }

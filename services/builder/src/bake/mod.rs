@@ -13,6 +13,8 @@ mod doctor;
 mod dpkg;
 mod error;
 mod files;
+#[cfg(test)]
+mod hostile;
 mod install;
 mod leftovers;
 mod opened;
@@ -41,6 +43,7 @@ use kiln_model::digest::Digest;
 use kiln_model::lock::Lock;
 use kiln_model::name::{BuildId, SiteId};
 use kiln_service::machine::Leftover;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 pub use doctor::examine;
@@ -95,6 +98,9 @@ impl Default for BakeLimits {
     }
 }
 
+/// Locks that are resolved at once. Solving is one process's work on one core, and mostly waits for another of the same
+/// archives.
+const RESOLVES: usize = 4;
 /// How long a layer that no image has any more is kept for another bake.
 const LAYERS_KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
 
@@ -207,6 +213,8 @@ pub struct BakedImage {
 #[derive(Clone)]
 pub struct Baker {
     config: Arc<BakeConfig>,
+    /// Each resolve keeps a thread and an apt, whoever asks: plans of the loop, and plans and builds of people.
+    resolving: Arc<Semaphore>,
 }
 
 impl Baker {
@@ -220,7 +228,7 @@ impl Baker {
         packages::PackageStore::open(&config.packages)?;
         cache::LayerCache::open(&config.layer_cache)?;
         kiln_image::read_signing_key(&config.signing_key)?;
-        Ok(Self { config: Arc::new(config) })
+        Ok(Self { config: Arc::new(config), resolving: Arc::new(Semaphore::new(RESOLVES)) })
     }
 
     /// Every input of the definition's image, exactly.
@@ -235,7 +243,12 @@ impl Baker {
         let cancel = CancellationToken::new();
         // A caller that gives up takes what runs with it.
         let guard = cancel.clone().drop_guard();
+        // The work keeps it to its end, also where the caller has given up.
+        let Ok(place) = Arc::clone(&self.resolving).acquire_owned().await else {
+            return Err(BakeError::Cancelled);
+        };
         let result = blocking(move || {
+            let _place = place;
             resolve::Resolver {
                 config: &config,
                 definition: &definition,

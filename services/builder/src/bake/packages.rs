@@ -168,3 +168,40 @@ impl PackageStore {
         fs::rename(fetched, &path).map_err(BakeError::io("name", &path))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_the_lock_names_is_put() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = PackageStore::open(&folder.path().join("packages")).unwrap();
+        let content = b"a package";
+        let package = |sha256: Digest, size: u64| LockedPackage {
+            name: "evil".to_owned(),
+            version: "1".to_owned(),
+            architecture: "all".to_owned(),
+            sha256,
+            size,
+        };
+        let fetched = folder.path().join("fetched");
+        let (digest, size) = (Digest::of(content), content.len() as u64);
+        for (what, wrong) in [
+            ("another hash", package(Digest::of(b"another"), size)),
+            ("shorter", package(digest, size + 1)),
+            ("longer", package(digest, size - 1)),
+        ] {
+            fs::write(&fetched, content).unwrap();
+            let refused = store.put(&fetched, &wrong);
+            assert!(matches!(refused, Err(BakeError::Archive { .. })), "{what}: {refused:?}");
+            assert!(!store.path(&wrong.sha256).exists(), "{what}");
+        }
+        let right = package(digest, size);
+        store.put(&fetched, &right).unwrap();
+        assert!(store.has(&right));
+        // What a crash has cut is fetched again.
+        fs::write(store.path(&digest), &content[..4]).unwrap();
+        assert!(!store.has(&right));
+    }
+}

@@ -307,3 +307,45 @@ async fn files_alone_make_an_image() {
     assert_eq!(kitchen.read(&image, "srv/index.html").unwrap(), "Hello");
     kitchen.assert_nothing_is_left();
 }
+
+/// Each in a step on top of a base that is there, so that the bound is all that ends it.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_takes_too_much_is_ended_within_its_bound_and_leaves_nothing() {
+    let kitchen = Kitchen::new("be000005", BakeLimits::default());
+    let base = kitchen.lock("  from: { debian: bookworm, variant: essential }", None, None).await.lock;
+    kitchen.bake(&base, 1).await;
+    let lax = BakeLimits { step: Duration::from_secs(60), ..BakeLimits::default() };
+    let cases = [
+        (
+            "time",
+            BakeLimits { step: Duration::from_secs(2), ..BakeLimits::default() },
+            "sleep 1000 & sleep 1000",
+            "did not end within 2 s",
+        ),
+        (
+            "processes",
+            BakeLimits { pids: 32, ..lax.clone() },
+            "n=0; while [ $n -lt 200 ]; do sleep 1000 & n=$((n + 1)); done; wait",
+            "fork",
+        ),
+        ("memory", BakeLimits { memory: 64 << 20, ..lax.clone() }, "tail /dev/zero", "137"),
+        (
+            "a full tree",
+            BakeLimits { tree: 64 << 20, ..lax.clone() },
+            "dd if=/dev/zero of=/var/full bs=1M count=500",
+            "No space left",
+        ),
+    ];
+    for (number, (what, limits, script, words)) in (2..).zip(cases) {
+        let config = BakeConfig { limits, ..(*kitchen.baker.config).clone() };
+        let baker = Baker::new(config).unwrap();
+        let mut lock = base.clone();
+        lock.steps.push(LockedStep::Run { script: script.to_owned() });
+        let began = std::time::Instant::now();
+        let ended = baker.bake(&lock, kitchen.run(number)).await.unwrap_err();
+        assert!(matches!(ended, BakeError::Step { .. }), "{what}: {ended}");
+        assert!(ended.to_string().to_lowercase().contains(&words.to_lowercase()), "{what}: {ended}");
+        assert!(began.elapsed() < Duration::from_secs(50), "{what}: {:?}", began.elapsed());
+        kitchen.assert_nothing_is_left();
+    }
+}
