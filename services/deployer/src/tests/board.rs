@@ -11,8 +11,16 @@ use crate::board::{Board, How};
 const ID: &str = "web-r1-0-a1";
 
 /// The monitor said that an instance is in a state, at a document's version and a second of its clock; gives what is
-/// known then, and how old it is a second later.
-fn hear(board: &Board, how: How, version: u64, second: i64, state: HealthState) -> (HealthState, Duration) {
+/// known then, and how old it is a second later. Each time is a minute after the one before, by the steady clock.
+fn hear(
+    board: &Board,
+    minute: u64,
+    how: How,
+    version: u64,
+    second: i64,
+    state: HealthState,
+) -> (HealthState, Duration) {
+    let at = Duration::from_secs(60 * minute);
     let health = monitor::Health {
         instance: ID.to_owned(),
         server: "web".to_owned(),
@@ -24,8 +32,8 @@ fn hear(board: &Board, how: How, version: u64, second: i64, state: HealthState) 
     };
     // This machine's clock is the monitor's.
     let now = |monotonic| Now { wall: Timestamp::from_second(second).unwrap(), monotonic };
-    board.health(health, how, now(Duration::from_secs(10))).unwrap();
-    let later = now(Duration::from_secs(11));
+    board.health(health, how, now(at)).unwrap();
+    let later = now(at + Duration::from_secs(1));
     let view = board.view(&"web".parse().unwrap(), later, Duration::ZERO, Duration::ZERO);
     let told = &view.health[&ID.parse::<InstanceId>().unwrap()];
     (told.state, told.age)
@@ -36,13 +44,13 @@ fn the_version_says_what_is_newer_and_not_a_clock_that_was_set_back() {
     use HealthState::{Healthy, Unhealthy};
     let board = Board::default();
     let second = Duration::from_secs(1);
-    assert_eq!(hear(&board, How::Asked, 2, 5000, Healthy), (Healthy, second));
+    assert_eq!(hear(&board, 1, How::Asked, 2, 5000, Healthy), (Healthy, second));
     // The clock is set back: a change, and a look that changed nothing.
-    assert_eq!(hear(&board, How::Event, 3, 1000, Unhealthy), (Unhealthy, second));
-    assert_eq!(hear(&board, How::Asked, 3, 900, Unhealthy), (Unhealthy, second));
+    assert_eq!(hear(&board, 2, How::Event, 3, 1000, Unhealthy), (Unhealthy, second));
+    assert_eq!(hear(&board, 3, How::Asked, 3, 900, Unhealthy), (Unhealthy, second));
     // What was on its way for long.
-    assert_eq!(hear(&board, How::Event, 2, 5000, Healthy).0, Unhealthy);
-    assert_eq!(hear(&board, How::Asked, 2, 800, Healthy).0, Unhealthy);
+    assert_eq!(hear(&board, 4, How::Event, 2, 5000, Healthy).0, Unhealthy);
+    assert_eq!(hear(&board, 5, How::Asked, 2, 800, Healthy).0, Unhealthy);
     // The monitor's store is new.
-    assert_eq!(hear(&board, How::Asked, 1, 2000, Healthy), (Healthy, second));
+    assert_eq!(hear(&board, 6, How::Asked, 1, 2000, Healthy), (Healthy, second));
 }

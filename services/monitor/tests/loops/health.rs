@@ -259,9 +259,11 @@ async fn without_a_check_the_engine_decides_and_its_silence_is_no_fact() {
     // The engine has not seen it yet when the deployer tells of it.
     world.engine.knows.store(false, Ordering::SeqCst);
     let monitor = world.start().await;
-    world.tells(instance(A1, None)).await;
+    // Told before, it would be one that the engine does not know.
     until("the engine is watched", async || (world.engine.watched.load(Ordering::SeqCst) > 0).then_some(()))
         .await;
+    world.tells(instance(A1, None)).await;
+    until("it is watched", async || state(&monitor, A1).await).await;
     assert_eq!(world.said(), [""; 0]);
     world.engine.set(A1, engine::InstanceState::Running, None);
     world.hears("healthy web-r1-0-a1").await;

@@ -118,12 +118,18 @@ fn however_often_a_launch_is_cut_off_its_release_is_not_to_blame() {
 
 #[test]
 fn what_the_monitor_holds_for_gone_does_not_hold_up_a_rollout() {
-    let mut world = standing();
+    let mut world = World::new();
+    // Nobody is to replace it, so it stays.
+    let patient = |definition, image| Made { unhealthy: Mode::Never, ..Made::new(definition, image) };
+    world.revise(&patient("first", "one"));
+    world.play(60_000);
+    world.story.clear();
     let old = world.running()[2].clone();
-    let made = Made::new("second", "two").with(|run| run.rollout.soak = Millis::from_secs(8));
-    world.revise(&made);
-    world.play(200);
     world.hold_for_gone(&old);
+    world.play(60_000);
+    // Long after it was said.
+    world.now += 60_000;
+    world.revise(&patient("second", "two"));
     world.play(120_000);
     assert_snapshot!(world.told());
     assert_eq!((world.fleet.last_good, world.outages), (2, 0));
