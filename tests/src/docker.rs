@@ -18,7 +18,8 @@ pub struct Docker {
     daemon: Child,
     folder: PathBuf,
     /// The firewall before, as `iptables-restore` takes it: the daemon drops what is forwarded for others, and leaves it so.
-    rules: String,
+    /// None for a daemon that leaves them alone.
+    rules: Option<String>,
     bridges: Vec<&'static str>,
 }
 
@@ -26,8 +27,20 @@ impl Docker {
     /// # Errors
     /// Where the daemon does not answer within a minute, with its log's place.
     pub fn start(folder: &Path) -> Result<Self> {
+        Self::start_with(folder, &[], Some(run(&mut Command::new("iptables-save"))?))
+    }
+
+    /// As [`Docker::start`], but for a daemon that leaves the machine's firewall alone: its containers are reached from
+    /// the machine itself, and from nowhere else.
+    ///
+    /// # Errors
+    /// Where the daemon does not answer within a minute, with its log's place.
+    pub fn start_aside(folder: &Path) -> Result<Self> {
+        Self::start_with(folder, &["--iptables=false", "--ip-forward=false", "--ip-masq=false"], None)
+    }
+
+    fn start_with(folder: &Path, options: &[&str], rules: Option<String>) -> Result<Self> {
         std::fs::create_dir_all(folder)?;
-        let rules = run(&mut Command::new("iptables-save"))?;
         let bridges = BRIDGES.into_iter().filter(|name| !has_link(name)).collect();
         let log = std::fs::File::create(folder.join("log"))?;
         let daemon = Command::new("dockerd")
@@ -40,6 +53,7 @@ impl Docker {
             .arg("--host")
             .arg(format!("unix://{}", folder.join("sock").display()))
             .args(["--userland-proxy=false", "--shutdown-timeout=5"])
+            .args(options)
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()?;
@@ -97,11 +111,12 @@ impl Drop for Docker {
         for bridge in self.bridges.iter().filter(|name| has_link(name)) {
             let _ = Command::new("ip").args(["link", "delete", bridge]).status();
         }
+        let Some(rules) = &self.rules else { return };
         let restore = Command::new("iptables-restore").stdin(Stdio::piped()).spawn();
         if let Ok(mut restore) = restore {
             // Dropped at once, so that its input ends.
             if let Some(mut input) = restore.stdin.take() {
-                let _ = input.write_all(self.rules.as_bytes());
+                let _ = input.write_all(rules.as_bytes());
             }
             let _ = restore.wait();
         }

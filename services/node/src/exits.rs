@@ -76,7 +76,11 @@ impl<S: Store> Node<S> {
         let off_edge = match self.book.get(id).and_then(|held| held.value.plug) {
             Some(plug) => {
                 let evicted = self.edge.evict(plug.address).await;
-                self.edge.forget(plug.address).await;
+                // Twice: a packet that was let through just before the flip enters the table of connections after the first
+                // look at it, and the port that it came from would lead the next user of it here.
+                for _ in 0..2 {
+                    self.edge.forget(plug.address).await;
+                }
                 evicted
             }
             None => Ok(()),

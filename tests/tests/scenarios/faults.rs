@@ -42,7 +42,7 @@ async fn traffic_flows_while_everything_of_kiln_is_down() -> Result<()> {
     let fleet = web.settled(1).await?;
     assert!(fleet.instances.iter().all(|i| i.attempt <= 3), "the same instances: {:?}", fleet.instances);
     load.stop().await.unfailing(1000)?;
-    beside.stop()?.unfailing(1000)?;
+    beside.stop()?.unfailing(300)?;
     web.site.down()
 }
 
@@ -102,7 +102,7 @@ async fn what_is_killed_at_any_moment_goes_on_where_it_was() -> Result<()> {
 fn kinds(site: &Site) -> Result<BTreeMap<String, usize>> {
     let mut kinds = BTreeMap::new();
     for thing in site.on_machine()? {
-        let kind = thing.split(' ').next().unwrap_or_default();
+        let kind = thing.split([':', ' ']).next().unwrap_or_default();
         // An instance's workers come and go.
         if kind != "process" {
             *kinds.entry(kind.to_owned()).or_default() += 1;

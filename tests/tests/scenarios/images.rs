@@ -27,7 +27,7 @@ async fn skopeo_umoci_and_docker_accept_the_image_and_docker_runs_it() -> Result
     let page = std::fs::read_to_string(web.folder().join("bundle/rootfs/var/www/html/index.html"))?;
     assert!(page.contains("Hello one"), "{page}");
 
-    let docker = Docker::start(&web.folder().join("docker"))?;
+    let docker = Docker::start_aside(&web.folder().join("docker"))?;
     docker.load(&layout, "web:kiln")?;
     let container =
         docker.run(&["run", "--detach", "--sysctl", "net.ipv4.ip_unprivileged_port_start=0", "web:kiln"])?;

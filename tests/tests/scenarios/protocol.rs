@@ -43,8 +43,7 @@ async fn every_service_answers_an_independent_client() -> Result<()> {
     let refused = call(&site, Service::Builder, &["--data", r#"{"server": "../etc"}"#, method])?;
     let text = both(&refused);
     assert!(!refused.status.success());
-    for part in ["invalid_argument", "google.rpc.BadRequest", "\"field\": \"server\"", "google.rpc.ErrorInfo"]
-    {
+    for part in ["invalid_argument", "server: ", "rpc.BadRequest", "rpc.ErrorInfo", "rpc.LocalizedMessage"] {
         assert!(text.contains(part), "no {part} in {text}");
     }
     let missing = call(&site, Service::Builder, &["--data", r#"{"server": "nobody"}"#, method])?;

@@ -8,11 +8,12 @@ use crate::helper::{Helpers, outcome};
 
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// States in which somebody still sends to the instance, or would: a connection that a dying instance reset keeps its
-/// user's port bound to it for ten seconds, also when the port is used again. Entries of properly ended connections stay: `conntrack` deletes by
-/// address and port what it read before, and the client may by then use the port for a connection to another instance,
-/// which would lose its way.
-const WAITING: [&str; 4] = ["SYN_SENT", "SYN_RECV", "ESTABLISHED", "CLOSE"];
+/// States in which somebody still sends to the instance, or would. First the connections that a dying instance reset: each
+/// keeps its user's port bound to the instance for ten seconds, and a busy user has used all its ports once within half
+/// a second, while one look at a large table takes a busy machine a tenth. Entries of properly ended connections stay:
+/// `conntrack` deletes by address and port what it read before, and the client may by then use the port for a
+/// connection to another instance, which would lose its way.
+const WAITING: [&str; 4] = ["CLOSE", "SYN_SENT", "SYN_RECV", "ESTABLISHED"];
 
 /// Deletes the tracked connections that wait for an instance.
 pub(super) async fn forget(helpers: &Helpers, address: Ipv4Addr) -> Result<(), Failure> {

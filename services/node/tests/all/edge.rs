@@ -135,7 +135,7 @@ async fn a_killed_instance_leaves_the_edge_at_once() {
         assert!(good > 50);
         let last =
             failed.iter().map(|(when, _)| when.saturating_duration_since(killed)).max().unwrap_or_default();
-        println!("killed: {} failed, the last one began {last:?} after", failed.len());
+        println!("killed: {} failed, the last one began {last:?} after: {:?}", failed.len(), failed.last());
         lasts.push(last);
     }
     rolling.store(false, Ordering::Relaxed);

@@ -3,7 +3,7 @@
 use kiln_api::types::check::Kind;
 use kiln_api::types::{FileCheck, HttpCheck};
 
-use crate::site::{TestSite, id, request, spec};
+use crate::site::{TestSite, id, request, spec, wait_for};
 
 #[tokio::test]
 async fn nothing_can_be_written_mounted_or_traced() {
@@ -101,9 +101,10 @@ async fn checks_see_what_the_instance_sees() {
     assert!(failed.detail.contains("127") && failed.detail.contains("not known"), "{}", failed.detail);
     let endless = site.command(&id(1), "forever", "").await;
     assert!(endless.detail.contains("5s"), "{}", endless.detail);
-    let pids =
-        std::fs::read_to_string(format!("/sys/fs/cgroup/pids/kiln-{}/{}/cgroup.procs", site.site.id, id(1)));
-    if let Ok(pids) = pids {
-        assert_eq!(pids.lines().count(), 1, "a command that took too long is killed, inside too: {pids}");
+    let procs = format!("/sys/fs/cgroup/pids/kiln-{}/{}/cgroup.procs", site.site.id, id(1));
+    if std::path::Path::new(&procs).exists() {
+        // The kernel takes a killed process apart when it has its turn.
+        let alone = || std::fs::read_to_string(&procs).is_ok_and(|pids| pids.lines().count() == 1);
+        wait_for("a command that took too long to be killed, inside too", alone).await;
     }
 }
