@@ -45,7 +45,12 @@ impl Site {
     /// What `kiln up` said.
     pub fn up_with(name: &str, settings: &[&str]) -> Result<Self> {
         let cache = cache_folder()?;
-        let home = tempfile::Builder::new().prefix("kiln-").tempdir()?;
+        let mut home = tempfile::Builder::new();
+        home.prefix("kiln-");
+        let home = match folder() {
+            Some(folder) => home.tempdir_in(folder)?,
+            None => home.tempdir()?,
+        };
         let site = Self { home, name: name.to_owned(), down: false };
         let mut arguments = vec!["up".to_owned()];
         let shared = [
@@ -310,9 +315,18 @@ pub fn edge(port: u16) -> SocketAddr {
     SocketAddr::from((Ipv4Addr::LOCALHOST, port))
 }
 
+/// Where sites are made, from `KILN_TEST_FOLDER`: `tests/run.sh` sets it to a file system in memory, where scenarios that
+/// run beside each other do not wait for each other's writes to one disk. Benchmarks do without.
+fn folder() -> Option<PathBuf> {
+    std::env::var_os("KILN_TEST_FOLDER").map(PathBuf::from)
+}
+
 /// Kept between runs: packages and layers, both named by their content.
 fn cache_folder() -> Result<PathBuf> {
-    let folder = binary("kiln")?.with_file_name("kiln-test-cache");
+    let folder = match folder() {
+        Some(folder) => folder.join("cache"),
+        None => binary("kiln")?.with_file_name("kiln-test-cache"),
+    };
     std::fs::create_dir_all(&folder)?;
     Ok(folder)
 }
