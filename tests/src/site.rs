@@ -21,7 +21,7 @@ use crate::wait::until;
 use crate::{Error, Result};
 
 /// Settings of `site.toml` that make waits short; what the tests measure is not in here.
-const QUICK: [&str; 3] = ["poll.git=300ms", "poll.archive=500ms", "poll.resync=5s"];
+const QUICK: [&str; 3] = ["poll.git=600ms", "poll.archive=1500ms", "poll.resync=5s"];
 
 /// A site that is taken down when this value goes, also after a failed test.
 pub struct Site {

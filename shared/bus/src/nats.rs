@@ -213,6 +213,11 @@ impl NatsBus {
         self.inner.client.connection_state() == State::Connected
     }
 
+    /// Connections so far, the one that stands now included.
+    fn connections(&self) -> u64 {
+        self.inner.client.statistics().connects.load(Ordering::Relaxed)
+    }
+
     /// Whether the broker has taken everything that was sent; for a clean end of a short-lived program.
     ///
     /// # Errors

@@ -54,7 +54,8 @@ impl TestSite {
         let hex: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
         let file = SiteFile {
             name: "test".to_owned(),
-            subnet: format!("10.{}.{}.0/24", 128 + id[0] % 96, id[1]),
+            // Each test is a process of its own, so no two that run at once have the same.
+            subnet: format!("10.{}.{}.0/24", 128 + (std::process::id() >> 8) % 96, std::process::id() & 255),
             bridge: format!("kiln-{}", &hex[..6]),
             id: hex,
             log: "debug,h2=info,hyper=info,tower=info,sqlx=info".to_owned(),

@@ -149,22 +149,27 @@ impl Consumer<'_> {
     /// service is to stop.
     async fn drain(&mut self, pull: &PullConsumer, connected: &mut watch::Receiver<u64>) -> Option<String> {
         while !*self.stop.borrow() {
+            let connection = self.bus.connections();
             let mut request = match pull.batch().max_messages(1).expires(POLL).messages().await {
                 Ok(request) => request,
                 Err(error) => return Some(error.to_string()),
             };
-            let message = tokio::select! {
-                biased;
-                message = request.next() => message,
-                () = stopped(&mut self.stop) => {
-                    // The broker takes the request back before anything else is sent to it.
-                    drop(request);
-                    let flushed = tokio::time::timeout(FLUSH, self.bus.flush()).await;
-                    tracing::debug!(durable = self.durable, ?flushed, "consuming ends");
-                    return None;
+            let message = loop {
+                tokio::select! {
+                    biased;
+                    message = request.next() => break message,
+                    () = stopped(&mut self.stop) => {
+                        // The broker takes the request back before anything else is sent to it.
+                        drop(request);
+                        let flushed = tokio::time::timeout(FLUSH, self.bus.flush()).await;
+                        tracing::debug!(durable = self.durable, ?flushed, "consuming ends");
+                        return None;
+                    }
+                    // The broker forgot the request with the old connection. But the client tells of a connection after it
+                    // stands: told of the one that the request went by, nothing is given up, as a message may be on its way
+                    // that would not come again before its wait is over.
+                    _ = connected.changed() => if self.bus.connections() != connection { return None },
                 }
-                // The broker forgot the request with the old connection.
-                _ = connected.changed() => return None,
             };
             match message {
                 Some(Ok(message)) => {
