@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use ed25519_dalek::SigningKey;
@@ -35,6 +36,13 @@ fn unique() -> [u8; 4] {
     rand::random()
 }
 
+/// Each test is a process of its own, so no two that run at once have the same; nor do two sites of one test.
+fn own_subnet() -> String {
+    static SITES: AtomicU32 = AtomicU32::new(0);
+    let (process, site) = (std::process::id(), SITES.fetch_add(1, Ordering::Relaxed));
+    format!("10.{}.{}.0/24", 128 + ((process >> 8) + 31 * site) % 96, process & 255)
+}
+
 impl TestSite {
     /// A site whose node answers.
     pub(crate) async fn start() -> Self {
@@ -54,8 +62,7 @@ impl TestSite {
         let hex: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
         let file = SiteFile {
             name: "test".to_owned(),
-            // Each test is a process of its own, so no two that run at once have the same.
-            subnet: format!("10.{}.{}.0/24", 128 + (std::process::id() >> 8) % 96, std::process::id() & 255),
+            subnet: own_subnet(),
             bridge: format!("kiln-{}", &hex[..6]),
             id: hex,
             log: "debug,h2=info,hyper=info,tower=info,sqlx=info".to_owned(),
