@@ -27,20 +27,18 @@ pub(crate) async fn run() -> Result<Pairs> {
     run_command(Command::new("cp").arg("-r").arg(web.repo.path().join("web")).arg(&context))?;
     std::fs::write(context.join("Containerfile"), CONTAINERFILE)?;
     let storage = web.folder().join("buildah");
-    let buildah = || {
-        let mut buildah = Command::new("buildah");
-        buildah.arg("--root").arg(storage.join("root")).arg("--runroot").arg(storage.join("run"));
-        buildah.args(["--storage-driver", "overlay"]);
-        buildah
-    };
     let bud = || {
-        let mut bud = buildah();
+        let mut bud = Command::new("buildah");
+        bud.arg("--root").arg(storage.join("root")).arg("--runroot").arg(storage.join("run"));
+        bud.args(["--storage-driver", "overlay"]);
         bud.args(["bud", "--layers", "--quiet", "--pull-never", "--isolation", "chroot", "--tag", "web"]);
         bud.arg(&context);
         bud
     };
-    let pulled = run_command(buildah().arg("pull").arg(format!("oci:{}", tagged(&web.export()?)?)))?;
-    run_command(buildah().args(["tag", pulled.trim(), "localhost/base"]))?;
+    let (root, run) = (storage.join("root"), storage.join("run"));
+    let base = format!("containers-storage:[overlay@{}+{}]localhost/base", root.display(), run.display());
+    let image = format!("oci:{}", tagged(&web.export()?)?);
+    run_command(Command::new("skopeo").args(["--insecure-policy", "copy", "--quiet", &image, &base]))?;
     // Fills its cache.
     run_command(&mut bud())?;
 
