@@ -147,7 +147,7 @@ impl Site {
         .await
     }
 
-    /// Waits until the newest build of a server has succeeded.
+    /// Waits until the one build of a server has succeeded.
     ///
     /// # Errors
     /// When the bound is over, with the build as it is.
