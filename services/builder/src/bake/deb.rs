@@ -129,7 +129,7 @@ fn open_member(file: &File, member: &Member) -> io::Result<Box<dyn Read + Send>>
     Ok(match member.compression {
         Compression::None => Box::new(raw),
         Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(raw)),
-        Compression::Xz => Box::new(xz2::bufread::XzDecoder::new_multi_decoder(raw)),
+        Compression::Xz => Box::new(liblzma::bufread::XzDecoder::new_multi_decoder(raw)),
         Compression::Zstd => Box::new(zstd::Decoder::with_buffer(raw)?),
     })
 }
