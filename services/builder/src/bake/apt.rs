@@ -200,7 +200,8 @@ fn wait_for(
 
 fn configuration(folder: &Path, architecture: &str, carried_over: &str) -> String {
     let folder = folder.display();
-    // The methods run as root, as `_apt` can't enter the site's folder.
+    // The methods run as root, as `_apt` can't enter the site's folder. Lists as gzip where the archive has them: of Debian's
+    // main these are 12 MB instead of 9, and open in a third of xz's time; from some 70 Mbit/s on that is quicker.
     format!(
         r#"Dir::Etc::main "/dev/null";
 Dir::Etc::parts "/dev/null";
@@ -226,6 +227,7 @@ APT::Get::AllowUnauthenticated "false";
 Acquire::Languages "none";
 Acquire::PDiffs "false";
 Acquire::GzipIndexes "false";
+Acquire::CompressionTypes::Order {{ "gz"; }};
 Acquire::ForceHash "SHA256";
 {carried_over}"#
     )
