@@ -10,6 +10,7 @@ mod index;
 mod lock;
 mod manifest;
 mod pack;
+mod relay;
 mod signature;
 mod store;
 pub mod tar;

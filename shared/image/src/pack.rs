@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, OsStr};
 use std::fs::File;
-use std::io::{self, BufWriter};
+use std::io::{self, BufWriter, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
@@ -42,9 +42,9 @@ pub struct Packed {
     pub entries: u64,
 }
 
-struct Walk<'a> {
+struct Walk<'a, W: Write> {
     packer: &'a Packer,
-    writer: Writer<BufWriter<BlobWriter>>,
+    writer: Writer<BufWriter<Both<W>>>,
     /// First path of each file with several names.
     linked: HashMap<(u64, u64), Vec<u8>>,
     entries: u64,
@@ -56,23 +56,54 @@ impl Packer {
     /// # Errors
     /// The tree can't be read, holds what a layer can't, or the blob can't be written.
     pub fn pack(&self, store: &ImageStore, tree: &Path) -> Result<Packed, Error> {
+        self.pack_twice(store, tree, io::sink())
+    }
+
+    /// The same, and the blob's bytes to `other` as well.
+    pub(crate) fn pack_twice(
+        &self,
+        store: &ImageStore,
+        tree: &Path,
+        other: impl Write,
+    ) -> Result<Packed, Error> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let root = rfs::open(tree, flags, Mode::empty()).map_err(|e| Error::io("open", tree)(e.into()))?;
-        let writer = Writer::new(BufWriter::with_capacity(1 << 18, store.blob_writer()?));
+        let both = Both { blob: store.blob_writer()?, other };
+        let writer = Writer::new(BufWriter::with_capacity(1 << 18, both));
         let mut walk = Walk { packer: self, writer, linked: HashMap::new(), entries: 0 };
         walk.folder(&root, b"").map_err(Error::io("pack", tree))?;
         let entries = walk.entries;
-        let blob = walk
+        let Both { blob, other } = walk
             .writer
             .finish()
             .and_then(|buffer| buffer.into_inner().map_err(io::IntoInnerError::into_error))
             .map_err(Error::io("pack", tree))?;
+        // Whoever reads it is done while the blob is synced.
+        drop(other);
         let (diff_id, size) = blob.finish()?;
         Ok(Packed { diff_id, size, entries })
     }
 }
 
-impl Walk<'_> {
+struct Both<W> {
+    blob: BlobWriter,
+    other: W,
+}
+
+impl<W: Write> Write for Both<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let n = self.blob.write(bytes)?;
+        self.other.write_all(&bytes[..n])?;
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.blob.flush()?;
+        self.other.flush()
+    }
+}
+
+impl<W: Write> Walk<'_, W> {
     fn folder(&mut self, folder: &OwnedFd, path: &[u8]) -> io::Result<()> {
         let mut names = Vec::new();
         for item in Dir::read_from(folder)? {

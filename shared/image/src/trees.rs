@@ -2,18 +2,26 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufReader, Read};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use kiln_model::digest::Digest;
 use rustix::fs::{Mode, OFlags};
 use sha2::{Digest as _, Sha256};
+use tempfile::TempDir;
 
 use crate::error::Error;
 use crate::extract::{Limits, extract};
 use crate::lock::Lock;
+use crate::pack::{Packed, Packer};
+use crate::relay;
 use crate::store::ImageStore;
 use crate::tar::Problem;
 
+/// Longer than anything takes to be written.
+const UNFINISHED_KEPT: Duration = Duration::from_secs(24 * 3600);
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 impl ImageStore {
@@ -44,37 +52,92 @@ impl ImageStore {
             return Ok(path);
         }
         remove_tree(&path)?;
-        let temporary = self.temporary().join(format!("layer-{}", diff_id.hex()));
-        remove_tree(&temporary)?;
-        fs::create_dir(&temporary).map_err(Error::io("make folder", &temporary))?;
-        fs::set_permissions(&temporary, std::os::unix::fs::PermissionsExt::from_mode(0o755))
-            .map_err(Error::io("set the mode of", &temporary))?;
-        let done = self.extract_into(diff_id, &temporary, limits);
-        if let Err(error) = done {
-            // The reason for the failure counts more than what can't be cleaned away; the next try removes it.
-            let _ = remove_tree(&temporary);
-            return Err(error);
+        let temporary = self.temporary_tree()?;
+        let (file, _) = self.open_blob(diff_id)?;
+        let mut hashing = Hashing { inner: file, hasher: Sha256::new() };
+        extract_into(temporary.path(), BufReader::with_capacity(1 << 18, &mut hashing), limits)
+            .map_err(|problem| told(problem, diff_id, temporary.path()))?;
+        // The reader goes to the very end, so everything has been hashed.
+        let found = Digest::from_bytes(hashing.hasher.finalize().into());
+        if found != *diff_id {
+            return Err(Error::Corrupt { wanted: *diff_id, found });
         }
-        fs::rename(&temporary, &path).map_err(Error::io("name", &path))?;
-        fs::write(&marker, &boot).map_err(Error::io("write", &marker))?;
+        self.name_tree(temporary, &path, &marker, &boot)?;
         Ok(path)
     }
 
-    fn extract_into(&self, diff_id: &Digest, folder: &Path, limits: Limits) -> Result<(), Error> {
-        let (file, _) = self.open_blob(diff_id)?;
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let root = rustix::fs::open(folder, flags, Mode::empty())
-            .map_err(|e| Error::io("open folder", folder)(e.into()))?;
-        let mut hashing = Hashing { inner: file, hasher: Sha256::new() };
-        extract(BufReader::with_capacity(1 << 18, &mut hashing), &root, limits).map_err(|problem| {
-            match problem {
-                Problem::Io(source) => Error::io("extract into", folder)(source),
-                Problem::Refused { entry, why } => Error::Layer { layer: *diff_id, entry, why },
+    /// Packs a tree into a layer, and makes the layer's own tree from the same bytes meanwhile: making files takes as long
+    /// as reading, hashing and writing them.
+    ///
+    /// # Errors
+    /// As for `Packer::pack` and `layer_tree`.
+    pub fn put_layer(&self, packer: &Packer, tree: &Path) -> Result<Packed, Error> {
+        let temporary = self.temporary_tree()?;
+        let (sender, receiver) = relay::pair();
+        let (packed, extracted) = thread::scope(|scope| {
+            let extracting = scope.spawn(|| extract_into(temporary.path(), receiver, Limits::default()));
+            (packer.pack_twice(self, tree, sender), extracting.join())
+        });
+        let packed = packed?;
+        match extracted {
+            Ok(extracted) => {
+                extracted.map_err(|problem| told(problem, &packed.diff_id, temporary.path()))?;
             }
-        })?;
-        // The reader goes to the very end, so everything has been hashed.
-        let found = Digest::from_bytes(hashing.hasher.finalize().into());
-        if found == *diff_id { Ok(()) } else { Err(Error::Corrupt { wanted: *diff_id, found }) }
+            Err(_) => return self.layer_tree(&packed.diff_id).map(|_| packed),
+        }
+        let (path, marker, boot) =
+            (self.tree_path(&packed.diff_id), self.tree_marker(&packed.diff_id), boot_id()?);
+        let _lock = Lock::exclusive(&self.lock_path(&packed.diff_id.hex()))?;
+        if !is_whole(&marker, &boot) {
+            remove_tree(&path)?;
+            self.name_tree(temporary, &path, &marker, &boot)?;
+        }
+        Ok(packed)
+    }
+
+    /// Removes blobs and trees in the making that nobody has touched for a day: their process was killed.
+    ///
+    /// # Errors
+    /// Something can't be looked at or removed.
+    pub fn forget_unfinished(&self) -> Result<(), Error> {
+        let folder = self.temporary();
+        for found in fs::read_dir(&folder).map_err(Error::io("list", &folder))? {
+            let path = found.map_err(Error::io("list", &folder))?.path();
+            let modified = match fs::symlink_metadata(&path).and_then(|found| found.modified()) {
+                Ok(modified) => modified,
+                // Finished meanwhile.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(Error::io("look at", &path)(error)),
+            };
+            if modified.elapsed().is_ok_and(|age| age > UNFINISHED_KEPT) {
+                if path.is_dir() {
+                    remove_tree(&path)?;
+                } else if let Err(error) = fs::remove_file(&path)
+                    && error.kind() != io::ErrorKind::NotFound
+                {
+                    return Err(Error::io("remove", &path)(error));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn temporary_tree(&self) -> Result<TempDir, Error> {
+        let folder = tempfile::Builder::new()
+            .prefix("tree-")
+            .tempdir_in(self.temporary())
+            .map_err(Error::io("make a folder in", self.temporary()))?;
+        // Whatever the process's umask is.
+        fs::set_permissions(folder.path(), PermissionsExt::from_mode(0o755))
+            .map_err(Error::io("set the mode of", folder.path()))?;
+        Ok(folder)
+    }
+
+    /// The tree's lock has to be held, and nothing may be at `path`.
+    fn name_tree(&self, temporary: TempDir, path: &Path, marker: &Path, boot: &str) -> Result<(), Error> {
+        let temporary = temporary.keep();
+        fs::rename(&temporary, path).map_err(Error::io("name", path))?;
+        fs::write(marker, boot).map_err(Error::io("write", marker))
     }
 
     fn tree_path(&self, diff_id: &Digest) -> PathBuf {
@@ -95,6 +158,19 @@ impl ImageStore {
             _ => {}
         }
         remove_tree(&self.tree_path(diff_id))
+    }
+}
+
+fn extract_into(folder: &Path, tar: impl Read, limits: Limits) -> Result<(), Problem> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let root = rustix::fs::open(folder, flags, Mode::empty()).map_err(|e| Problem::Io(e.into()))?;
+    extract(tar, &root, limits)
+}
+
+fn told(problem: Problem, layer: &Digest, folder: &Path) -> Error {
+    match problem {
+        Problem::Io(source) => Error::io("extract into", folder)(source),
+        Problem::Refused { entry, why } => Error::Layer { layer: *layer, entry, why },
     }
 }
 

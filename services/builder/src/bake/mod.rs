@@ -300,6 +300,7 @@ impl Baker {
         let config = Arc::clone(&self.config);
         blocking(move || {
             leftovers::sweep(&config)?;
+            ImageStore::open(&config.images)?.forget_unfinished()?;
             cache::LayerCache::open(&config.layer_cache)?.forget(LAYERS_KEPT)
         })
         .await

@@ -199,9 +199,9 @@ impl Kitchen<'_> {
                 let (made, tree) = (&made, cooked.tree);
                 scope.spawn(move || {
                     // Extracted at once too: the image's tests and the first launch need it.
-                    let result = packer
-                        .pack(self.store, &tree)
-                        .and_then(|packed| self.store.layer_tree(&packed.diff_id).map(|_| packed))
+                    let result = self
+                        .store
+                        .put_layer(&packer, &tree)
                         .map(|packed| Made { digest: packed.diff_id, size: packed.size })
                         .map_err(BakeError::from);
                     if let Ok(mut made) = made.lock() {

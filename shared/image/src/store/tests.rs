@@ -254,6 +254,56 @@ fn many_who_want_one_tree_get_the_same() {
 }
 
 #[test]
+fn a_layer_that_is_put_has_its_tree_already() {
+    let (_folder, store) = store();
+    let tree = tempfile::tempdir().unwrap();
+    fs::create_dir(tree.path().join("folder")).unwrap();
+    // Longer than what is on the way at once.
+    let long = vec![7; 8 << 20];
+    fs::write(tree.path().join("folder/long"), &long).unwrap();
+    symlink("long", tree.path().join("folder/link")).unwrap();
+
+    let put = store.put_layer(&packer(Whiteouts::None), tree.path()).unwrap();
+    let marker = store.root().join("layers").join(format!("{}.boot", put.diff_id.hex()));
+    assert!(marker.exists());
+    let made = store.layer_tree(&put.diff_id).unwrap();
+    assert_eq!(fs::read(made.join("folder/long")).unwrap(), long);
+    let (_other, elsewhere) = self::store();
+    assert_eq!(
+        packer(Whiteouts::None).pack(&elsewhere, &made).unwrap(),
+        put,
+        "the tree gives the layer again"
+    );
+    assert_eq!(store.put_layer(&packer(Whiteouts::None), tree.path()).unwrap(), put);
+    assert_eq!(fs::read_dir(store.root().join("tmp")).unwrap().count(), 0);
+
+    // What can't be a layer is refused as it would be by anyone who takes the layer, however much comes after it.
+    fs::write(tree.path().join("folder/.wh.x"), "not empty").unwrap();
+    let refused = store.put_layer(&packer(Whiteouts::None), tree.path());
+    assert!(matches!(refused, Err(Error::Layer { .. })), "{refused:?}");
+    assert_eq!(fs::read_dir(store.root().join("tmp")).unwrap().count(), 0);
+}
+
+#[test]
+fn what_a_crash_left_unfinished_is_forgotten_after_a_day() {
+    let (_folder, store) = store();
+    let layer = layer(&store, "x").diff_id;
+    let tree = store.root().join("tmp/tree-left");
+    fs::create_dir(&tree).unwrap();
+    fs::write(tree.join("file"), "").unwrap();
+    let (blob, recent) = (store.root().join("tmp/left"), store.root().join("tmp/recent"));
+    for path in [&blob, &recent] {
+        fs::write(path, "").unwrap();
+    }
+    for path in [&tree, &blob] {
+        let yesterday = std::time::SystemTime::now() - std::time::Duration::from_secs(25 * 3600);
+        fs::File::open(path).unwrap().set_modified(yesterday).unwrap();
+    }
+    store.forget_unfinished().unwrap();
+    assert!(!tree.exists() && !blob.exists() && recent.exists() && store.has_blob(&layer));
+}
+
+#[test]
 fn a_tree_of_before_the_last_boot_is_made_anew() {
     let (_folder, store) = store();
     let layer = layer(&store, "x").diff_id;
