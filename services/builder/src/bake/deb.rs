@@ -110,15 +110,28 @@ impl Deb {
     /// Its files. The first time they are kept as well, in a form that is quicker to read: xz takes longer than all else.
     pub(crate) fn data(&self) -> Result<Reader<BufReader<Box<dyn Read + Send>>>, BakeError> {
         let stream: Box<dyn Read + Send> = match opened::read(&self.opened) {
-            Some(stream) => Box::new(stream),
-            None => {
-                let file = File::open(&self.path).map_err(BakeError::io("open", &self.path))?;
-                let stream = open_member(&file, &self.data).map_err(BakeError::io("read", &self.path))?;
-                Box::new(opened::Keeping::new(stream, &self.opened))
-            }
+            Some(stream) => Box::new(stream.take(DATA_LIMIT)),
+            None => Box::new(self.keeping()?),
         };
-        let bounded: Box<dyn Read + Send> = Box::new(stream.take(DATA_LIMIT));
-        Ok(Reader::new(BufReader::with_capacity(1 << 16, bounded)))
+        Ok(Reader::new(BufReader::with_capacity(1 << 16, stream)))
+    }
+
+    fn keeping(&self) -> Result<impl Read + Send + 'static, BakeError> {
+        let file = File::open(&self.path).map_err(BakeError::io("open", &self.path))?;
+        let stream = open_member(&file, &self.data).map_err(BakeError::io("read", &self.path))?;
+        Ok(opened::Keeping::new(stream, &self.opened).take(DATA_LIMIT))
+    }
+
+    /// Keeps its files for a later `data`, or nothing once they are not `wanted` any more.
+    pub(crate) fn keep(&self, wanted: &dyn Fn() -> bool) -> Result<(), BakeError> {
+        let mut stream = self.keeping()?;
+        let mut buffer = vec![0; 1 << 16];
+        while wanted() {
+            if stream.read(&mut buffer).map_err(BakeError::io("read", &self.path))? == 0 {
+                break;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -18,7 +18,7 @@ use super::unpack::unpack;
 const CONTROL: &[u8] = b"Package: evil\nVersion: 1\nArchitecture: all\n";
 
 /// A raw entry, so that names can be written which the tar crate would refuse to write.
-fn entry(name: &str, kind: EntryType, link: &str, content: &[u8]) -> Vec<u8> {
+pub(super) fn entry(name: &str, kind: EntryType, link: &str, content: &[u8]) -> Vec<u8> {
     let mut header = tar::Header::new_ustar();
     header.as_mut_bytes()[..name.len()].copy_from_slice(name.as_bytes());
     header.as_mut_bytes()[157..157 + link.len()].copy_from_slice(link.as_bytes());
@@ -64,8 +64,21 @@ fn control() -> Vec<u8> {
     whole("control.tar", &tarred(&[entry("./control", EntryType::Regular, "", CONTROL)]))
 }
 
-fn deb(data: &[Vec<u8>]) -> Vec<u8> {
+pub(super) fn deb(data: &[Vec<u8>]) -> Vec<u8> {
     archive(&[whole("debian-binary", b"2.0\n"), control(), whole("data.tar", &tarred(data))])
+}
+
+/// Puts a package that [`deb`] made into a store.
+pub(super) fn put(store: &PackageStore, bytes: &[u8]) -> LockedPackage {
+    let locked = LockedPackage {
+        name: "evil".to_owned(),
+        version: "1".to_owned(),
+        architecture: "all".to_owned(),
+        sha256: Digest::of(bytes),
+        size: bytes.len() as u64,
+    };
+    fs::write(store.path(&locked.sha256), bytes).unwrap();
+    locked
 }
 
 struct Bench {
@@ -87,15 +100,7 @@ impl Bench {
     }
 
     fn open(&self, bytes: &[u8]) -> Result<Deb, BakeError> {
-        let locked = LockedPackage {
-            name: "evil".to_owned(),
-            version: "1".to_owned(),
-            architecture: "all".to_owned(),
-            sha256: Digest::of(bytes),
-            size: bytes.len() as u64,
-        };
-        fs::write(self.store.path(&locked.sha256), bytes).unwrap();
-        Deb::open(&self.store, &locked)
+        Deb::open(&self.store, &put(&self.store, bytes))
     }
 
     /// Whether it was unpacked; whatever became of it, nothing outside is touched.

@@ -3,6 +3,7 @@
 //! `resolve` is the only part that asks archives what is in them; `bake` needs the network for nothing but packages that
 //! the lock names and the package store lacks.
 
+mod ahead;
 mod apt;
 mod cache;
 mod command;
@@ -291,8 +292,8 @@ impl Baker {
         .await
     }
 
-    /// Removes what bakes of this site left over: containers, mounts, cgroups, work trees, and layers that nobody has used
-    /// for a week. To be called at boot, before the first bake.
+    /// Removes what bakes of this site left over: containers, mounts, cgroups, work trees, unfinished parts of images, and
+    /// layers that nobody has used for a week. To be called at boot, before the first bake.
     ///
     /// # Errors
     /// Something can't be removed.

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Instant;
 
@@ -11,6 +12,7 @@ use kiln_image::{ImageStore, Layer, NewImage, Packer, Whiteouts};
 use kiln_model::digest::Digest;
 use kiln_model::lock::{Lock, LockedBase, LockedPackage, LockedStep};
 
+use super::ahead::Ahead;
 use super::cache::{LayerCache, Record, keys};
 use super::context::Contents;
 use super::error::BakeError;
@@ -32,6 +34,16 @@ struct Plan<'a> {
     name: String,
     key: Digest,
     step: Step<'a>,
+}
+
+impl<'a> Plan<'a> {
+    fn packages(&self) -> &'a [LockedPackage] {
+        match self.step {
+            Step::Base(packages) => packages,
+            Step::Step(LockedStep::Packages { packages, .. }) => packages,
+            Step::Step(LockedStep::Files { .. } | LockedStep::Run { .. }) => &[],
+        }
+    }
 }
 
 /// A layer that is there, or that is being packed.
@@ -167,53 +179,58 @@ impl Kitchen<'_> {
         reports: &mut Vec<StepReport>,
     ) -> Result<(), BakeError> {
         let packages = PackageStore::open(&self.config.packages)?;
-        let wanted = plans.iter().flat_map(|plan| match &plan.step {
-            Step::Base(packages) => *packages,
-            Step::Step(LockedStep::Packages { packages, .. }) => packages.as_slice(),
-            Step::Step(_) => &[],
-        });
-        packages.fetch(wanted, &self.run.log, &self.run.cancel)?;
+        let wanted: Vec<_> = plans.iter().map(Plan::packages).collect();
+        packages.fetch(wanted.iter().copied().flatten(), &self.run.log, &self.run.cancel)?;
         let work = Work::new(&self.config.site, &self.run.build, self.config.limits.tree)?;
         let mut lowers = self.mount_below(&work, below)?;
 
         // While a step runs, the layers before it are packed: nothing writes to their trees any more.
         let made: Mutex<Vec<(usize, Result<Made, BakeError>)>> = Mutex::new(Vec::new());
         let mut stamps = Vec::new();
+        let under_way = AtomicUsize::new(0);
+        let ahead = Ahead { store: &packages, steps: wanted, step: &under_way, cancel: &self.run.cancel };
         let result = thread::scope(|scope| {
-            for (at, plan) in plans.iter().enumerate() {
-                if self.run.cancel.is_cancelled() {
-                    return Err(BakeError::Cancelled);
-                }
-                let began = Instant::now();
-                let number = u32::try_from(reports.len()).unwrap_or(u32::MAX);
-                (self.run.progress)(Progress::Began { step: number, name: plan.name.clone() });
-                let cooked = self.cook(plan, &work, &packages, &lowers, at, stamp)?;
-                stamp = cooked.stamp;
-                stamps.push(stamp);
-                lowers.insert(0, cooked.lower);
-                let packer = Packer {
-                    whiteouts: if cooked.shift == 0 { Whiteouts::None } else { Whiteouts::Overlay },
-                    newest: stamp,
-                    shift: cooked.shift,
-                };
-                let (made, tree) = (&made, cooked.tree);
-                scope.spawn(move || {
-                    // Extracted at once too: the image's tests and the first launch need it.
-                    let result = self
-                        .store
-                        .put_layer(&packer, &tree)
-                        .map(|packed| Made { digest: packed.diff_id, size: packed.size })
-                        .map_err(BakeError::from);
-                    if let Ok(mut made) = made.lock() {
-                        made.push((at, result));
+            scope.spawn(|| ahead.run());
+            let mut all = || -> Result<(), BakeError> {
+                for (at, plan) in plans.iter().enumerate() {
+                    under_way.store(at, Ordering::Relaxed);
+                    if self.run.cancel.is_cancelled() {
+                        return Err(BakeError::Cancelled);
                     }
-                });
-                let millis = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
-                let report = StepReport { name: plan.name.clone(), cached: false, millis };
-                tell(self.run, reports.len(), &report);
-                reports.push(report);
-            }
-            Ok(())
+                    let began = Instant::now();
+                    let number = u32::try_from(reports.len()).unwrap_or(u32::MAX);
+                    (self.run.progress)(Progress::Began { step: number, name: plan.name.clone() });
+                    let cooked = self.cook(plan, &work, &packages, &lowers, at, stamp)?;
+                    stamp = cooked.stamp;
+                    stamps.push(stamp);
+                    lowers.insert(0, cooked.lower);
+                    let packer = Packer {
+                        whiteouts: if cooked.shift == 0 { Whiteouts::None } else { Whiteouts::Overlay },
+                        newest: stamp,
+                        shift: cooked.shift,
+                    };
+                    let (made, tree) = (&made, cooked.tree);
+                    scope.spawn(move || {
+                        // Extracted at once too: the image's tests and the first launch need it.
+                        let result = self
+                            .store
+                            .put_layer(&packer, &tree)
+                            .map(|packed| Made { digest: packed.diff_id, size: packed.size })
+                            .map_err(BakeError::from);
+                        if let Ok(mut made) = made.lock() {
+                            made.push((at, result));
+                        }
+                    });
+                    let millis = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+                    let report = StepReport { name: plan.name.clone(), cached: false, millis };
+                    tell(self.run, reports.len(), &report);
+                    reports.push(report);
+                }
+                Ok(())
+            };
+            let result = all();
+            under_way.store(usize::MAX, Ordering::Relaxed);
+            result
         });
         result?;
         let mut made = made.into_inner().unwrap_or_default();
