@@ -228,6 +228,19 @@ impl Site {
     /// # Errors
     /// What `kiln down` said, or what is left.
     pub fn down(mut self) -> Result<()> {
+        self.take_down()
+    }
+
+    /// The same, and moves the site's folder to a place on the same file system instead of deleting it.
+    ///
+    /// # Errors
+    /// As for [`Site::down`].
+    pub fn down_to(mut self, folder: &Path) -> Result<()> {
+        self.take_down()?;
+        Ok(std::fs::rename(self.home.path(), folder)?)
+    }
+
+    fn take_down(&mut self) -> Result<()> {
         self.down = true;
         self.kiln(&["down"])?;
         let left = self.on_machine()?;
