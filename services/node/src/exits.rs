@@ -15,7 +15,7 @@ use tokio::io::unix::AsyncFd;
 use crate::launch::advance;
 use crate::metrics;
 use crate::node::{Node, blocking};
-use crate::record::{Fact, Record};
+use crate::record::{Fact, Record, State};
 use crate::rootfs;
 
 /// Resolves when the process of a pidfd has ended.
@@ -73,13 +73,17 @@ impl<S: Store> Node<S> {
     async fn see_to_end_once(&self, id: &InstanceId) -> Result<(), ApiError> {
         // Users first: each millisecond here is connections that are refused. So not behind the plans of all servers, which
         // read and write the store with their lock, but behind one transaction of the edge at most.
-        let off_edge = match self.book.get(id).and_then(|held| held.value.plug) {
-            Some(plug) => {
+        let record = self.book.get(id).map(|held| held.value);
+        let off_edge = match record.as_ref().and_then(|record| Some((record, record.plug.as_ref()?))) {
+            Some((record, plug)) => {
                 let evicted = self.edge.evict(plug.address).await;
-                // Twice: a packet that was let through just before the flip enters the table of connections after the first
-                // look at it, and the port that it came from would lead the next user of it here.
-                for _ in 0..2 {
-                    self.edge.forget(plug.address).await;
+                // One that is being retired was drained, and whoever retires it forgets its connections.
+                if !matches!(record.state, State::Retiring { .. }) {
+                    // Twice: a packet that was let through just before the flip enters the table of connections after the
+                    // first look at it, and the port that it came from would lead the next user of it here.
+                    for _ in 0..2 {
+                        self.edge.forget(plug.address).await;
+                    }
                 }
                 evicted
             }
