@@ -91,8 +91,9 @@ impl<'a> Apt<'a> {
     pub(crate) fn update(&self, cancel: &CancellationToken) -> Result<(), BakeError> {
         let began = Instant::now();
         let mut command = self.command("apt-get", None);
-        // Else a list that could not be had is a warning, and an old one is used in its place.
-        command.args(["-q", "--error-on=any", "update"]);
+        // Else a list that could not be had is a warning, and an old one is used in its place. Nor is the cache of all
+        // packages made anew where no list has changed; whoever needs it first makes it where one has.
+        command.args(["-q", "--error-on=any", "-o", "pkgCacheFile::Generate=false", "update"]);
         let outcome = command::run(&mut command, Stdout::Keep, self.log, cancel, TIME_LIMIT)?;
         if !outcome.succeeded() {
             return Err(self.archive_error(&outcome));
