@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use kiln_model::digest::Digest;
 use kiln_model::lock::LockedPackage;
+use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use super::command::{self, Outcome, Stdout};
@@ -32,7 +33,7 @@ const CARRIED_OVER: [&str; 8] = [
 ];
 
 /// What apt would install, in the order of unpacking.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Solved {
     pub(crate) package: LockedPackage,
     pub(crate) url: String,
@@ -76,6 +77,11 @@ impl<'a> Apt<'a> {
         write("state/status", "")?;
         write("apt.conf", &configuration(&folder, architecture, &host_configuration()?))?;
         Ok(Self { folder, archives, log, _lock: lock })
+    }
+
+    /// Where all that belongs to this set of archives lies.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
     }
 
     fn command(&self, program: &str, status: Option<&Path>) -> Command {

@@ -25,6 +25,7 @@ mod resolve;
 mod sandbox;
 mod seal;
 mod seccomp;
+mod solutions;
 mod sources;
 mod steps;
 #[cfg(test)]

@@ -19,6 +19,7 @@ use super::apt::{Apt, Solved, is_request};
 use super::context::{Contents, Context};
 use super::error::BakeError;
 use super::packages::PackageStore;
+use super::solutions::Solutions;
 use super::tree::Tree;
 use super::{BakeConfig, DebianRoot, LogSink, ParentImage, Resolution, dpkg, sources};
 
@@ -178,13 +179,13 @@ impl Resolver<'_> {
         let archives = sources::archives(&root, &self.config.archives, &keys)?;
         let apt = Apt::open(&self.config.home, architecture()?, &archives, self.log, self.cancel)?;
         apt.update(self.cancel)?;
-        let release_files = apt.release_files(self.cancel)?;
-
         let began = Instant::now();
+        let release_files = apt.release_files(self.cancel)?;
+        let solutions = Solutions::open(apt.folder(), &release_files)?;
         let mut lists: Vec<&[String]> = requested.iter().map(|list| list.as_slice()).collect();
         lists.insert(0, &base_wanted);
         let solver = Solver { apt: &apt, status: status.as_deref(), cancel: self.cancel };
-        let mut added = solver.each(&lists)?;
+        let mut added = solutions.get_or(&lists, solver.status, || solver.each(&lists))?;
         let all: Vec<Solved> = added.concat();
         let base = packages_of(&added.remove(0));
         let steps = added.iter().map(|solved| packages_of(solved)).collect();
