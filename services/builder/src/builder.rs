@@ -20,7 +20,7 @@ use kiln_service::clock::Clock;
 use kiln_store::Store;
 use tracing::Instrument as _;
 
-use crate::bake::{BakeError, DebianRoot, ParentImage as BakeParent, ResolveRequest};
+use crate::bake::{BakeError, DebianRoot, LogSink, ParentImage as BakeParent, ResolveRequest};
 use crate::bakery::Bakery;
 use crate::logs::Logs;
 use crate::sources::Sources;
@@ -106,7 +106,7 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
         self.clock.now().wall
     }
 
-    /// Resolves a definition's lock.
+    /// Resolves a definition's lock. `listener` hears what it says while it does.
     ///
     /// # Errors
     /// What the bake machinery says, or a document that is lost.
@@ -116,6 +116,7 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
         definition: &DefinitionRef,
         parent: Option<&ParentImage>,
         pinned: Option<&Lock>,
+        listener: Option<&LogSink>,
     ) -> Result<Resolved, Error> {
         let digest = definition.digest;
         let lost = |what: &'static str, id: String| Error::Lost { what, id };
@@ -134,7 +135,7 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
         };
         let name = server.name.clone();
         let said: Arc<Mutex<Vec<String>>> = Arc::default();
-        let keep = said.clone();
+        let (keep, listener) = (said.clone(), listener.cloned());
         let request = ResolveRequest {
             definition: &stored.definition,
             context: &self.sources.contexts().folder(&digest),
@@ -143,6 +144,9 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
             pinned,
             log: Arc::new(move |line: &str| {
                 tracing::debug!(server = %name, line, "resolving");
+                if let Some(listener) = &listener {
+                    listener(line);
+                }
                 let mut lines = keep.lock().unwrap_or_else(PoisonError::into_inner);
                 if lines.len() < MAX_SAID {
                     lines.push(line.to_owned());
@@ -200,8 +204,15 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
     ///
     /// # Errors
     /// As [`Builder::resolve`].
-    pub async fn resolve_shippable(&self, server: &Server, order: &Order) -> Result<Resolved, Error> {
-        let newest = self.resolve(server, &order.definition, order.parent.as_ref(), None).await?;
+    pub async fn resolve_shippable(
+        &self,
+        server: &Server,
+        order: &Order,
+        listener: Option<&LogSink>,
+    ) -> Result<Resolved, Error> {
+        let resolve =
+            |pinned| self.resolve(server, &order.definition, order.parent.as_ref(), pinned, listener);
+        let newest = resolve(None).await?;
         let compare = |resolved: &Resolved| {
             plan::compare(server, &resolved.key, &resolved.definition.run_digest, &resolved.packages)
         };
@@ -209,8 +220,7 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
             return Ok(newest);
         };
         let Some(lock) = self.documents.lock(&in_force.lock_key).await? else { return Ok(newest) };
-        let pinned = self.resolve(server, &order.definition, order.parent.as_ref(), Some(&lock)).await;
-        match pinned {
+        match resolve(Some(&lock)).await {
             Ok(pinned) if matches!(compare(&pinned), Comparison::Image | Comparison::RunOnly) => Ok(pinned),
             // It can't be had without the convicted ones; the objection to the newest says why.
             _ => Ok(newest),
@@ -289,7 +299,7 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
         if causes.is_empty() {
             return Ok(());
         }
-        let resolved = match self.resolve_shippable(&read.value, order).await {
+        let resolved = match self.resolve_shippable(&read.value, order, None).await {
             Ok(resolved) => resolved,
             Err(Error::Store(error)) => return Err(error.into()),
             Err(error) => return self.plan_failed(name, order, &error).await,

@@ -5,6 +5,7 @@ mod builds;
 mod images;
 mod lists;
 mod plans;
+mod told;
 
 use std::pin::Pin;
 
@@ -34,6 +35,7 @@ const NOBODY: &str = "somebody";
 const MAX_ACTOR: usize = 128;
 
 /// The service behind the API.
+#[derive(Clone)]
 pub struct Api<S, K, C> {
     builder: Builder<S, K, C>,
     images: ImageStore,
@@ -112,12 +114,16 @@ impl<S: Store, K: Bakery, C: Clock> BuilderService for Api<S, K, C> {
         self.inspect(request.into_inner()).await.map(Response::new)
     }
 
-    async fn plan(&self, request: Request<PlanRequest>) -> Result<Response<PlanResponse>, Status> {
-        answer(self.plan_server(request.into_inner()).await)
+    type PlanStream = Streamed<PlanResponse>;
+
+    async fn plan(&self, request: Request<PlanRequest>) -> Result<Response<Self::PlanStream>, Status> {
+        Ok(Response::new(self.plan_server(request.into_inner())))
     }
 
-    async fn build(&self, request: Request<BuildRequest>) -> Result<Response<BuildResponse>, Status> {
-        answer(self.build_server(request.into_inner()).await)
+    type BuildStream = Streamed<BuildResponse>;
+
+    async fn build(&self, request: Request<BuildRequest>) -> Result<Response<Self::BuildStream>, Status> {
+        Ok(Response::new(self.build_server(request.into_inner())))
     }
 
     async fn cancel_build(

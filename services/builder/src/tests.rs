@@ -13,11 +13,13 @@ mod world;
 use std::time::Duration;
 
 use kiln_api::builder::builder_service_server::BuilderService as _;
+use kiln_api::builder::plan_response::Item;
 use kiln_api::builder::{ApplyOutcome, BuildRequest, CancelBuildRequest, PlanRequest, RemoveRequest};
 use kiln_api::deployer::{Fleet, Quarantine, Release};
 use kiln_builder_core::build::State;
 use kiln_model::cause::CauseKind;
 use kiln_model::revision::RevisionContent;
+use tokio_stream::StreamExt as _;
 use tonic::{Code, Request};
 use tonic_types::StatusExt as _;
 
@@ -129,7 +131,7 @@ async fn a_running_build_can_be_cancelled_and_its_lock_built_anew() {
             world.bakery.then(Bakes::Well);
             let request =
                 BuildRequest { request_id: "b1".into(), server: "web".into(), ..BuildRequest::default() };
-            let answer = world.api().build(Request::new(request)).await.unwrap().into_inner();
+            let answer = world.build(request).await.unwrap();
             assert_eq!(answer.build.unwrap().id, "web-b2");
             world.revision("web", 1).await;
         })
@@ -144,11 +146,14 @@ async fn a_pinned_build_without_changes_builds_nothing() {
     world.bakery.package("nginx", "2");
     let pinned =
         BuildRequest { request_id: "b1".into(), server: "web".into(), pinned: true, ..Default::default() };
-    let answer = world.api().build(Request::new(pinned)).await.unwrap().into_inner();
+    let answer = world.build(pinned).await.unwrap();
     assert!(answer.unchanged && answer.build.is_none() && !answer.image_digest.is_empty(), "{answer:?}");
 
     let plan = PlanRequest { server: "web".into() };
-    let plan = world.api().plan(Request::new(plan)).await.unwrap().into_inner().plan.unwrap();
+    let items: Vec<_> = world.api().plan(Request::new(plan)).await.unwrap().into_inner().collect().await;
+    let Some(Item::Plan(plan)) = items.into_iter().next_back().unwrap().unwrap().item else {
+        panic!("the last item is the plan")
+    };
     assert!(plan.needs_build && plan.needs_revision);
     assert_eq!((plan.packages[0].from.as_str(), plan.packages[0].to.as_str()), ("1", "2"));
     assert_eq!(world.builds().await.len(), 1, "a plan builds nothing");
@@ -331,7 +336,6 @@ async fn children_follow_their_parents_image() {
 async fn a_watcher_gets_the_log_and_the_end() {
     use kiln_api::builder::WatchBuildRequest;
     use kiln_api::builder::watch_build_response::Item;
-    use tokio_stream::StreamExt as _;
 
     let world = World::new().await;
     world.apply("r1", &yaml("web", "a", 3)).await.unwrap();

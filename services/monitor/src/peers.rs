@@ -125,8 +125,20 @@ impl Builder for BuilderPeer {
 
     async fn plan(&self, server: &ServerName) -> Result<builder::Plan, Problem> {
         let message = builder::PlanRequest { server: server.to_string() };
-        let answer = self.0.clone().plan(request(message, PLAN_TIMEOUT)).await.map_err(problem("builder"))?;
-        answer.into_inner().plan.ok_or_else(|| Problem("the builder gave no plan".to_owned()))
+        let planned = async {
+            let mut stream = self.0.clone().plan(message).await?.into_inner();
+            while let Some(answer) = stream.message().await? {
+                if let Some(builder::plan_response::Item::Plan(plan)) = answer.item {
+                    return Ok(Some(plan));
+                }
+            }
+            Ok(None)
+        };
+        // Around it all: a deadline that goes with the call ends with the first answer of a stream.
+        let planned = tokio::time::timeout(PLAN_TIMEOUT, planned)
+            .await
+            .map_err(|_| Problem(format!("the builder did not plan within {PLAN_TIMEOUT:?}")))?;
+        planned.map_err(problem("builder"))?.ok_or_else(|| Problem("the builder gave no plan".to_owned()))
     }
 }
 

@@ -3,12 +3,14 @@
 use std::time::Duration;
 
 use kiln_api::builder::PlanRequest;
+use kiln_api::builder::plan_response::Item;
 use kiln_tests::Result;
 use kiln_tests::archive::Archive;
 use kiln_tests::load::fetch;
 use kiln_tests::repo::Repo;
 use kiln_tests::site::{Site, settled};
 use kiln_tests::wait::until;
+use tokio_stream::StreamExt as _;
 
 use kiln_tests::server::{SETTLES, Web};
 
@@ -39,8 +41,16 @@ async fn an_update_of_a_package_goes_out_by_itself() -> Result<()> {
     let load = web.load();
 
     archive.add("greeting", "1.1", "/var/www/html/greeting.html", "Hello 1.1\n")?;
-    let plan = web.site.builder().plan(PlanRequest { server: "web".to_owned() }).await?.into_inner().plan;
-    let change = plan.ok_or("there is a plan")?.packages;
+    let request = PlanRequest { server: "web".to_owned() };
+    let items: Vec<_> =
+        web.site.builder().plan(request).await?.into_inner().collect::<std::result::Result<_, _>>().await?;
+    let resolved =
+        items.iter().any(|item| matches!(&item.item, Some(Item::Line(line)) if line.contains("resolved")));
+    assert!(resolved, "what resolving says is told meanwhile: {items:?}");
+    let Some(Item::Plan(plan)) = items.into_iter().next_back().and_then(|last| last.item) else {
+        return Err("there is no plan".into());
+    };
+    let change = plan.packages;
     assert!(
         change.iter().any(|c| c.name == "greeting" && c.from == "1.0" && c.to == "1.1"),
         "the plan shows the difference: {change:?}"

@@ -1,6 +1,8 @@
 //! Plans, and builds that a person asks for.
 
-use kiln_api::builder::{BuildRequest, BuildResponse, Plan, PlanRequest, PlanResponse};
+use kiln_api::builder::build_response::Item as BuildItem;
+use kiln_api::builder::plan_response::Item as PlanItem;
+use kiln_api::builder::{BuildOutcome, BuildRequest, BuildResponse, Plan, PlanRequest, PlanResponse};
 use kiln_builder_core::Told;
 use kiln_builder_core::build::package_changes;
 use kiln_builder_core::next::{Order, parent_image};
@@ -13,8 +15,11 @@ use kiln_service::clock::Clock;
 use kiln_service::error::ApiError;
 use kiln_service::requests;
 use kiln_store::{Batch, Store};
+use tracing::Instrument as _;
 
-use super::{Api, actor};
+use super::told::told;
+use super::{Api, Streamed, actor};
+use crate::bake::LogSink;
 use crate::bakery::Bakery;
 use crate::builder::{Error, Resolved};
 use crate::differences::differences;
@@ -22,13 +27,21 @@ use crate::store::{Edit, Read};
 use crate::wire;
 
 impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
-    pub(super) async fn plan_server(&self, request: PlanRequest) -> Result<PlanResponse, ApiError> {
+    pub(super) fn plan_server(&self, request: PlanRequest) -> Streamed<PlanResponse> {
+        let api = self.clone();
+        told(PlanItem::Line, |listener| async move {
+            let plan = api.plan(&request, &listener).await?;
+            Ok(PlanItem::Plan(plan))
+        })
+    }
+
+    async fn plan(&self, request: &PlanRequest, listener: &LogSink) -> Result<Plan, ApiError> {
         let read = self.live_server(&request.server).await?;
         let server = &read.value;
         let order = self.order(server, Vec::new()).await?;
         let span = tracing::info_span!("plan", server = %server.name);
         let resolved =
-            tracing::Instrument::instrument(self.builder.resolve_shippable(server, &order), span).await?;
+            self.builder.resolve_shippable(server, &order, Some(listener)).instrument(span).await?;
         let run = &resolved.definition.run_digest;
         let comparison = plan::compare(server, &resolved.key, run, &resolved.packages);
         let in_force = server.in_force.as_ref();
@@ -60,7 +73,7 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
         if comparison == Comparison::Unchanged {
             self.note_resolved(read, resolved).await?;
         }
-        Ok(PlanResponse { plan: Some(answer) })
+        Ok(answer)
     }
 
     /// The archives moved on and nothing in the image did: what was compared with is what counts from now on, so that
@@ -105,7 +118,15 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
         Ok(Order { definition: definition.clone(), parent, causes })
     }
 
-    pub(super) async fn build_server(&self, request: BuildRequest) -> Result<BuildResponse, ApiError> {
+    pub(super) fn build_server(&self, request: BuildRequest) -> Streamed<BuildResponse> {
+        let api = self.clone();
+        told(BuildItem::Line, |listener| async move {
+            let outcome = api.build(request, &listener).await?;
+            Ok(BuildItem::Outcome(outcome))
+        })
+    }
+
+    async fn build(&self, request: BuildRequest, listener: &LogSink) -> Result<BuildOutcome, ApiError> {
         let store = self.builder.documents.store();
         // What the first call found may be otherwise by now: its own build is under way.
         if let Some(answer) = requests::answered(store, &request.request_id, &request).await? {
@@ -130,9 +151,10 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
         let order = self.order(server, vec![cause.clone()]).await?;
         let resolved = if request.pinned {
             let lock = self.lock_in_force(server).await?;
-            self.builder.resolve(server, &order.definition, order.parent.as_ref(), Some(&lock)).await?
+            let parent = order.parent.as_ref();
+            self.builder.resolve(server, &order.definition, parent, Some(&lock), Some(listener)).await?
         } else {
-            self.builder.resolve_shippable(server, &order).await?
+            self.builder.resolve_shippable(server, &order, Some(listener)).await?
         };
         let decide = || self.decide_build(&request.server, &cause, &resolved);
         let answer = requests::once(store, &request.request_id, &request, decide).await?;
@@ -158,7 +180,7 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
         name: &str,
         cause: &Cause,
         resolved: &Resolved,
-    ) -> Result<(Batch, BuildResponse), ApiError> {
+    ) -> Result<(Batch, BuildOutcome), ApiError> {
         let read = self.live_server(name).await?;
         refuse_busy(&read.value)?;
         let planned = resolved.clone().planned(cause.clone(), Vec::new());
@@ -172,7 +194,7 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
         let answer = match made {
             Made::Unchanged => {
                 let image = self.live_server(name).await?.value.in_force.map(|in_force| in_force.image);
-                BuildResponse { build: None, image_digest: image_of(image), unchanged: true }
+                BuildOutcome { build: None, image_digest: image_of(image), unchanged: true }
             }
             Made::Held { problem } => {
                 return Err(ApiError::precondition(
@@ -181,12 +203,12 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
                 ));
             }
             Made::Queued(build) => {
-                BuildResponse { build: Some(wire::build(&build, 1)), ..BuildResponse::default() }
+                BuildOutcome { build: Some(wire::build(&build, 1)), ..BuildOutcome::default() }
             }
             Made::Joined(id) => {
                 let build = self.builder.documents.build(&id).await?;
                 let build = build.map(|read| wire::build(&read.value, read.version));
-                BuildResponse { build, ..BuildResponse::default() }
+                BuildOutcome { build, ..BuildOutcome::default() }
             }
             Made::Revision(revision) => {
                 use kiln_model::revision::RevisionContent;
@@ -194,13 +216,13 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
                     RevisionContent::Image(image) => Some(image.image_digest),
                     RevisionContent::Removed { .. } => None,
                 };
-                BuildResponse { build: None, image_digest: image_of(image), unchanged: false }
+                BuildOutcome { build: None, image_digest: image_of(image), unchanged: false }
             }
         };
         Ok((edit.finish(), answer))
     }
 
-    async fn decide_verify(&self, name: &str, cause: &Cause) -> Result<(Batch, BuildResponse), ApiError> {
+    async fn decide_verify(&self, name: &str, cause: &Cause) -> Result<(Batch, BuildOutcome), ApiError> {
         let Read { version, value } = self.live_server(name).await?;
         let now = self.builder.now();
         let (server, build) = plan::verify(value, cause.clone(), now).map_err(Error::from)?;
@@ -209,7 +231,7 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
         edit.put_build(0, &build, Some(Told::BuildQueued))?;
         edit.audit(&cause.actor, "verify", name, serde_json::json!({ "build": build.id }));
         let image_digest = server.in_force.map(|in_force| in_force.image.to_string()).unwrap_or_default();
-        let answer = BuildResponse { build: Some(wire::build(&build, 1)), image_digest, unchanged: false };
+        let answer = BuildOutcome { build: Some(wire::build(&build, 1)), image_digest, unchanged: false };
         Ok((edit.finish(), answer))
     }
 }

@@ -1,9 +1,7 @@
 //! Calls whose answer was lost: the same call gets the same answer, whatever the world has become.
 
 use kiln_api::builder::BuildRequest;
-use kiln_api::builder::builder_service_server::BuilderService as _;
 use kiln_builder_core::build::State;
-use tonic::Request;
 
 use super::world::{Bakes, World, yaml};
 
@@ -15,10 +13,10 @@ async fn a_build_that_is_asked_for_again_is_the_one_that_is_under_way() {
     world.bakery.package("nginx", "2");
     world.bakery.then(Bakes::Never);
     let build = || BuildRequest { request_id: "b1".into(), server: "web".into(), ..BuildRequest::default() };
-    let first = world.api().build(Request::new(build())).await.unwrap().into_inner();
+    let first = world.build(build()).await.unwrap();
     world.running(world.until_build("web-b2", |state| matches!(state, State::Running { .. }))).await;
     let resolved = world.bakery.resolved();
-    let again = world.api().build(Request::new(build())).await.unwrap().into_inner();
+    let again = world.build(build()).await.unwrap();
     assert_eq!(again, first);
     assert_eq!(world.bakery.resolved(), resolved, "nothing is asked of the archives");
 }

@@ -133,11 +133,11 @@ async fn a_verification_compares_with_the_image_in_force_or_says_that_it_could_n
         verify: true,
         ..BuildRequest::default()
     };
-    world.api().build(Request::new(verify("v1"))).await.unwrap();
+    world.build(verify("v1")).await.unwrap();
     world.running(world.until_build("web-b2", |state| matches!(state, State::Succeeded { .. }))).await;
 
     world.bakery.then(Bakes::Otherwise);
-    world.api().build(Request::new(verify("v2"))).await.unwrap();
+    world.build(verify("v2")).await.unwrap();
     world.running(world.until_build("web-b3", |state| matches!(state, State::Failed))).await;
     let build = world.builds().await.remove(2);
     assert!(build.problem.contains("the same lock gave"), "{}", build.problem);

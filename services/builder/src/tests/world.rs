@@ -9,7 +9,8 @@ use async_trait::async_trait;
 use kiln_api::builder::apply_request::Source as From;
 use kiln_api::builder::builder_service_server::BuilderService as _;
 use kiln_api::builder::{
-    ApplyOutcome, ApplyRequest, FolderSource, GitSource, InspectSourceRequest, InspectSourceResponse,
+    ApplyOutcome, ApplyRequest, BuildOutcome, BuildRequest, FolderSource, GitSource, InspectSourceRequest,
+    InspectSourceResponse, build_response,
 };
 use kiln_api::deployer::{Fleet, Release};
 use kiln_api::types;
@@ -26,6 +27,7 @@ use kiln_model::signal::{Remedy, Signal, SignalId, SignalState};
 use kiln_service::clock::SystemClock;
 use kiln_store::{Batch, Change, Store as _};
 use tokio::sync::watch;
+use tokio_stream::StreamExt as _;
 use tonic::{Request, Status};
 
 use super::contended::Contended;
@@ -300,6 +302,16 @@ impl World {
 
     pub(crate) fn api(&self) -> Api<Contended, FakeBakery, SystemClock> {
         Api::new(self.builder.clone(), self.images(), PathBuf::from("signing.pub"))
+    }
+
+    /// The outcome of a call for a build.
+    pub(crate) async fn build(&self, request: BuildRequest) -> Result<BuildOutcome, Status> {
+        let stream = self.api().build(Request::new(request)).await?.into_inner();
+        let items: Vec<_> = stream.collect::<Result<_, _>>().await?;
+        match items.into_iter().next_back().and_then(|last| last.item) {
+            Some(build_response::Item::Outcome(outcome)) => Ok(outcome),
+            other => panic!("{other:?}"),
+        }
     }
 
     pub(crate) async fn apply(&self, request_id: &str, yaml: &str) -> Result<ApplyOutcome, Status> {

@@ -1,9 +1,10 @@
 //! `kiln build`
 
 use clap::Args;
+use kiln_api::builder::build_response::Item as Asked;
 use kiln_api::builder::watch_build_response::Item;
 use kiln_api::builder::{
-    Build as BuildMessage, BuildRequest, BuildResponse, BuildState, CancelBuildRequest, WatchBuildRequest,
+    Build as BuildMessage, BuildOutcome, BuildRequest, BuildState, CancelBuildRequest, WatchBuildRequest,
 };
 use serde_json::json;
 
@@ -46,8 +47,18 @@ pub(crate) async fn run(it: &Build, services: &Services, screen: Screen) -> Outc
         pinned: it.pinned,
         verify: it.verify,
     };
-    let answer =
-        services.builder().build(request).await.during(format_args!("building {server}"))?.into_inner();
+    let what = format!("building {server}");
+    let mut stream = services.builder().build(request).await.during(&what)?.into_inner();
+    let answer = loop {
+        match stream.message().await.during(&what)?.map(|message| message.item) {
+            Some(Some(Asked::Line(line))) => {
+                bar.message(format_args!("resolving {server}: {}", line.trim_end()))
+            }
+            Some(Some(Asked::Outcome(outcome))) => break outcome,
+            Some(None) => {}
+            None => return Err(Failure::failed(what, "the builder ended the stream without an outcome")),
+        }
+    };
     drop(bar);
     let Some(build) = answer.build else {
         screen.json(&json!({
@@ -85,7 +96,7 @@ pub(crate) async fn run(it: &Build, services: &Services, screen: Screen) -> Outc
     screen.next(&[format!("kiln status {server}"), format!("kiln image inspect {server}")])
 }
 
-fn nothing_built(server: &str, answer: &BuildResponse) -> String {
+fn nothing_built(server: &str, answer: &BuildOutcome) -> String {
     let image = or_dash(short(&answer.image_digest));
     if answer.unchanged {
         format!("{server} is up to date: its inputs are those of image {image}, nothing was built")
@@ -160,10 +171,10 @@ mod tests {
 
     #[test]
     fn a_revision_without_a_build_is_not_called_up_to_date() {
-        let answer = |unchanged| BuildResponse {
+        let answer = |unchanged| BuildOutcome {
             image_digest: "sha256:0123456789abcdef".to_owned(),
             unchanged,
-            ..BuildResponse::default()
+            ..BuildOutcome::default()
         };
         assert!(nothing_built("web", &answer(true)).starts_with("web is up to date"));
         let revised = nothing_built("web", &answer(false));

@@ -2,6 +2,7 @@
 
 use clap::Args;
 use kiln_api::builder::PlanRequest;
+use kiln_api::builder::plan_response::Item;
 
 use crate::clients::Services;
 use crate::failure::{During as _, Failure, Outcome};
@@ -19,16 +20,20 @@ pub(crate) async fn run(it: &Plan, services: &Services, screen: Screen) -> Outco
     let server = &it.server;
     let bar = screen.bar(0);
     bar.message(format_args!("resolving {server}"));
-    let answer = services
-        .builder()
-        .plan(PlanRequest { server: server.clone() })
-        .await
-        .during(format_args!("planning {server}"))?;
+    let what = format!("planning {server}");
+    let request = PlanRequest { server: server.clone() };
+    let mut stream = services.builder().plan(request).await.during(&what)?.into_inner();
+    let plan = loop {
+        match stream.message().await.during(&what)?.map(|message| message.item) {
+            Some(Some(Item::Line(line))) => {
+                bar.message(format_args!("resolving {server}: {}", line.trim_end()))
+            }
+            Some(Some(Item::Plan(plan))) => break plan,
+            Some(None) => {}
+            None => return Err(Failure::failed(what, "the builder ended the stream without a plan")),
+        }
+    };
     drop(bar);
-    let plan = answer
-        .into_inner()
-        .plan
-        .ok_or_else(|| Failure::failed(format!("planning {server}"), "the builder gave no plan"))?;
     screen.json(&json::of("kiln.builder.v1.Plan", &plan)?)?;
 
     if !plan.needs_build && !plan.needs_revision {

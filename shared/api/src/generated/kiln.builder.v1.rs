@@ -144,8 +144,19 @@ pub struct Plan {
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PlanResponse {
-    #[prost(message, optional, tag = "1")]
-    pub plan: ::core::option::Option<Plan>,
+    #[prost(oneof = "plan_response::Item", tags = "1, 2")]
+    pub item: ::core::option::Option<plan_response::Item>,
+}
+/// Nested message and enum types in `PlanResponse`.
+pub mod plan_response {
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Item {
+        #[prost(string, tag = "1")]
+        Line(::prost::alloc::string::String),
+        /// The last item.
+        #[prost(message, tag = "2")]
+        Plan(super::Plan),
+    }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct BuildRequest {
@@ -163,7 +174,7 @@ pub struct BuildRequest {
     pub verify: bool,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
-pub struct BuildResponse {
+pub struct BuildOutcome {
     /// Unset where nothing had to be built.
     #[prost(message, optional, tag = "1")]
     pub build: ::core::option::Option<Build>,
@@ -171,6 +182,22 @@ pub struct BuildResponse {
     pub image_digest: ::prost::alloc::string::String,
     #[prost(bool, tag = "3")]
     pub unchanged: bool,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct BuildResponse {
+    #[prost(oneof = "build_response::Item", tags = "1, 2")]
+    pub item: ::core::option::Option<build_response::Item>,
+}
+/// Nested message and enum types in `BuildResponse`.
+pub mod build_response {
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum Item {
+        #[prost(string, tag = "1")]
+        Line(::prost::alloc::string::String),
+        /// The last item.
+        #[prost(message, tag = "2")]
+        Outcome(super::BuildOutcome),
+    }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct BuildStep {
@@ -697,11 +724,14 @@ pub mod builder_service_client {
                 );
             self.inner.unary(req, path, codec).await
         }
-        /// Resolves and compares, without building.
+        /// Resolves and compares, without building. Tells what resolving says meanwhile; a caller that goes ends it.
         pub async fn plan(
             &mut self,
             request: impl tonic::IntoRequest<super::PlanRequest>,
-        ) -> std::result::Result<tonic::Response<super::PlanResponse>, tonic::Status> {
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::PlanResponse>>,
+            tonic::Status,
+        > {
             self.inner
                 .ready()
                 .await
@@ -717,13 +747,17 @@ pub mod builder_service_client {
             let mut req = request.into_request();
             req.extensions_mut()
                 .insert(GrpcMethod::new("kiln.builder.v1.BuilderService", "Plan"));
-            self.inner.unary(req, path, codec).await
+            self.inner.server_streaming(req, path, codec).await
         }
-        /// Resolves anew, and builds if the lock differs.
+        /// Resolves anew, and queues a build if the lock differs. Tells what resolving says meanwhile; a caller that goes before
+        /// the outcome ends it, and nothing is queued.
         pub async fn build(
             &mut self,
             request: impl tonic::IntoRequest<super::BuildRequest>,
-        ) -> std::result::Result<tonic::Response<super::BuildResponse>, tonic::Status> {
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::BuildResponse>>,
+            tonic::Status,
+        > {
             self.inner
                 .ready()
                 .await
@@ -739,7 +773,7 @@ pub mod builder_service_client {
             let mut req = request.into_request();
             req.extensions_mut()
                 .insert(GrpcMethod::new("kiln.builder.v1.BuilderService", "Build"));
-            self.inner.unary(req, path, codec).await
+            self.inner.server_streaming(req, path, codec).await
         }
         pub async fn cancel_build(
             &mut self,
@@ -1048,16 +1082,29 @@ pub mod builder_service_server {
             tonic::Response<super::InspectSourceResponse>,
             tonic::Status,
         >;
-        /// Resolves and compares, without building.
+        /// Server streaming response type for the Plan method.
+        type PlanStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::PlanResponse, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Resolves and compares, without building. Tells what resolving says meanwhile; a caller that goes ends it.
         async fn plan(
             &self,
             request: tonic::Request<super::PlanRequest>,
-        ) -> std::result::Result<tonic::Response<super::PlanResponse>, tonic::Status>;
-        /// Resolves anew, and builds if the lock differs.
+        ) -> std::result::Result<tonic::Response<Self::PlanStream>, tonic::Status>;
+        /// Server streaming response type for the Build method.
+        type BuildStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::BuildResponse, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Resolves anew, and queues a build if the lock differs. Tells what resolving says meanwhile; a caller that goes before
+        /// the outcome ends it, and nothing is queued.
         async fn build(
             &self,
             request: tonic::Request<super::BuildRequest>,
-        ) -> std::result::Result<tonic::Response<super::BuildResponse>, tonic::Status>;
+        ) -> std::result::Result<tonic::Response<Self::BuildStream>, tonic::Status>;
         async fn cancel_build(
             &self,
             request: tonic::Request<super::CancelBuildRequest>,
@@ -1361,10 +1408,12 @@ pub mod builder_service_server {
                     struct PlanSvc<T: BuilderService>(pub Arc<T>);
                     impl<
                         T: BuilderService,
-                    > tonic::server::UnaryService<super::PlanRequest> for PlanSvc<T> {
+                    > tonic::server::ServerStreamingService<super::PlanRequest>
+                    for PlanSvc<T> {
                         type Response = super::PlanResponse;
+                        type ResponseStream = T::PlanStream;
                         type Future = BoxFuture<
-                            tonic::Response<Self::Response>,
+                            tonic::Response<Self::ResponseStream>,
                             tonic::Status,
                         >;
                         fn call(
@@ -1395,7 +1444,7 @@ pub mod builder_service_server {
                                 max_decoding_message_size,
                                 max_encoding_message_size,
                             );
-                        let res = grpc.unary(method, req).await;
+                        let res = grpc.server_streaming(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)
@@ -1405,10 +1454,12 @@ pub mod builder_service_server {
                     struct BuildSvc<T: BuilderService>(pub Arc<T>);
                     impl<
                         T: BuilderService,
-                    > tonic::server::UnaryService<super::BuildRequest> for BuildSvc<T> {
+                    > tonic::server::ServerStreamingService<super::BuildRequest>
+                    for BuildSvc<T> {
                         type Response = super::BuildResponse;
+                        type ResponseStream = T::BuildStream;
                         type Future = BoxFuture<
-                            tonic::Response<Self::Response>,
+                            tonic::Response<Self::ResponseStream>,
                             tonic::Status,
                         >;
                         fn call(
@@ -1439,7 +1490,7 @@ pub mod builder_service_server {
                                 max_decoding_message_size,
                                 max_encoding_message_size,
                             );
-                        let res = grpc.unary(method, req).await;
+                        let res = grpc.server_streaming(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

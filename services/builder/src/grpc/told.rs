@@ -1,0 +1,105 @@
+//! Calls that take a while and tell what happens, until they give their outcome.
+
+use std::sync::Arc;
+
+use kiln_api::builder::{BuildResponse, PlanResponse, build_response, plan_response};
+use kiln_service::error::ApiError;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
+use tracing::Instrument as _;
+
+use super::Streamed;
+use crate::bake::LogSink;
+
+/// Lines that a slow reader may lag behind. More are left out for it: work does not wait for who looks on.
+const AHEAD: usize = 256;
+
+/// A response that is a line, or the outcome.
+pub(super) trait Told: Send + 'static {
+    type Item: Send;
+    fn of(item: Self::Item) -> Self;
+}
+
+impl Told for PlanResponse {
+    type Item = plan_response::Item;
+    fn of(item: Self::Item) -> Self {
+        Self { item: Some(item) }
+    }
+}
+
+impl Told for BuildResponse {
+    type Item = build_response::Item;
+    fn of(item: Self::Item) -> Self {
+        Self { item: Some(item) }
+    }
+}
+
+/// Does `work` for as long as the caller listens: a caller that goes ends it where it is.
+pub(super) fn told<T: Told, F>(
+    line: fn(String) -> T::Item,
+    work: impl FnOnce(LogSink) -> F + Send + 'static,
+) -> Streamed<T>
+where
+    F: Future<Output = Result<T::Item, ApiError>> + Send,
+{
+    let (items, stream) = mpsc::channel(AHEAD);
+    let lines = items.clone();
+    let listener: LogSink = Arc::new(move |text: &str| {
+        if let Err(error) = lines.try_send(Ok(T::of(line(text.to_owned())))) {
+            tracing::debug!(%error, "a line was left out");
+        }
+    });
+    let telling = async move {
+        tokio::select! {
+            outcome = work(listener) => {
+                // Nobody listens any more where this fails.
+                let _ = items.send(outcome.map(T::of).map_err(Status::from)).await;
+            }
+            () = items.closed() => {}
+        }
+    };
+    tokio::spawn(telling.in_current_span());
+    Box::pin(ReceiverStream::new(stream))
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio_stream::StreamExt as _;
+
+    use super::*;
+
+    fn lines_and(count: usize, outcome: Result<(), ApiError>) -> Streamed<PlanResponse> {
+        told(plan_response::Item::Line, move |listener| async move {
+            (0..count).for_each(|number| listener(&number.to_string()));
+            outcome.map(|()| plan_response::Item::Plan(kiln_api::builder::Plan::default()))
+        })
+    }
+
+    #[tokio::test]
+    async fn lines_come_before_the_outcome_and_too_many_do_not_hold_it_up() {
+        for (said, heard) in [(0, 0), (3, 3), (AHEAD + 10, AHEAD)] {
+            let items: Vec<_> = lines_and(said, Ok(())).collect().await;
+            let (last, lines) = items.split_last().unwrap();
+            assert!(matches!(last.as_ref().unwrap().item, Some(plan_response::Item::Plan(_))));
+            assert_eq!(lines.len(), heard);
+        }
+        let items: Vec<_> =
+            lines_and(1, Err(ApiError::not_found("server", "web".to_owned()))).collect().await;
+        assert_eq!(items[1].as_ref().unwrap_err().code(), tonic::Code::NotFound);
+    }
+
+    #[tokio::test]
+    async fn a_caller_that_goes_ends_the_work() {
+        let (ended, told_end) = tokio::sync::oneshot::channel::<()>();
+        let mut stream: Streamed<PlanResponse> = told(plan_response::Item::Line, |listener| async move {
+            let _held = ended;
+            listener("begun");
+            std::future::pending().await
+        });
+        stream.next().await.unwrap().unwrap();
+        drop(stream);
+        let bound = std::time::Duration::from_secs(10);
+        assert!(tokio::time::timeout(bound, told_end).await.unwrap().is_err(), "it was dropped");
+    }
+}
