@@ -1,7 +1,10 @@
 //! Looking on: events as they pass, for people and programs that keep no place of their own.
 
+use std::ops::RangeInclusive;
+
 use async_nats::Subscriber;
 use async_nats::jetstream::message::StreamMessage;
+use async_nats::jetstream::stream::RawMessageErrorKind;
 use bytes::Bytes;
 use futures::StreamExt as _;
 use jiff::Timestamp;
@@ -51,23 +54,72 @@ pub(super) async fn past(bus: &NatsBus, since: Timestamp) -> Result<Vec<Result<E
     let name = Stream::Events.name(&bus.inner.site);
     let stream = bus.inner.context.get_stream(name).await.map_err(|error| failed(&error))?;
     let (first, last) = (stream.cached_info().state.first_sequence, stream.cached_info().state.last_sequence);
-    let get = async |sequence| stream.get_raw_message(sequence).await.map_err(|error| failed(&error));
+    let get = async |sequence| match stream.get_raw_message(sequence).await {
+        Ok(message) => Ok(Some(message)),
+        Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => Ok(None),
+        Err(error) => Err(failed(&error)),
+    };
     let is_before = |message: &StreamMessage| message.time.unix_timestamp_nanos() < since.as_nanosecond();
+    let found = found_since(first..=last, get, is_before).await?;
+    Ok(found
+        .into_iter()
+        .map(|message| decode(message.subject.as_str(), &message.headers, &message.payload))
+        .collect())
+}
 
-    // Nothing is ever deleted between the first and the last, so the place of a moment is found by halving.
-    let (mut low, mut high) = (first.max(1), last + 1);
+/// Nothing but the oldest is ever deleted, so the place of a moment is found by halving; `get` gives none for what the
+/// broker dropped since it named `kept`.
+async fn found_since<M, E>(
+    kept: RangeInclusive<u64>,
+    get: impl AsyncFn(u64) -> Result<Option<M>, E>,
+    is_before: impl Fn(&M) -> bool,
+) -> Result<Vec<M>, E> {
+    let (mut low, mut high) = ((*kept.start()).max(1), kept.end() + 1);
     while low < high {
         let middle = low + (high - low) / 2;
-        if is_before(&get(middle).await?) {
+        if get(middle).await?.as_ref().is_none_or(&is_before) {
             low = middle + 1;
         } else {
             high = middle;
         }
     }
     let mut found = Vec::new();
-    for sequence in low..=last {
-        let message = get(sequence).await?;
-        found.push(decode(message.subject.as_str(), &message.headers, &message.payload));
+    for sequence in low..=*kept.end() {
+        found.extend(get(sequence).await?);
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::convert::Infallible;
+
+    use super::*;
+
+    /// Messages are their own times; the broker drops one more with every few looks.
+    async fn since(moment: u64, kept: RangeInclusive<u64>, looks_a_drop: u64) -> Vec<u64> {
+        let looks = Cell::new(0);
+        let get = async |sequence| {
+            looks.set(looks.get() + 1);
+            let dropped = kept.start() + looks.get() / looks_a_drop;
+            Ok::<_, Infallible>((sequence >= dropped).then_some(sequence))
+        };
+        found_since(kept.clone(), get, |message| *message < moment).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn what_is_kept_from_a_moment_on_is_found_while_the_oldest_go() {
+        let all = |from: u64, to: u64| (from..=to).collect::<Vec<_>>();
+        assert_eq!(since(0, 0..=0, 100).await, all(1, 0), "an empty stream");
+        assert_eq!(since(0, 5..=9, 100).await, all(5, 9));
+        assert_eq!(since(7, 5..=9, 100).await, all(7, 9));
+        assert_eq!(since(10, 5..=9, 100).await, all(10, 9));
+        let found = since(0, 5..=30, 2).await;
+        assert_eq!(found, all(found[0], 30), "without a gap, up to the last");
+        assert!(
+            found[0] > 5 && found[0] < 12,
+            "those that were dropped are missing, and no others: {found:?}"
+        );
+    }
 }
