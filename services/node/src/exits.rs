@@ -77,7 +77,7 @@ impl<S: Store> Node<S> {
         let off_edge = match record.as_ref().and_then(|record| Some((record, record.plug.as_ref()?))) {
             Some((record, plug)) => {
                 let evicted = self.edge.evict(plug.address).await;
-                // One that is being retired was drained, and whoever retires it forgets its connections.
+                // Of one that is being retired the retirement forgets them, as soon as it has seen the end as well.
                 if !matches!(record.state, State::Retiring { .. }) {
                     // Twice: a packet that was let through just before the flip enters the table of connections after the
                     // first look at it, and the port that it came from would lead the next user of it here.

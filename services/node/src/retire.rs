@@ -95,10 +95,11 @@ impl<S: Store> Node<S> {
             self.stop(&record, pidfd).await?;
             exit_code = self.runtime.exit_code(&id.to_string()).await;
         }
-        let _turn = self.at_once.acquire().await.map_err(|error| ApiError::internal(&error))?;
+        // At once, not behind launches: until then users' ports are bound to it.
         if let Some(plug) = &record.plug {
             self.edge.forget(plug.address).await;
         }
+        let _turn = self.at_once.acquire().await.map_err(|error| ApiError::internal(&error))?;
         self.take_apart(&record).await?;
         let mark = self.book.retired_mark(&id).await?;
         let retired = advance(record, Fact::Gone { exit_code })?;
