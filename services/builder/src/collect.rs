@@ -1,4 +1,4 @@
-//! Removing what nobody needs: images, and logs of old builds.
+//! Removing what nobody needs: images, what was left of unfinished ones, and logs of old builds.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -36,6 +36,13 @@ pub async fn run<S: Store, K: Bakery, C: Clock>(
             Ok(0) => {}
             Ok(count) => tracing::info!(count, "logs of old builds were removed"),
             Err(error) => tracing::warn!(%error, "logs of old builds could not be removed"),
+        }
+        let store = images.clone();
+        match tokio::task::spawn_blocking(move || store.forget_unfinished()).await {
+            Ok(Ok(0)) => {}
+            Ok(Ok(count)) => tracing::info!(count, "layers that were never finished were removed"),
+            Ok(Err(error)) => tracing::warn!(%error, "unfinished layers could not be removed"),
+            Err(error) => tracing::error!(%error, "the removal of unfinished layers ended badly"),
         }
         let deployer_heard = *heard.borrow();
         match builder.collect(&images, deployer_heard).await {

@@ -56,11 +56,11 @@ impl Packer {
     /// # Errors
     /// The tree can't be read, holds what a layer can't, or the blob can't be written.
     pub fn pack(&self, store: &ImageStore, tree: &Path) -> Result<Packed, Error> {
-        self.pack_twice(store, tree, io::sink())
+        self.pack_and_copy(store, tree, io::sink())
     }
 
     /// The same, and the blob's bytes to `other` as well.
-    pub(crate) fn pack_twice(
+    pub(crate) fn pack_and_copy(
         &self,
         store: &ImageStore,
         tree: &Path,

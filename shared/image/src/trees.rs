@@ -52,11 +52,14 @@ impl ImageStore {
             return Ok(path);
         }
         remove_tree(&path)?;
-        let temporary = self.temporary_tree()?;
+        // Under a name of its own: the next try finds what a killed one left.
+        let name = format!("layer-{}", diff_id.hex());
+        remove_tree(&self.temporary().join(&name))?;
+        let temporary = self.temporary_tree(&name, 0)?;
         let (file, _) = self.open_blob(diff_id)?;
         let mut hashing = Hashing { inner: file, hasher: Sha256::new() };
         extract_into(temporary.path(), BufReader::with_capacity(1 << 18, &mut hashing), limits)
-            .map_err(|problem| told(problem, diff_id, temporary.path()))?;
+            .map_err(|problem| layer_error(problem, diff_id, temporary.path()))?;
         // The reader goes to the very end, so everything has been hashed.
         let found = Digest::from_bytes(hashing.hasher.finalize().into());
         if found != *diff_id {
@@ -72,18 +75,18 @@ impl ImageStore {
     /// # Errors
     /// As for `Packer::pack` and `layer_tree`.
     pub fn put_layer(&self, packer: &Packer, tree: &Path) -> Result<Packed, Error> {
-        let temporary = self.temporary_tree()?;
+        let temporary = self.temporary_tree("tree-", 8)?;
         let (sender, receiver) = relay::pair();
         let (packed, extracted) = thread::scope(|scope| {
             let extracting = scope.spawn(|| extract_into(temporary.path(), receiver, Limits::default()));
-            (packer.pack_twice(self, tree, sender), extracting.join())
+            (packer.pack_and_copy(self, tree, sender), extracting.join())
         });
         let packed = packed?;
         match extracted {
             Ok(extracted) => {
-                extracted.map_err(|problem| told(problem, &packed.diff_id, temporary.path()))?;
+                extracted.map_err(|problem| layer_error(problem, &packed.diff_id, temporary.path()))?;
             }
-            Err(_) => return self.layer_tree(&packed.diff_id).map(|_| packed),
+            Err(panic) => std::panic::resume_unwind(panic),
         }
         let (path, marker, boot) =
             (self.tree_path(&packed.diff_id), self.tree_marker(&packed.diff_id), boot_id()?);
@@ -95,12 +98,14 @@ impl ImageStore {
         Ok(packed)
     }
 
-    /// Removes blobs and trees in the making that nobody has touched for a day: their process was killed.
+    /// Removes blobs and trees in the making that nobody has touched for a day, as their process was killed, and says how
+    /// many.
     ///
     /// # Errors
     /// Something can't be looked at or removed.
-    pub fn forget_unfinished(&self) -> Result<(), Error> {
+    pub fn forget_unfinished(&self) -> Result<usize, Error> {
         let folder = self.temporary();
+        let mut forgotten = 0;
         for found in fs::read_dir(&folder).map_err(Error::io("list", &folder))? {
             let path = found.map_err(Error::io("list", &folder))?.path();
             let modified = match fs::symlink_metadata(&path).and_then(|found| found.modified()) {
@@ -110,6 +115,7 @@ impl ImageStore {
                 Err(error) => return Err(Error::io("look at", &path)(error)),
             };
             if modified.elapsed().is_ok_and(|age| age > UNFINISHED_KEPT) {
+                forgotten += 1;
                 if path.is_dir() {
                     remove_tree(&path)?;
                 } else if let Err(error) = fs::remove_file(&path)
@@ -119,12 +125,14 @@ impl ImageStore {
                 }
             }
         }
-        Ok(())
+        Ok(forgotten)
     }
 
-    fn temporary_tree(&self) -> Result<TempDir, Error> {
+    /// Gone when dropped. A name without `random` bytes has to be free.
+    fn temporary_tree(&self, name: &str, random: usize) -> Result<TempDir, Error> {
         let folder = tempfile::Builder::new()
-            .prefix("tree-")
+            .prefix(name)
+            .rand_bytes(random)
             .tempdir_in(self.temporary())
             .map_err(Error::io("make a folder in", self.temporary()))?;
         // Whatever the process's umask is.
@@ -135,8 +143,9 @@ impl ImageStore {
 
     /// The tree's lock has to be held, and nothing may be at `path`.
     fn name_tree(&self, temporary: TempDir, path: &Path, marker: &Path, boot: &str) -> Result<(), Error> {
-        let temporary = temporary.keep();
-        fs::rename(&temporary, path).map_err(Error::io("name", path))?;
+        fs::rename(temporary.path(), path).map_err(Error::io("name", path))?;
+        // It is elsewhere now.
+        let _ = temporary.keep();
         fs::write(marker, boot).map_err(Error::io("write", marker))
     }
 
@@ -167,7 +176,7 @@ fn extract_into(folder: &Path, tar: impl Read, limits: Limits) -> Result<(), Pro
     extract(tar, &root, limits)
 }
 
-fn told(problem: Problem, layer: &Digest, folder: &Path) -> Error {
+fn layer_error(problem: Problem, layer: &Digest, folder: &Path) -> Error {
     match problem {
         Problem::Io(source) => Error::io("extract into", folder)(source),
         Problem::Refused { entry, why } => Error::Layer { layer: *layer, entry, why },

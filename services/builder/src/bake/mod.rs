@@ -246,7 +246,11 @@ impl Baker {
         // A caller that gives up takes what runs with it.
         let guard = cancel.clone().drop_guard();
         // The work keeps it to its end, also where the caller has given up.
-        let Ok(place) = Arc::clone(&self.resolving).acquire_owned().await else {
+        let resolving = Arc::clone(&self.resolving);
+        if resolving.available_permits() == 0 {
+            log("waiting for others that resolve");
+        }
+        let Ok(place) = resolving.acquire_owned().await else {
             return Err(BakeError::Cancelled);
         };
         let result = blocking(move || {
@@ -293,8 +297,8 @@ impl Baker {
         .await
     }
 
-    /// Removes what bakes of this site left over: containers, mounts, cgroups, work trees, unfinished parts of images, and
-    /// layers that nobody has used for a week. To be called at boot, before the first bake.
+    /// Removes what bakes of this site left over: containers, mounts, cgroups, work trees, and layers that nobody has used
+    /// for a week. To be called at boot, before the first bake.
     ///
     /// # Errors
     /// Something can't be removed.
@@ -302,7 +306,6 @@ impl Baker {
         let config = Arc::clone(&self.config);
         blocking(move || {
             leftovers::sweep(&config)?;
-            ImageStore::open(&config.images)?.forget_unfinished()?;
             cache::LayerCache::open(&config.layer_cache)?.forget(LAYERS_KEPT)
         })
         .await

@@ -281,6 +281,12 @@ fn a_layer_that_is_put_has_its_tree_already() {
     fs::write(tree.path().join("folder/.wh.x"), "not empty").unwrap();
     let refused = store.put_layer(&packer(Whiteouts::None), tree.path());
     assert!(matches!(refused, Err(Error::Layer { .. })), "{refused:?}");
+    fs::remove_file(tree.path().join("folder/.wh.x")).unwrap();
+    let mode = Mode::from_raw_mode(0o600);
+    rfs::mknodat(rfs::CWD, tree.path().join("z"), FileType::CharacterDevice, mode, rfs::makedev(1, 3))
+        .unwrap();
+    let refused = store.put_layer(&packer(Whiteouts::None), tree.path());
+    assert!(matches!(refused, Err(Error::Io { .. })), "{refused:?}");
     assert_eq!(fs::read_dir(store.root().join("tmp")).unwrap().count(), 0);
 }
 
@@ -299,7 +305,7 @@ fn what_a_crash_left_unfinished_is_forgotten_after_a_day() {
         let yesterday = std::time::SystemTime::now() - std::time::Duration::from_secs(25 * 3600);
         fs::File::open(path).unwrap().set_modified(yesterday).unwrap();
     }
-    store.forget_unfinished().unwrap();
+    assert_eq!(store.forget_unfinished().unwrap(), 2);
     assert!(!tree.exists() && !blob.exists() && recent.exists() && store.has_blob(&layer));
 }
 
