@@ -234,7 +234,7 @@ impl Site {
     /// The same, and moves the site's folder to a place on the same file system instead of deleting it.
     ///
     /// # Errors
-    /// As for [`Site::down`].
+    /// As for [`Site::down`]; the folder can't be moved there.
     pub fn down_to(mut self, folder: &Path) -> Result<()> {
         self.take_down()?;
         Ok(std::fs::rename(self.home.path(), folder)?)

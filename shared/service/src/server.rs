@@ -24,7 +24,7 @@ mod page;
 pub const APPLY_LIMIT: usize = 68 << 20;
 /// tonic lifts hyper's own bound where none is set.
 const STREAMS: u32 = 256;
-/// Bound on one call, its first answer for a stream: a plan can wait for a slow archive.
+/// Bound on one call, its first answer for a stream: an apply can wait for a slow repository.
 const CALL: Duration = Duration::from_secs(600);
 const HEADERS: u32 = 16 << 10;
 const ALIVE: Duration = Duration::from_secs(30);

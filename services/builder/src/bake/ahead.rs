@@ -10,7 +10,8 @@ use super::deb::Deb;
 use super::error::BakeError;
 use super::packages::PackageStore;
 
-/// Yields to everything else.
+/// Yields to the steps' own unpacking and packing. Not to their scripts, which are in a cgroup of their own: what is opened
+/// here would otherwise be opened after them, by the same processors.
 const NICENESS: i32 = 19;
 
 /// The packages of each step to come, opened in the background.

@@ -2,6 +2,7 @@
 //! signatures and solves; what it would do is read from what it prints.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -42,6 +43,7 @@ pub(crate) struct Solved {
 /// The state for one set of archives. While it is open no other bake uses it.
 pub(crate) struct Apt<'a> {
     folder: PathBuf,
+    configuration: String,
     archives: &'a [Archive],
     log: &'a LogSink,
     _lock: File,
@@ -75,13 +77,18 @@ impl<'a> Apt<'a> {
         };
         write("sources.sources", &sources)?;
         write("state/status", "")?;
-        write("apt.conf", &configuration(&folder, architecture, &host_configuration()?))?;
-        Ok(Self { folder, archives, log, _lock: lock })
+        let configuration = configuration(&folder, architecture, &host_configuration()?);
+        write("apt.conf", &configuration)?;
+        Ok(Self { folder, configuration, archives, log, _lock: lock })
     }
 
     /// Where all that belongs to this set of archives lies.
     pub(crate) fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    pub(crate) fn configuration(&self) -> &str {
+        &self.configuration
     }
 
     fn command(&self, program: &str, status: Option<&Path>) -> Command {
@@ -97,8 +104,9 @@ impl<'a> Apt<'a> {
     pub(crate) fn update(&self, cancel: &CancellationToken) -> Result<(), BakeError> {
         let began = Instant::now();
         let mut command = self.command("apt-get", None);
-        // Else a list that could not be had is a warning, and an old one is used in its place. Nor is the cache of all
-        // packages made anew where no list has changed; whoever needs it first makes it where one has.
+        // Without the first option a list that could not be had is a warning, and an old one is used in its place; without
+        // the second the cache of all packages is made anew also where no list has changed. Where one has,
+        // `release_files` makes it.
         command.args(["-q", "--error-on=any", "-o", "pkgCacheFile::Generate=false", "update"]);
         let outcome = command::run(&mut command, Stdout::Keep, self.log, cancel, TIME_LIMIT)?;
         if !outcome.succeeded() {
@@ -162,15 +170,22 @@ impl<'a> Apt<'a> {
             let (Some(base), Some(list), Some(key)) = (parts.next(), parts.next(), parts.next()) else {
                 continue;
             };
-            // apt names a list by its address with `_` for `/`; the release file of the same suite begins alike.
-            let Some(prefix) = list.strip_suffix(&key.replace('/', "_")) else { continue };
-            for name in ["InRelease", "Release"] {
-                let path = PathBuf::from(format!("{prefix}{name}"));
-                if let Ok(content) = fs::read(&path) {
-                    files.insert(format!("{base}{name}"), Digest::of(&content));
-                    break;
-                }
-            }
+            // The release file of the same suite begins alike.
+            let release = list.strip_suffix(&list_name(key)).and_then(|prefix| {
+                ["InRelease", "Release"].into_iter().find_map(|name| {
+                    Some((format!("{base}{name}"), fs::read(format!("{prefix}{name}")).ok()?))
+                })
+            });
+            // Without it nobody would see that the archive moves on.
+            let Some((url, content)) = release else {
+                return Err(BakeError::Archive {
+                    archive: base.to_owned(),
+                    why: format!("apt kept no release file beside its list {list}"),
+                    remedy: "see that the archive has an InRelease or a Release file for this suite"
+                        .to_owned(),
+                });
+            };
+            files.insert(url, Digest::of(&content));
         }
         if files.is_empty() {
             return Err(BakeError::Archive {
@@ -181,6 +196,22 @@ impl<'a> Apt<'a> {
         }
         Ok(files.into_iter().map(|(url, digest)| ReleaseFile { url, digest }).collect())
     }
+}
+
+/// How apt names a list after the part of its address below the suite: what is special to it or not printable in hex, and
+/// `_` for `/`. It is `URItoFileName` of its `strutl.cc`.
+fn list_name(key: &str) -> String {
+    let mut name = String::new();
+    for byte in key.bytes() {
+        match byte {
+            b'/' => name.push('_'),
+            _ if !byte.is_ascii_graphic() || b"\\|{}[]<>\"^~_=!@#$%&*".contains(&byte) => {
+                let _ = write!(name, "%{byte:02x}");
+            }
+            _ => name.push(char::from(byte)),
+        }
+    }
+    name
 }
 
 /// Waits for another bake of the same archives, for as long as the caller does.
@@ -357,6 +388,12 @@ mod tests {
         let second = Apt::open(home.path(), "amd64", &[], &log, &cancel).err();
         assert!(matches!(second, Some(BakeError::Cancelled)), "{second:?}");
         assert_eq!(*lines.lock().unwrap(), ["waiting for another build that asks the same archives"]);
+    }
+
+    #[test]
+    fn lists_have_the_names_that_apt_gives_them() {
+        assert_eq!(list_name("main/binary-amd64/Packages"), "main_binary-amd64_Packages");
+        assert_eq!(list_name("my_repo~1/binary-amd64/Packages"), "my%5frepo%7e1_binary-amd64_Packages");
     }
 
     #[test]

@@ -116,7 +116,7 @@ impl Deb {
         Ok(Reader::new(BufReader::with_capacity(1 << 16, stream)))
     }
 
-    fn keeping(&self) -> Result<impl Read + Send + 'static, BakeError> {
+    fn keeping(&self) -> Result<io::Take<opened::Keeping<Box<dyn Read + Send>>>, BakeError> {
         let file = File::open(&self.path).map_err(BakeError::io("open", &self.path))?;
         let stream = open_member(&file, &self.data).map_err(BakeError::io("read", &self.path))?;
         Ok(opened::Keeping::new(stream, &self.opened).take(DATA_LIMIT))
@@ -126,7 +126,7 @@ impl Deb {
     pub(crate) fn keep(&self, wanted: &dyn Fn() -> bool) -> Result<(), BakeError> {
         let mut stream = self.keeping()?;
         let mut buffer = vec![0; 1 << 16];
-        while wanted() {
+        while wanted() && stream.get_ref().keeps() {
             if stream.read(&mut buffer).map_err(BakeError::io("read", &self.path))? == 0 {
                 break;
             }

@@ -38,6 +38,11 @@ impl<R: Read> Keeping<R> {
         Self { inner, encoder: zstd::Encoder::new(Vec::new(), LEVEL).ok(), size: 0, path: path.to_owned() }
     }
 
+    /// False once it was kept, or is too large to be.
+    pub(crate) fn keeps(&self) -> bool {
+        self.encoder.is_some()
+    }
+
     fn put(&self, content: &[u8]) -> io::Result<()> {
         let folder = self.path.parent().unwrap_or(Path::new("/"));
         let mut file = tempfile::NamedTempFile::new_in(folder)?;

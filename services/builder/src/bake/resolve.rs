@@ -181,7 +181,7 @@ impl Resolver<'_> {
         apt.update(self.cancel)?;
         let began = Instant::now();
         let release_files = apt.release_files(self.cancel)?;
-        let solutions = Solutions::open(apt.folder(), &release_files)?;
+        let solutions = Solutions::open(apt.folder(), apt.configuration(), &release_files)?;
         let mut lists: Vec<&[String]> = requested.iter().map(|list| list.as_slice()).collect();
         lists.insert(0, &base_wanted);
         let solver = Solver { apt: &apt, status: status.as_deref(), cancel: self.cancel };

@@ -6,6 +6,7 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 use kiln_model::digest::Digest;
+use kiln_model::lock::BUILDER_FORMAT;
 use serde_json::json;
 
 use super::ReleaseFile;
@@ -18,16 +19,24 @@ pub(crate) struct Solutions {
 
 impl Solutions {
     /// Those of the lists that these release files were read with. Others of the same archives are forgotten.
-    pub(crate) fn open(apt: &Path, release_files: &[ReleaseFile]) -> Result<Self, BakeError> {
+    ///
+    /// `configuration` is apt's, which says how it solves.
+    pub(crate) fn open(
+        apt: &Path,
+        configuration: &str,
+        release_files: &[ReleaseFile],
+    ) -> Result<Self, BakeError> {
         let files: Vec<_> = release_files.iter().map(|file| json!([file.url, file.digest])).collect();
-        let of = digest(&json!(files))?.hex();
+        let key = json!({"format": BUILDER_FORMAT, "configuration": configuration, "files": files});
+        let key = digest(&key)?.hex();
         let all = apt.join("solutions");
-        let folder = all.join(&of);
+        let folder = all.join(&key);
         fs::create_dir_all(&folder).map_err(BakeError::io("make folder", &folder))?;
-        for other in fs::read_dir(&all).map_err(BakeError::io("list", &all))? {
-            let other = other.map_err(BakeError::io("list", &all))?;
-            if other.file_name() != *of {
-                fs::remove_dir_all(other.path()).map_err(BakeError::io("remove", other.path()))?;
+        for other in fs::read_dir(&all).map_err(BakeError::io("list", &all))?.filter_map(Result::ok) {
+            if other.file_name() != *key
+                && let Err(error) = fs::remove_dir_all(other.path())
+            {
+                tracing::warn!(path = %other.path().display(), %error, "old solutions are left");
             }
         }
         Ok(Self { folder })
@@ -40,6 +49,7 @@ impl Solutions {
         status: Option<&Path>,
         solve: impl FnOnce() -> Result<Vec<Vec<Solved>>, BakeError>,
     ) -> Result<Vec<Vec<Solved>>, BakeError> {
+        let status = status.map(Path::to_string_lossy);
         let path = self.folder.join(digest(&json!({"lists": lists, "status": status}))?.hex());
         // One that a crash has cut is as good as none.
         if let Some(known) = fs::read(&path).ok().and_then(|text| serde_json::from_slice(&text).ok()) {
@@ -52,7 +62,10 @@ impl Solutions {
             file.persist(&path)?;
             Ok(())
         };
-        put().map_err(BakeError::io("write", &path))?;
+        // It costs time, not the plan.
+        if let Err(error) = put() {
+            tracing::warn!(path = %path.display(), %error, "what apt solved is not kept");
+        }
         Ok(solved)
     }
 }
@@ -81,13 +94,14 @@ mod tests {
     #[test]
     fn a_solution_counts_for_one_question_of_the_same_lists() {
         let folder = tempfile::tempdir().unwrap();
-        let at = |content: &str| {
+        let configured = |configuration: &str, content: &str| {
             let file = ReleaseFile {
                 url: "http://a.test/InRelease".to_owned(),
                 digest: Digest::of(content.as_bytes()),
             };
-            Solutions::open(folder.path(), &[file]).unwrap()
+            Solutions::open(folder.path(), configuration, &[file]).unwrap()
         };
+        let at = |content: &str| configured("a", content);
         let never = || panic!("it is known");
         let (x, y) = (["x".to_owned()], ["y".to_owned()]);
         let (both, first): ([&[String]; 2], [&[String]; 1]) = ([&x, &y], [&x]);
@@ -117,6 +131,7 @@ mod tests {
 
         // Other lists.
         assert_eq!(at("2").get_or(&both, None, || Ok(solved("g"))).unwrap(), solved("g"));
+        assert_eq!(configured("b", "2").get_or(&both, None, || Ok(solved("h"))).unwrap(), solved("h"));
         assert_eq!(fs::read_dir(folder.path().join("solutions")).unwrap().count(), 1);
     }
 }

@@ -161,6 +161,15 @@ fn seconds(created: &str) -> i64 {
     created.parse::<Timestamp>().map_or(0, Timestamp::as_second)
 }
 
+/// Says that no step is to come any more.
+struct Ended<'a>(&'a AtomicUsize);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.0.store(usize::MAX, Ordering::Relaxed);
+    }
+}
+
 /// Makes the layers that the cache lacks.
 struct Kitchen<'a> {
     config: &'a BakeConfig,
@@ -191,46 +200,43 @@ impl Kitchen<'_> {
         let ahead = Ahead { store: &packages, steps: wanted, step: &under_way, cancel: &self.run.cancel };
         let result = thread::scope(|scope| {
             scope.spawn(|| ahead.run());
-            let mut all = || -> Result<(), BakeError> {
-                for (at, plan) in plans.iter().enumerate() {
-                    under_way.store(at, Ordering::Relaxed);
-                    if self.run.cancel.is_cancelled() {
-                        return Err(BakeError::Cancelled);
-                    }
-                    let began = Instant::now();
-                    let number = u32::try_from(reports.len()).unwrap_or(u32::MAX);
-                    (self.run.progress)(Progress::Began { step: number, name: plan.name.clone() });
-                    let cooked = self.cook(plan, &work, &packages, &lowers, at, stamp)?;
-                    stamp = cooked.stamp;
-                    stamps.push(stamp);
-                    lowers.insert(0, cooked.lower);
-                    let packer = Packer {
-                        whiteouts: if cooked.shift == 0 { Whiteouts::None } else { Whiteouts::Overlay },
-                        newest: stamp,
-                        shift: cooked.shift,
-                    };
-                    let (made, tree) = (&made, cooked.tree);
-                    scope.spawn(move || {
-                        // Extracted at once too: the image's tests and the first launch need it.
-                        let result = self
-                            .store
-                            .put_layer(&packer, &tree)
-                            .map(|packed| Made { digest: packed.diff_id, size: packed.size })
-                            .map_err(BakeError::from);
-                        if let Ok(mut made) = made.lock() {
-                            made.push((at, result));
-                        }
-                    });
-                    let millis = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
-                    let report = StepReport { name: plan.name.clone(), cached: false, millis };
-                    tell(self.run, reports.len(), &report);
-                    reports.push(report);
+            // However the steps end: the scope waits for what is opened ahead.
+            let _ended = Ended(&under_way);
+            for (at, plan) in plans.iter().enumerate() {
+                under_way.store(at, Ordering::Relaxed);
+                if self.run.cancel.is_cancelled() {
+                    return Err(BakeError::Cancelled);
                 }
-                Ok(())
-            };
-            let result = all();
-            under_way.store(usize::MAX, Ordering::Relaxed);
-            result
+                let began = Instant::now();
+                let number = u32::try_from(reports.len()).unwrap_or(u32::MAX);
+                (self.run.progress)(Progress::Began { step: number, name: plan.name.clone() });
+                let cooked = self.cook(plan, &work, &packages, &lowers, at, stamp)?;
+                stamp = cooked.stamp;
+                stamps.push(stamp);
+                lowers.insert(0, cooked.lower);
+                let packer = Packer {
+                    whiteouts: if cooked.shift == 0 { Whiteouts::None } else { Whiteouts::Overlay },
+                    newest: stamp,
+                    shift: cooked.shift,
+                };
+                let (made, tree) = (&made, cooked.tree);
+                scope.spawn(move || {
+                    // Extracted at once too: the image's tests and the first launch need it.
+                    let result = self
+                        .store
+                        .put_layer(&packer, &tree)
+                        .map(|packed| Made { digest: packed.diff_id, size: packed.size })
+                        .map_err(BakeError::from);
+                    if let Ok(mut made) = made.lock() {
+                        made.push((at, result));
+                    }
+                });
+                let millis = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+                let report = StepReport { name: plan.name.clone(), cached: false, millis };
+                tell(self.run, reports.len(), &report);
+                reports.push(report);
+            }
+            Ok(())
         });
         result?;
         let mut made = made.into_inner().unwrap_or_default();

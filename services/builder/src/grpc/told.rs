@@ -1,6 +1,7 @@
 //! Calls that take a while and tell what happens, until they give their outcome.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use kiln_api::builder::{BuildResponse, PlanResponse, build_response, plan_response};
 use kiln_service::error::ApiError;
@@ -14,6 +15,9 @@ use crate::bake::LogSink;
 
 /// Lines that a slow reader may lag behind. More are left out for it: work does not wait for who looks on.
 const AHEAD: usize = 256;
+
+/// Beyond what an archive that still answers needs.
+const BOUND: Duration = Duration::from_secs(600);
 
 /// A response that is a line, or the outcome.
 pub(super) trait Told: Send + 'static {
@@ -52,7 +56,10 @@ where
     });
     let telling = async move {
         tokio::select! {
-            outcome = work(listener) => {
+            outcome = tokio::time::timeout(BOUND, work(listener)) => {
+                let outcome = outcome.unwrap_or_else(|_| {
+                    Err(ApiError::Unavailable(format!("there was no outcome within {} s", BOUND.as_secs())))
+                });
                 // Nobody listens any more where this fails.
                 let _ = items.send(outcome.map(T::of).map_err(Status::from)).await;
             }
@@ -87,6 +94,14 @@ mod tests {
         let items: Vec<_> =
             lines_and(1, Err(ApiError::not_found("server", "web".to_owned()))).collect().await;
         assert_eq!(items[1].as_ref().unwrap_err().code(), tonic::Code::NotFound);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_never_ends_is_ended() {
+        let mut stream: Streamed<PlanResponse> =
+            told(plan_response::Item::Line, |_| async { std::future::pending().await });
+        let ended = tokio::time::timeout(BOUND * 2, stream.next()).await.unwrap().unwrap();
+        assert_eq!(ended.unwrap_err().code(), tonic::Code::Unavailable);
     }
 
     #[tokio::test]

@@ -151,11 +151,11 @@ pub struct PlanResponse {
 pub mod plan_response {
     #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum Item {
-        #[prost(string, tag = "1")]
-        Line(::prost::alloc::string::String),
         /// The last item.
-        #[prost(message, tag = "2")]
+        #[prost(message, tag = "1")]
         Plan(super::Plan),
+        #[prost(string, tag = "2")]
+        Line(::prost::alloc::string::String),
     }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -185,17 +185,17 @@ pub struct BuildOutcome {
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct BuildResponse {
-    #[prost(oneof = "build_response::Item", tags = "1, 2")]
+    #[prost(oneof = "build_response::Item", tags = "4, 5")]
     pub item: ::core::option::Option<build_response::Item>,
 }
 /// Nested message and enum types in `BuildResponse`.
 pub mod build_response {
     #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum Item {
-        #[prost(string, tag = "1")]
+        #[prost(string, tag = "4")]
         Line(::prost::alloc::string::String),
         /// The last item.
-        #[prost(message, tag = "2")]
+        #[prost(message, tag = "5")]
         Outcome(super::BuildOutcome),
     }
 }
@@ -750,7 +750,7 @@ pub mod builder_service_client {
             self.inner.server_streaming(req, path, codec).await
         }
         /// Resolves anew, and queues a build if the lock differs. Tells what resolving says meanwhile; a caller that goes before
-        /// the outcome ends it, and nothing is queued.
+        /// the outcome ends it. Whether a build was queued by then the same request id tells.
         pub async fn build(
             &mut self,
             request: impl tonic::IntoRequest<super::BuildRequest>,
@@ -1100,7 +1100,7 @@ pub mod builder_service_server {
             + std::marker::Send
             + 'static;
         /// Resolves anew, and queues a build if the lock differs. Tells what resolving says meanwhile; a caller that goes before
-        /// the outcome ends it, and nothing is queued.
+        /// the outcome ends it. Whether a build was queued by then the same request id tells.
         async fn build(
             &self,
             request: tonic::Request<super::BuildRequest>,
