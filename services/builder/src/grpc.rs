@@ -70,7 +70,10 @@ impl From<Error> for ApiError {
         use kiln_builder_core::Illegal;
         match error {
             Error::Store(error) => error.into(),
-            Error::Bake(ref bake) if bake.is_transient() => Self::Unavailable(error.to_string()),
+            // The error itself says what to do.
+            Error::Bake(ref bake) if bake.is_transient() => {
+                Self::OutsideAway { reason: error.to_string(), what_to_do: "try again later".to_owned() }
+            }
             Error::Bake(_) => {
                 Self::precondition(error.to_string(), "change the definition, then apply it again")
             }

@@ -61,6 +61,8 @@ pub struct Applied {
     pub outcome: Outcome,
     /// Of the server's document afterwards.
     pub version: u64,
+    /// The other source that it was taken from until now.
+    pub left: Option<Source>,
 }
 
 /// Sources on disk and in the store.
@@ -359,15 +361,16 @@ impl<'a, S: Store> Taking<'a, S> {
         touched.told.extend(told);
         let version = touched.version + u64::from(touched.before.as_ref() != Some(&server));
         touched.after = Some(server);
-        self.leave(former, &name).await?;
+        // One that was removed followed nothing.
+        let left = self.leave(former, &name).await?.filter(|_| outcome != Outcome::Created);
         self.source.value.servers.insert(name.clone());
-        Ok(Applied { name, digest: one.stored.digest, outcome, version })
+        Ok(Applied { name, digest: one.stored.digest, outcome, version, left })
     }
 
-    /// A server that moves to this source is no longer another's.
-    async fn leave(&mut self, former: Option<SourceId>, name: &ServerName) -> Result<(), Error> {
-        let Some(former) = former.filter(|former| *former != self.source.value.id) else { return Ok(()) };
-        let Some(mut other) = self.documents.source(former.as_str()).await? else { return Ok(()) };
+    /// A server that moves to this source is no longer another's, which is given.
+    async fn leave(&mut self, former: Option<SourceId>, name: &ServerName) -> Result<Option<Source>, Error> {
+        let Some(former) = former.filter(|former| *former != self.source.value.id) else { return Ok(None) };
+        let Some(mut other) = self.documents.source(former.as_str()).await? else { return Ok(None) };
         if other.value.servers.remove(name) {
             if other.value.servers.is_empty() {
                 self.edit.delete_source(other.version, &other.value.id);
@@ -375,7 +378,7 @@ impl<'a, S: Store> Taking<'a, S> {
                 self.edit.put_source(other.version, &other.value)?;
             }
         }
-        Ok(())
+        Ok(Some(other.value))
     }
 
     async fn write_definition(&mut self, one: &Readable) -> Result<(), Error> {

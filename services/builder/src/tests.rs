@@ -398,3 +398,16 @@ async fn a_commit_is_taken_over_and_a_deletion_only_noted() {
     assert_eq!((count("definition.orphaned"), count("definition.refused")), (1, 1));
     assert!(!world.server("db").await.unwrap().removed, "nothing is retired by a deletion");
 }
+
+#[tokio::test]
+async fn a_server_that_moves_to_another_source_says_which_it_left() {
+    let world = World::new().await;
+    let repository = world.repository();
+    let web = yaml("web", "a", 3);
+    repository.commit(&[("web/server.yaml", &web)]);
+    world.apply_git("r1", &repository).await.unwrap();
+    let left = world.left("r2", &web).await.remove(0).and_then(|source| source.git);
+    assert_eq!(left.map(|git| git.branch).as_deref(), Some("main"));
+    assert_eq!(world.left("r3", &web).await, [None], "it stays where it is");
+    assert_eq!(world.left("r4", &yaml("app", "a", 1)).await, [None], "it is new");
+}

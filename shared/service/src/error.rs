@@ -33,6 +33,9 @@ pub enum ApiError {
     /// A store or a peer is away. Trying again is safe.
     #[error("{0}")]
     Unavailable(String),
+    /// What is no part of Kiln is away: a repository, an archive. Trying again is safe.
+    #[error("{reason}")]
+    OutsideAway { reason: String, what_to_do: String },
     /// A defect of Kiln. The text is the whole chain of errors.
     #[error("{0}")]
     Internal(String),
@@ -122,6 +125,9 @@ impl From<ApiError> for Status {
                 (Code::InvalidArgument, "INVALID")
             }
             ApiError::NotFound { what, id } => {
+                if what == "server" {
+                    advise(&mut details, "`kiln status` lists the servers".to_owned());
+                }
                 details.set_resource_info(what, id, "", &message);
                 (Code::NotFound, "NOT_FOUND")
             }
@@ -149,6 +155,11 @@ impl From<ApiError> for Status {
             ApiError::Unavailable(_) => {
                 details.set_retry_info(Some(RETRY));
                 (Code::Unavailable, "UNAVAILABLE")
+            }
+            ApiError::OutsideAway { reason: _, what_to_do } => {
+                details.set_retry_info(Some(RETRY));
+                advise(&mut details, what_to_do);
+                (Code::Unavailable, "OUTSIDE_AWAY")
             }
             ApiError::Internal(chain) => {
                 tracing::error!(error = %chain, "an API call failed by a defect");

@@ -171,7 +171,7 @@ impl<'a> Apt<'a> {
                 continue;
             };
             // The release file of the same suite begins alike.
-            let release = list.strip_suffix(&list_name(key)).and_then(|prefix| {
+            let release = list.rsplit_once(&list_name(key)).and_then(|(prefix, _)| {
                 ["InRelease", "Release"].into_iter().find_map(|name| {
                     Some((format!("{base}{name}"), fs::read(format!("{prefix}{name}")).ok()?))
                 })

@@ -24,6 +24,7 @@ use crate::bakery::Bakery;
 use crate::builder::TRIES;
 use crate::sources::{Error, Look, apply_cause};
 use crate::store::{Edit, Read};
+use crate::wire;
 
 /// Faults that one answer tells.
 const MAX_FAULTS: usize = 50;
@@ -91,6 +92,7 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
                 definition_digest: one.digest.to_string(),
                 outcome: outcome.into(),
                 version: one.version,
+                left: one.left.map(|source| wire::source(&source, 0)),
             });
         }
         let source = look.place.id().to_string();
@@ -262,7 +264,10 @@ fn refused(error: Error) -> Status {
     let message = error.to_string();
     let (field, todo) = match error {
         Error::Store(error) => return ApiError::from(error).into(),
-        Error::Git(ref git) if git.is_transient() => return ApiError::Unavailable(message).into(),
+        Error::Git(ref git) if git.is_transient() => {
+            let what_to_do = "see that it is a Git repository that this machine reaches, and apply it again";
+            return ApiError::OutsideAway { reason: message, what_to_do: what_to_do.to_owned() }.into();
+        }
         Error::Disk(_) => return ApiError::Unavailable(message).into(),
         Error::Faulty(faults) => {
             let mut details = ErrorDetails::new();

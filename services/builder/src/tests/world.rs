@@ -10,7 +10,7 @@ use kiln_api::builder::apply_request::Source as From;
 use kiln_api::builder::builder_service_server::BuilderService as _;
 use kiln_api::builder::{
     ApplyOutcome, ApplyRequest, BuildOutcome, BuildRequest, FolderSource, GitSource, InspectSourceRequest,
-    InspectSourceResponse, build_response,
+    InspectSourceResponse, Source, build_response,
 };
 use kiln_api::deployer::{Fleet, Release};
 use kiln_api::types;
@@ -314,7 +314,7 @@ impl World {
         }
     }
 
-    pub(crate) async fn apply(&self, request_id: &str, yaml: &str) -> Result<ApplyOutcome, Status> {
+    fn folder(request_id: &str, yaml: &str) -> ApplyRequest {
         let mut tar = tar::Builder::new(Vec::new());
         let mut header = tar::Header::new_gnu();
         header.set_size(yaml.len() as u64);
@@ -324,9 +324,19 @@ impl World {
         // Each server has a folder of its own.
         let origin = yaml.lines().find_map(|line| line.strip_prefix("name: ")).unwrap_or_default().to_owned();
         let source = Some(From::Folder(FolderSource { archive, origin }));
-        let request = ApplyRequest { request_id: request_id.to_owned(), source, actor: "me".to_owned() };
-        let answer = self.api().apply(Request::new(request)).await?.into_inner();
+        ApplyRequest { request_id: request_id.to_owned(), source, actor: "me".to_owned() }
+    }
+
+    pub(crate) async fn apply(&self, request_id: &str, yaml: &str) -> Result<ApplyOutcome, Status> {
+        let answer = self.api().apply(Request::new(Self::folder(request_id, yaml))).await?.into_inner();
         Ok(answer.servers[0].outcome())
+    }
+
+    /// The sources that servers left by this apply of a folder.
+    pub(crate) async fn left(&self, request_id: &str, yaml: &str) -> Vec<Option<Source>> {
+        let request = Self::folder(request_id, yaml);
+        let answer = self.api().apply(Request::new(request)).await.unwrap().into_inner();
+        answer.servers.into_iter().map(|server| server.left).collect()
     }
 
     pub(crate) async fn apply_git(&self, request_id: &str, repository: &Repository) -> Result<(), Status> {

@@ -58,6 +58,11 @@ pub(crate) async fn run(it: &Apply, services: &Services, screen: Screen) -> Outc
         })
         .collect();
     screen.table(&["SERVER", "DEFINITION", "DIGEST"], rows)?;
+    for server in &answer.servers {
+        if let Some(left) = &server.left {
+            screen.line(no_longer_followed(&server.name, left))?;
+        }
+    }
 
     let mut fleets = Vec::new();
     if it.wait {
@@ -83,6 +88,17 @@ pub(crate) async fn run(it: &Apply, services: &Services, screen: Screen) -> Outc
     }))?;
     let name = answer.servers.first().map_or("", |server| &server.name);
     screen.next(&[format!("kiln status {name}"), format!("kiln why {name}")])
+}
+
+/// Commits that are taken over no more are told at once: nothing would happen at the next one.
+fn no_longer_followed(server: &str, left: &kiln_api::builder::Source) -> String {
+    match &left.git {
+        Some(git) => format!(
+            "{server} no longer follows branch {} of {}; to go back to it: kiln apply {} --branch {}",
+            git.branch, git.url, git.url, git.branch
+        ),
+        None => format!("{server} is no longer taken from the folder that was applied before"),
+    }
 }
 
 fn word(server: &AppliedServer) -> &'static str {
@@ -133,6 +149,15 @@ fn is_repository(text: &str, has_branch: bool) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_server_that_leaves_its_branch_says_how_to_go_back() {
+        let git = GitSource { url: "/srv/servers".to_owned(), branch: "main".to_owned() };
+        let left = kiln_api::builder::Source { git: Some(git), ..Default::default() };
+        let told = no_longer_followed("web", &left);
+        assert!(told.contains("web no longer follows branch main of /srv/servers"), "{told}");
+        assert!(told.contains("kiln apply /srv/servers --branch main"), "{told}");
+    }
 
     #[test]
     fn a_repository_is_told_from_a_folder() {

@@ -45,6 +45,9 @@ pub struct AppliedServer {
     /// The generation of definitions, to wait for.
     #[prost(uint64, tag = "4")]
     pub version: u64,
+    /// The source that it was taken from before, which it no longer follows; unset where it is the same, or it is new.
+    #[prost(message, optional, tag = "5")]
+    pub left: ::core::option::Option<Source>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ApplyResponse {
