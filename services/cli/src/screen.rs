@@ -72,26 +72,16 @@ impl Screen {
             return Ok(());
         }
         let mut table = Table::new();
-        table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic);
+        table.load_style(presets::NOTHING);
+        let width = table.width();
         if self.color {
             table.enforce_styling();
         } else {
             table.force_no_tty();
         }
-        if !io::stdout().is_terminal() {
-            // A file or a pipe has no width to fit into.
-            table.set_content_arrangement(ContentArrangement::Disabled);
-        }
         table.set_header(head.iter().map(|text| Cell::new(text).add_attribute(Attribute::Bold)));
         table.add_rows(rows);
-        // The first column is a name that people copy: it is never broken over two lines.
-        if let Some(column) = table.column_mut(0) {
-            column.set_constraint(ColumnConstraint::ContentWidth);
-        }
-        let columns = table.column_count();
-        for column in table.column_iter_mut().take(columns) {
-            column.set_padding((0, 2));
-        }
+        fit(&mut table, width);
         let text = table.to_string();
         for line in text.lines() {
             print(line.trim_end())?;
@@ -108,6 +98,32 @@ impl Screen {
         bar.set_style(style(length));
         bar.enable_steady_tick(Duration::from_millis(120));
         Bar(Some(bar))
+    }
+}
+
+/// Room for words in the last column.
+const LEAST: u16 = 24;
+
+/// Breaks what is to be read, which comes last; names and digests before it are copied, and stay whole. Where there is no
+/// room for that, as in a file or on a terminal that does not say its width, nothing is broken.
+fn fit(table: &mut Table, width: Option<u16>) {
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    let widths = table.column_max_content_widths();
+    let Some((_, before)) = widths.split_last() else { return };
+    let before = before.iter().fold(0_u16, |sum, width| sum.saturating_add(width + 2));
+    match width.filter(|width| *width >= before.saturating_add(LEAST)) {
+        Some(width) => {
+            table.set_content_arrangement(ContentArrangement::Dynamic).set_width(width);
+            let columns = widths.len();
+            for column in table.column_iter_mut().take(columns - 1) {
+                column.set_constraint(ColumnConstraint::ContentWidth);
+            }
+        }
+        None => {
+            table.set_content_arrangement(ContentArrangement::Disabled);
+        }
     }
 }
 
@@ -202,6 +218,25 @@ mod tests {
     use indicatif::{ProgressDrawTarget, TermLike};
 
     use super::*;
+
+    #[test]
+    fn names_stay_whole_and_what_is_read_is_broken_at_words() {
+        let shown = |width| {
+            let mut table = Table::new();
+            table.load_style(presets::NOTHING).force_no_tty();
+            table.set_header(["SERVER", "IMAGE", "NOTE"]);
+            table.add_row(["a-long-name", "0123456789ab", "web r2 was rolled back as its check failed"]);
+            fit(&mut table, width);
+            table.to_string().lines().map(|line| line.trim_end().to_owned()).collect::<Vec<_>>()
+        };
+        let whole = "a-long-name  0123456789ab  web r2 was rolled back as its check failed";
+        for width in [None, Some(0), Some(40), Some(200)] {
+            assert_eq!(shown(width)[1..], [whole], "{width:?}");
+        }
+        let broken = shown(Some(55));
+        assert_eq!(broken[1], "a-long-name  0123456789ab  web r2 was rolled back as");
+        assert_eq!(broken[2].trim(), "its check failed");
+    }
 
     /// A terminal that keeps what is written to it.
     #[derive(Debug, Clone, Default)]
