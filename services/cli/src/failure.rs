@@ -16,6 +16,8 @@ pub(crate) enum Code {
     Refused = 4,
     Unavailable = 5,
     Invalid = 64,
+    /// As a shell says of what Ctrl-C ended.
+    Interrupted = 130,
 }
 
 impl Code {
@@ -26,6 +28,7 @@ impl Code {
             Self::Refused => "refused",
             Self::Unavailable => "unavailable",
             Self::Invalid => "invalid",
+            Self::Interrupted => "interrupted",
         }
     }
 }

@@ -7,9 +7,10 @@ use std::time::{Duration, Instant};
 use kiln_api::builder::{Build, BuildState};
 use kiln_api::deployer::{Rollout, RolloutState};
 use kiln_api::types::CheckResult;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::clients::Services;
-use crate::failure::{Code, Failure, Outcome};
+use crate::failure::{Code, During as _, Failure, Outcome};
 use crate::screen::{Bar, Screen};
 use crate::words::{back, rollout_is_under_way, rollout_state, way};
 
@@ -76,6 +77,8 @@ async fn wait<T>(
     mut look: impl AsyncFnMut() -> Outcome<Look<T>>,
 ) -> Outcome<T> {
     let mut stages = Stages::new(screen);
+    // One for all turns: what comes during a look counts as well.
+    let mut interrupt = interrupts()?;
     loop {
         match look().await {
             Ok(Look::There(found)) => return Ok(found),
@@ -91,8 +94,24 @@ async fn wait<T>(
             .reason("timeout")
             .todo(format!("it goes on without this command: kiln status {server}")));
         }
-        tokio::time::sleep(PERIOD).await;
+        tokio::select! {
+            () = tokio::time::sleep(PERIOD) => {}
+            _ = interrupt.recv() => {
+                return Err(interrupted(&format!("waiting for {server}"), &format!("kiln status {server}")));
+            }
+        }
     }
+}
+
+/// Ctrl-C, from now on.
+pub(crate) fn interrupts() -> Outcome<Signal> {
+    signal(SignalKind::interrupt()).during("listening for Ctrl-C")
+}
+
+/// The end of a wait by Ctrl-C, which ends nothing else; `see` shows how it goes on.
+pub(crate) fn interrupted(what: &str, see: &str) -> Failure {
+    Failure::new(Code::Interrupted, what, "interrupted")
+        .todo(format!("it goes on without this command: {see}"))
 }
 
 fn under_way<T>(rollout: &Rollout) -> Look<T> {

@@ -29,8 +29,9 @@ Exit codes:
    2  usage: the command line is not understood
    3  not found
    4  refused: something must be so first, or changed meanwhile
-   5  unavailable: a service, the broker or the whole site is not running
+   5  unavailable: a service, the broker, the whole site, a repository or an archive does not answer
   64  invalid: a definition or the configuration is wrong
+ 130  interrupted by Ctrl-C: what was waited for goes on
 
 Try:  kiln up; kiln init web; kiln apply web --wait; kiln status";
 

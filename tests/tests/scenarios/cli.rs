@@ -1,5 +1,6 @@
 //! Every command, as people and as programs see it: a table with a telling word, a document that parses, an exit code.
 
+use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -292,6 +293,18 @@ async fn what_does_not_work_says_so_with_its_exit_code() -> Result<()> {
     let waits = waits.args(["apply", &slow, "--wait"]).stderr(std::process::Stdio::piped()).spawn()?;
     let runs = |document: &Value| document["last_build"]["state"] == "running";
     until_json(&site, &["status", "x-b7"], "the build", runs).await?;
+    // Ctrl-C ends a wait, and nothing else.
+    let mut interrupted = Command::new(binary("kiln")?);
+    interrupted.arg("--home").arg(site.home()).args(["--site", "refusals", "apply", &slow, "--wait"]);
+    let mut interrupted = interrupted.stderr(std::process::Stdio::piped()).spawn()?;
+    let mut told = BufReader::new(interrupted.stderr.take().ok_or("stderr")?).lines();
+    let waiting = told.by_ref().map_while(|line| line.ok()).any(|line| line.contains("building x-b7-b1"));
+    assert!(waiting, "it says what it waits for");
+    kill_process(Pid::from_child(&interrupted), Signal::INT)?;
+    let rest: Vec<_> = told.map_while(|line| line.ok()).collect();
+    assert_eq!(interrupted.wait()?.code(), Some(130), "{rest:?}");
+    assert!(rest.join("\n").contains("it goes on without this command: kiln status x-b7"), "{rest:?}");
+
     let output = site.try_kiln(&["logs", "x-b7-b1"])?;
     assert!(output.status.success() && both(&output).contains("goes on"), "{}", both(&output));
     definition(folder.path(), "x-b7", "sleep 301")?;

@@ -118,7 +118,16 @@ async fn watch(services: &Services, screen: Screen, id: &str) -> Outcome<BuildMe
         .into_inner();
     let bar = screen.bar(0);
     let mut last = None;
-    while let Some(item) = stream.message().await.during(&what)? {
+    let mut interrupt = follow::interrupts()?;
+    loop {
+        let message = tokio::select! {
+            message = stream.message() => message.during(&what)?,
+            _ = interrupt.recv() => {
+                let see = format!("kiln why {id}; to end it: kiln build --cancel {id}");
+                return Err(follow::interrupted(&what, &see));
+            }
+        };
+        let Some(item) = message else { break };
         match item.item {
             Some(Item::Line(line)) => bar.line(screen, line.trim_end()),
             Some(Item::Build(build)) => {
