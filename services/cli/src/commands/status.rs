@@ -17,10 +17,10 @@ use crate::failure::{Code, During as _, Failure, Outcome};
 use crate::json;
 use crate::screen::{Screen, plain};
 use crate::words::{
-    age, is_verdict, moment, or_dash, plural, release, rollout_is_under_way, rollout_state, short,
+    age, back, is_verdict, moment, or_dash, plural, release, rollout_is_under_way, rollout_state, short,
     signal_state,
 };
-use crate::words::{build_state, tinted, took, whole_way};
+use crate::words::{build_state, tinted, took, way, whole_way};
 
 #[derive(Debug, Args)]
 pub(crate) struct Status {
@@ -95,7 +95,8 @@ async fn all(services: &Services, screen: Screen) -> Outcome {
         screen.line(format_args!("\nNot running: {}. What it knows is left out.", away.join(", ")))?;
         return screen.next(&["kiln up"]);
     }
-    let troubled = known.iter().find(|(_, known)| !notes(known, 0).is_empty());
+    let noted = || known.iter().filter(|(_, known)| !notes(known, 0).is_empty());
+    let troubled = noted().find(|(_, known)| state(known) != "stable").or_else(|| noted().next());
     if let Some((name, _)) = troubled { screen.next(&[format!("kiln why {name}")]) } else { Ok(()) }
 }
 
@@ -152,8 +153,10 @@ fn notes(known: &Known, signals: usize) -> Vec<String> {
         if server.quarantined && !told {
             notes.push("its definition was rolled back".to_owned());
         }
-        // What was rolled back is told by the deployer as well, and said once.
-        if !server.problem.is_empty() && !server.quarantined {
+        // What was rolled back is told by the deployer as well, and said once; a commit that was refused since then is not.
+        let fleet = known.fleet.as_ref();
+        let said = server.quarantined && (fleet.is_none() || is_verdict(&server.problem, fleet));
+        if !server.problem.is_empty() && !said {
             notes.push(first_line(&server.problem).to_owned());
         }
     }
@@ -172,6 +175,17 @@ fn first_line(text: &str) -> &str {
     text.lines().next().unwrap_or_default()
 }
 
+/// What runs; where it is on its way to another release, both.
+fn releases(fleet: &Fleet) -> String {
+    match fleet.rollout.as_ref().filter(|it| rollout_is_under_way(it.state())) {
+        Some(rollout) => {
+            let (from, to) = back(rollout).unwrap_or((rollout.from_release, rollout.to_release));
+            way(from, to)
+        }
+        None => release(fleet.release),
+    }
+}
+
 fn row(name: &str, known: &Known, state: &str, signals: usize) -> Vec<Cell> {
     let server = known.server.as_ref();
     let fleet = known.fleet.as_ref();
@@ -183,7 +197,7 @@ fn row(name: &str, known: &Known, state: &str, signals: usize) -> Vec<Cell> {
     vec![
         plain(name),
         tinted(state),
-        plain(fleet.map_or_else(|| "-".to_owned(), |it| release(it.release))),
+        plain(fleet.map_or_else(|| "-".to_owned(), releases)),
         plain(fleet.map_or_else(|| "-".to_owned(), |it| format!("{}/{}", it.healthy, it.replicas))),
         plain(or_dash(&ports.join(", "))),
         plain(or_dash(server.map_or("", |it| short(&it.image_digest)))),

@@ -13,10 +13,15 @@ pub(crate) mod supervisor;
 
 use kiln_service::config::Site;
 
-use crate::failure::{Code, Failure, Outcome};
+use crate::failure::{Code, During as _, Failure, Outcome};
 use crate::home::Home;
 
 pub(crate) fn load(home: &Home) -> Outcome<Site> {
+    if let Err(error) = home.folder().metadata()
+        && error.kind() == std::io::ErrorKind::PermissionDenied
+    {
+        return Err(error).during(format_args!("looking for the site in {}", home.folder().display()));
+    }
     if !home.exists() {
         return Err(Failure::new(
             Code::Unavailable,
