@@ -5,13 +5,16 @@ use std::fmt::Display;
 use std::fs;
 use std::path::Path;
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use kiln_model::name::InstanceId;
 use kiln_service::error::ApiError;
 use kiln_store::Store;
+use tokio::task::JoinSet;
 
 use crate::cgroup::{self, Cgroup};
+use crate::exits::Watched;
 use crate::failure::Failure;
 use crate::names::Names;
 use crate::network::{bridge, firewall};
@@ -19,6 +22,8 @@ use crate::node::{Node, blocking};
 use crate::record::{Fact, Record, State};
 use crate::{rootfs, runtime};
 
+/// For the ends that came while the node was away; what is not done by then goes on beside.
+const ENDS: Duration = Duration::from_secs(3);
 /// How long the records of ended instances are kept, with logs and exit codes.
 const KEPT: SignedDuration = SignedDuration::from_hours(7 * 24);
 
@@ -67,9 +72,10 @@ impl<S: Store> Node<S> {
         if let Err(error) = self.restore_edge().await {
             tracing::error!(%error, "the edge could not be brought to what is wanted; trying again at the next look");
         }
+        let mut ends = JoinSet::new();
         for id in ended {
             let node = Arc::clone(self);
-            tokio::spawn(async move { node.see_to_end(&id).await });
+            ends.spawn(async move { node.see_to_end(&id, Watched::No).await });
         }
         // Later a launch may be ahead of its record.
         match self.find_orphans() {
@@ -78,6 +84,12 @@ impl<S: Store> Node<S> {
                 tracing::error!(%error, "what no record knows stays until the node is started again");
             }
         }
+        // Before anybody is told of instances: one that is listed as running and does not answer is taken for sick.
+        let seen_to = async { while ends.join_next().await.is_some() {} };
+        if tokio::time::timeout(ENDS, seen_to).await.is_err() {
+            tracing::warn!("instances that ended while the node was away are still listed as running");
+        }
+        ends.detach_all();
     }
 
     fn find_orphans(&self) -> Result<Orphans, Failure> {
@@ -122,7 +134,7 @@ impl<S: Store> Node<S> {
                 Ok(Some(_)) => {}
                 Ok(None) if self.note_end(&id) => {
                     let node = Arc::clone(self);
-                    tokio::spawn(async move { node.see_to_end(&id).await });
+                    tokio::spawn(async move { node.see_to_end(&id, Watched::No).await });
                 }
                 Ok(None) => {}
                 Err(error) => parts.note(id, Err(error)),

@@ -25,6 +25,13 @@ pub(crate) async fn ended(pidfd: OwnedFd) -> std::io::Result<()> {
     pidfd.readable().await.map(drop)
 }
 
+/// Whether this node was there when an instance ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Watched {
+    Yes,
+    No,
+}
+
 /// An end that could not be seen to is tried again after growing pauses.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
@@ -39,7 +46,7 @@ impl<S: Store> Node<S> {
                 return;
             }
             if node.note_end(&id) {
-                node.see_to_end(&id).await;
+                node.see_to_end(&id, Watched::Yes).await;
             }
         });
     }
@@ -59,9 +66,9 @@ impl<S: Store> Node<S> {
     }
 
     /// Takes an instance whose end was noted off the edge, records it, and clears it away. Ends when that is done.
-    pub(crate) async fn see_to_end(self: &Arc<Self>, id: &InstanceId) {
+    pub(crate) async fn see_to_end(self: &Arc<Self>, id: &InstanceId, watched: Watched) {
         let mut pause = FIRST_PAUSE;
-        while let Err(error) = self.see_to_end_once(id).await {
+        while let Err(error) = self.see_to_end_once(id, watched).await {
             tracing::error!(instance = %id, %error, again_in = ?pause, "its end could not be seen to");
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
@@ -70,7 +77,7 @@ impl<S: Store> Node<S> {
     }
 
     /// Each step finds out by itself whether it was done: after a crash, or a failure, all of them are gone through again.
-    async fn see_to_end_once(&self, id: &InstanceId) -> Result<(), ApiError> {
+    async fn see_to_end_once(&self, id: &InstanceId, watched: Watched) -> Result<(), ApiError> {
         // Users first: each millisecond here is connections that are refused. So not behind the plans of all servers, which
         // read and write the store with their lock, but behind one transaction of the edge at most.
         let record = self.book.get(id).map(|held| held.value);
@@ -91,13 +98,13 @@ impl<S: Store> Node<S> {
         };
         // The plan before the record: whoever sees that it ended may retire it, which a plan with it would forbid.
         self.forget_on_edge(id).await?;
-        self.record_end(id).await?;
+        self.record_end(id, watched).await?;
         // Nobody else is given its address while users may be sent there.
         off_edge?;
         self.clear_away(id).await
     }
 
-    async fn record_end(&self, id: &InstanceId) -> Result<(), ApiError> {
+    async fn record_end(&self, id: &InstanceId, watched: Watched) -> Result<(), ApiError> {
         let _alone = self.alone(id).await;
         // Another flow may have retired it meanwhile.
         let Some(record) = self.book.get(id).map(|held| held.value).filter(|record| record.is_running())
@@ -110,9 +117,11 @@ impl<S: Store> Node<S> {
             Some(code) => format!("ended by itself with exit code {code}"),
             None => "ended; nobody saw its exit code".to_owned(),
         };
-        tracing::warn!(instance = %id, exit_code, "{why}");
+        // Whatever ended the node, and what else would have seen it, may have ended it too: a machine that went down.
+        let unseen = watched == Watched::No && exit_code.is_none();
+        tracing::warn!(instance = %id, exit_code, unseen, "{why}");
         metrics::ended();
-        let exited = advance(record, Fact::Ended { exit_code, why })?;
+        let exited = advance(record, Fact::Ended { exit_code, why, unseen })?;
         self.book.write(exited, Batch::default()).await.map(drop)
     }
 

@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::fd::OwnedFd;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 
@@ -49,7 +50,14 @@ impl Process {
             Err(error) => return Err(Failure::new(what(), error)),
         };
         // Looked at after the descriptor was opened: what it holds can't become another process any more.
-        Ok((started(self.pid) == Some(self.started)).then_some(fd))
+        if started(self.pid) != Some(self.started) {
+            return Ok(None);
+        }
+        // It keeps its number until its parent has asked how it ended.
+        let mut ended = [PollFd::new(&fd, PollFlags::IN)];
+        let ended =
+            poll(&mut ended, Some(&Timespec::default())).map_err(|error| Failure::new(what(), error))?;
+        Ok((ended == 0).then_some(fd))
     }
 }
 
@@ -63,5 +71,18 @@ mod tests {
         assert!(own.open().unwrap().is_some());
         assert!(Process { started: own.started + 1, ..own.clone() }.open().unwrap().is_none());
         assert!(Process { boot: "another".to_owned(), ..own }.open().unwrap().is_none());
+    }
+
+    #[test]
+    fn one_that_nobody_has_asked_how_it_ended_has_ended() {
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let process = Process::of(child.id()).unwrap();
+        assert!(process.open().unwrap().is_some());
+        child.kill().unwrap();
+        // Readable at its end; not waited for, so it stays as it is.
+        let fd = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
+        poll(&mut [PollFd::new(&fd, PollFlags::IN)], None).unwrap();
+        assert!(process.open().unwrap().is_none());
+        child.wait().unwrap();
     }
 }

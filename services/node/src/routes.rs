@@ -144,6 +144,12 @@ impl<S: Store> Node<S> {
                 Some(state) => state.word(),
                 None => "not there",
             };
+            // In a moment its record says so, and another plan is made.
+            if ended && matches!(state, Some(State::Running { .. })) {
+                return Err(ApiError::Conflict(format!(
+                    "instance {instance} can't serve users: it is {word}"
+                )));
+            }
             if word != "running" {
                 let reason = format!("instance {instance} can't serve users: it is {word}");
                 return Err(ApiError::precondition(reason, what_to_do));

@@ -80,6 +80,8 @@ fn failed_instance(work: &Work<'_>, rollout: &Rollout) -> Option<Failed> {
             InstanceState::Failed if rollout.failed_launches >= LAUNCHES => {
                 format!("{id} could not be launched: {}", instance.detail)
             }
+            // Another one takes its place.
+            InstanceState::Exited if instance.cut_off => return None,
             InstanceState::Exited => match instance.exit_code {
                 Some(code) => format!("{id} exited with {code}: {}", instance.detail),
                 None => format!("{id} ended: {}", instance.detail),

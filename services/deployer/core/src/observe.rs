@@ -181,6 +181,7 @@ fn take(instance: &mut Instance, seen: Option<&Seen>, state: InstanceState) {
         instance.address.clone_from(&seen.address);
         instance.launched = instance.launched.or(seen.launched);
         instance.exit_code = seen.exit_code;
+        instance.cut_off = seen.cut_off;
         instance.detail.clone_from(&seen.detail);
     }
 }

@@ -182,6 +182,7 @@ fn launch(work: &mut Work<'_>, target: &Release, bounds: &Bounds) -> usize {
             ended: None,
             exit_code: None,
             detail: String::new(),
+            cut_off: false,
             last_checks: Vec::new(),
             cause,
             replace: None,

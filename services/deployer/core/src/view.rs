@@ -42,7 +42,8 @@ pub struct Seen {
     pub ended: Option<Timestamp>,
     pub exit_code: Option<i32>,
     pub detail: String,
-    /// It failed because the node ended in the middle of its launch, which says nothing of its release.
+    /// It failed because the node ended in the middle of its launch, or ended while the node was away and nobody saw how:
+    /// that says nothing of its release.
     pub cut_off: bool,
 }
 

@@ -290,8 +290,11 @@ async fn an_instance_that_has_just_ended_is_not_put_back() {
                 Err(refused) => break refused,
             }
         };
-        assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
+        // It passes by itself until the end is on record, and does not after that.
+        assert!([Code::Aborted, Code::FailedPrecondition].contains(&refused.code()), "{refused}");
         site.wait_state(&id(attempt), InstanceState::Exited).await;
+        let refused = site.route(port, &[&id(1), &id(attempt)]).await.unwrap_err();
+        assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
         for _ in 0..20 {
             assert_eq!(get(local(port), "/").unwrap(), format!("Hello from {}\n", id(1)));
         }

@@ -117,6 +117,23 @@ fn however_often_a_launch_is_cut_off_its_release_is_not_to_blame() {
 }
 
 #[test]
+fn a_machine_that_goes_down_in_the_middle_of_a_rollout_convicts_nobody() {
+    for looks in [1, 2, 3, 5, 8, 13, 21] {
+        let mut world = standing();
+        world.revise(&Made::new("second", "two"));
+        for _ in 0..looks {
+            world.look();
+        }
+        world.say("> the machine goes down, and comes back");
+        world.lose_all();
+        world.play(60_000);
+        assert_eq!((world.fleet.last_good, world.running().len()), (2, 3), "{}", world.told());
+        assert!(world.fleet.quarantine.is_empty(), "{}", world.told());
+        assert!(world.fleet.rollout.is_none(), "{}", world.told());
+    }
+}
+
+#[test]
 fn what_the_monitor_holds_for_gone_does_not_hold_up_a_rollout() {
     let mut world = World::new();
     // Nobody is to replace it, so it stays.

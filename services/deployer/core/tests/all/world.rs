@@ -308,6 +308,17 @@ impl World {
         self.relist();
     }
 
+    /// As when the machine goes down and comes back: every instance is gone, and nobody saw how.
+    pub(crate) fn lose_all(&mut self) {
+        for running in self.node.values_mut().filter(|running| running.seen.state == SeenState::Running) {
+            running.seen.state = SeenState::Exited;
+            running.seen.detail = "ended; nobody saw its exit code".to_owned();
+            running.seen.cut_off = true;
+        }
+        self.edge.1.iter_mut().for_each(|listener| listener.backends.clear());
+        self.relist();
+    }
+
     pub(crate) fn running(&self) -> Vec<InstanceId> {
         let up = self.node.iter().filter(|(_, r)| r.seen.state == SeenState::Running);
         up.map(|(id, _)| id.clone()).collect()
