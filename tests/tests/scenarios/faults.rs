@@ -6,13 +6,13 @@ use std::time::Duration;
 use kiln_api::builder::{BuildState, ListBuildsRequest};
 use kiln_api::monitor::ListSignalsRequest;
 use kiln_tests::Result;
-use kiln_tests::load::fetch;
-use kiln_tests::netns::Neighbour;
+use kiln_tests::load::{Load, fetch};
+use kiln_tests::netns::{Neighbour, NeighbourLoad};
 use kiln_tests::random::Random;
 use kiln_tests::server::Web;
 use kiln_tests::site::{Site, full};
 use kiln_tests::wait::until;
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 
 const SERVICES: [&str; 4] = ["builder", "deployer", "monitor", "node"];
 
@@ -49,30 +49,154 @@ async fn traffic_flows_while_everything_of_kiln_is_down() -> Result<()> {
 /// SIGKILL of each service, and of the broker, at a random moment of the way from a commit to the replaced fleet.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_killed_at_any_moment_goes_on_where_it_was() -> Result<()> {
-    let rounds: u64 = if full() { 50 } else { 5 };
-    let web = Web::start(Site::up("kills")?).await?;
+    let count: u64 = if full() { 50 } else { 5 };
+    let mut rounds = Rounds::start("kills", 3).await?;
+    let first = rounds.random.below(VICTIMS.len() as u64);
+    for round in 1..=count {
+        let victim = VICTIMS[usize::try_from((first + round) % VICTIMS.len() as u64)?];
+        let delay = rounds.moment();
+        rounds
+            .round(&format!("{victim} killed after {delay:?}"), async |web| {
+                tokio::time::sleep(delay).await;
+                web.site.signal(victim, Signal::KILL)
+            })
+            .await?;
+    }
+    rounds.stop().await
+}
+
+/// One that stands still is not dead: it wakes up with its timers over, its calls given up and its leases lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_frozen_for_a_while_does_no_harm_when_it_wakes() -> Result<()> {
+    let (frozen, count) = if full() { (Duration::from_secs(60), 20) } else { (Duration::from_secs(8), 3) };
+    let mut rounds = Rounds::start("frozen", 5).await?;
+    let first = rounds.random.below(VICTIMS.len() as u64);
+    for round in 1..=count {
+        let victim = VICTIMS[usize::try_from((first + round) % VICTIMS.len() as u64)?];
+        let delay = rounds.moment();
+        rounds
+            .round(&format!("{victim} frozen after {delay:?}"), async |web| {
+                tokio::time::sleep(delay).await;
+                web.site.signal(victim, Signal::STOP)?;
+                tokio::time::sleep(frozen).await;
+                web.site.signal(victim, Signal::CONT)
+            })
+            .await?;
+    }
+    rounds.stop().await
+}
+
+/// The broker's data are gone from one moment to the next: events are hints, and the stores know what is to be done.
+#[tokio::test(flavor = "multi_thread")]
+async fn with_the_brokers_data_deleted_all_work_is_found_again() -> Result<()> {
+    let count: u64 = if full() { 10 } else { 2 };
+    let mut rounds = Rounds::start("wiped", 6).await?;
+    for _ in 1..=count {
+        let delay = rounds.moment();
+        rounds
+            .round(&format!("data deleted after {delay:?}"), async |web| {
+                tokio::time::sleep(delay).await;
+                // It writes on into files that have no name any more, until it is killed.
+                std::fs::remove_dir_all(web.site.home().join("nats/jetstream"))?;
+                web.site.signal("nats", Signal::KILL)
+            })
+            .await?;
+    }
+    rounds.stop().await
+}
+
+/// Everything that runs is killed at once, the instances and what holds them too, as when a machine goes down.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_killed_all_at_once_is_there_again_after_up() -> Result<()> {
+    let web = Web::start(Site::up("reboot")?).await?;
     let mut random = Random::seeded();
-    let victims = ["builder", "deployer", "monitor", "node", "nats"];
-    let first = random.below(victims.len() as u64);
-    let usual = until("the node's spare namespaces", Duration::from_secs(30), async || {
-        let kinds = kinds(&web.site)?;
-        if kinds.get("netns") > Some(&3) { Ok(kinds) } else { Err(format!("{kinds:?}").into()) }
-    })
-    .await?;
-    let neighbour = Neighbour::new(3)?;
-    let beside = neighbour.load(web.port, "Hello")?;
-    let load = web.load();
-    for round in 1..=rounds {
-        // Each in its turn, so that few rounds meet all of them.
-        let victim = victims[usize::try_from((first + round) % victims.len() as u64)?];
+    let rounds: u64 = if full() { 10 } else { 2 };
+    for release in 2..2 + rounds {
         let delay = Duration::from_millis(random.below(6000));
-        let release = round + 1;
-        web.say(&format!("round {round}"))?;
+        let told = |error| format!("{random}: all killed after {delay:?}: {error}");
+        let said = format!("release {release}");
+        web.say(&said)?;
         tokio::time::sleep(delay).await;
-        web.site.signal(victim, Signal::KILL)?;
-        let told = |error| format!("round {round}, {random}: {victim} killed after {delay:?}: {error}");
+        // First the one that would start the others again.
+        for process in ["supervisor"].iter().chain(&VICTIMS) {
+            web.site.signal(process, Signal::KILL)?;
+        }
+        until("the end of every process", Duration::from_secs(30), async || {
+            let left: Vec<_> = processes(&web.site)?;
+            for pid in &left {
+                // It may end by itself meanwhile.
+                let _ = kill_process(*pid, Signal::KILL);
+            }
+            if left.is_empty() { Ok(()) } else { Err(format!("{left:?}").into()) }
+        })
+        .await?;
+        web.site.kiln(&["up"]).map_err(&told)?;
         web.site.settled("web", release, Duration::from_secs(90)).await.map_err(told)?;
-        assert!(fetch(web.address(), "/").await?.contains(&format!("Hello round {round}")), "round {round}");
+        // A deployer that was killed when all was well says so until it has asked the node.
+        until("the new page", Duration::from_secs(30), async || {
+            let page = fetch(web.address(), "/").await?;
+            if page.contains(&format!("Hello {said}")) { Ok(()) } else { Err(page.into()) }
+        })
+        .await
+        .map_err(told)?;
+        web.site.settled("web", release, Duration::from_secs(90)).await.map_err(told)?;
+        let builds = web.site.builder().list_builds(ListBuildsRequest::default()).await?.into_inner().builds;
+        assert_eq!(builds.len() as u64, release, "{random}: one for each cause: {builds:?}");
+    }
+    web.site.down()
+}
+
+fn processes(site: &Site) -> Result<Vec<Pid>> {
+    let lines = site.on_machine()?;
+    let pids =
+        lines.iter().filter_map(|line| line.strip_prefix("process: ")?.split(' ').next()?.parse().ok());
+    Ok(pids.filter_map(Pid::from_raw).collect())
+}
+
+/// In their turn, so that few rounds meet all of them.
+const VICTIMS: [&str; 5] = ["builder", "deployer", "monitor", "node", "nats"];
+
+/// Commits under load, with something that happens on the way of each, and what must hold after it.
+struct Rounds {
+    web: Web,
+    load: Load,
+    beside: NeighbourLoad,
+    random: Random,
+    /// What the site has on the machine when nothing is under way.
+    usual: BTreeMap<String, usize>,
+    release: u64,
+    _neighbour: Neighbour,
+}
+
+impl Rounds {
+    async fn start(site: &str, neighbour: u8) -> Result<Self> {
+        let web = Web::start(Site::up(site)?).await?;
+        let usual = until("the node's spare namespaces", Duration::from_secs(30), async || {
+            let kinds = kinds(&web.site)?;
+            if kinds.get("netns") > Some(&3) { Ok(kinds) } else { Err(format!("{kinds:?}").into()) }
+        })
+        .await?;
+        let neighbour = Neighbour::new(neighbour)?;
+        let beside = neighbour.load(web.port, "Hello")?;
+        let load = web.load();
+        Ok(Self { web, load, beside, random: Random::seeded(), usual, release: 1, _neighbour: neighbour })
+    }
+
+    /// On the way from a commit to the replaced fleet.
+    fn moment(&mut self) -> Duration {
+        Duration::from_millis(self.random.below(6000))
+    }
+
+    async fn round(&mut self, what: &str, happens: impl AsyncFnOnce(&Web) -> Result<()>) -> Result<()> {
+        let (web, random) = (&self.web, &self.random);
+        let said = format!("round {}", self.release);
+        self.release += 1;
+        let release = self.release;
+        let told = |error| format!("{said}, {random}: {what}: {error}");
+        web.say(&said)?;
+        happens(web).await.map_err(told)?;
+        web.site.settled("web", release, Duration::from_secs(90)).await.map_err(told)?;
+        assert!(fetch(web.address(), "/").await?.contains(&format!("Hello {said}")), "{said}: {what}");
         // The victim may be on its way up still.
         until("one build for each cause, and nothing but the fleet", Duration::from_secs(30), async || {
             let builds =
@@ -82,7 +206,11 @@ async fn what_is_killed_at_any_moment_goes_on_where_it_was() -> Result<()> {
                 return Err(format!("{builds:?}").into());
             }
             let kinds = kinds(&web.site)?;
-            if kinds == usual { Ok(()) } else { Err(format!("{kinds:?}, usual is {usual:?}").into()) }
+            if kinds == self.usual {
+                Ok(())
+            } else {
+                Err(format!("{kinds:?}, usual is {:?}", self.usual).into())
+            }
         })
         .await
         .map_err(told)?;
@@ -91,11 +219,15 @@ async fn what_is_killed_at_any_moment_goes_on_where_it_was() -> Result<()> {
         let signals = signals.map_or_else(|_| Vec::new(), |answer| answer.into_inner().signals);
         let wrong: Vec<_> =
             signals.iter().filter(|s| ["gone", "unhealthy"].contains(&s.cause.as_str())).collect();
-        assert!(wrong.is_empty(), "round {round}, {random}: {victim} killed after {delay:?}: {wrong:?}");
+        assert!(wrong.is_empty(), "{said}, {random}: {what}: {wrong:?}");
+        Ok(())
     }
-    load.stop().await.unfailing(1000)?;
-    beside.stop()?.unfailing(1000)?;
-    web.site.down()
+
+    async fn stop(self) -> Result<()> {
+        self.load.stop().await.unfailing(1000)?;
+        self.beside.stop()?.unfailing(1000)?;
+        self.web.site.down()
+    }
 }
 
 /// How many of each kind of thing the site has on the machine: cgroups, mounts, namespaces, leases and so on.
