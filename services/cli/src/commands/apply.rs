@@ -26,7 +26,7 @@ pub(crate) struct Apply {
     #[arg(long)]
     wait: bool,
     /// How long to wait, in seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = follow::LIMIT)]
+    #[arg(long, value_name = "SECONDS", default_value_t = follow::LIMIT, requires = "wait")]
     timeout: u64,
 }
 

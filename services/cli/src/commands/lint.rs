@@ -121,6 +121,12 @@ fn look(path: &Path) -> Outcome<Looked> {
         if handler.render_report(&mut looked.drawn, &errors.report()).is_err() {
             looked.drawn = errors.to_string();
         }
+        // Each of several faults is drawn below a line that says nothing but this.
+        looked.drawn = looked
+            .drawn
+            .lines()
+            .filter(|line| line.trim_end() != "Error:")
+            .fold(String::new(), |drawn, line| drawn + line + "\n");
         looked.problems = errors
             .problems()
             .iter()

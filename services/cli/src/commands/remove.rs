@@ -17,7 +17,7 @@ pub(crate) struct Remove {
     #[arg(long)]
     wait: bool,
     /// How long to wait, in seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = follow::LIMIT)]
+    #[arg(long, value_name = "SECONDS", default_value_t = follow::LIMIT, requires = "wait")]
     timeout: u64,
 }
 

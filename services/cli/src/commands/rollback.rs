@@ -24,7 +24,7 @@ pub(crate) struct Rollback {
     #[arg(long)]
     wait: bool,
     /// How long to wait, in seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = follow::LIMIT)]
+    #[arg(long, value_name = "SECONDS", default_value_t = follow::LIMIT, requires = "wait")]
     timeout: u64,
 }
 
