@@ -161,6 +161,8 @@ async fn the_life_of_a_server_in_every_command() -> Result<()> {
     assert_eq!(shown(site, &["why", "web-r1"], "r2 -> r1: rolled back")?["failures"], serde_json::json!([]));
     let why = shown(site, &["why", "web-r3"], "r3 is quarantined")?;
     assert!(!items(&why, "failures").is_empty(), "{why}");
+    let told = site.kiln(&["plan", "web"])?;
+    assert!(told.contains("applied last was rolled back"), "{told}");
     // What was convicted is not waited for.
     refused(site, &apply, 1, "quarantined")?;
 

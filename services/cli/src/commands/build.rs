@@ -64,6 +64,7 @@ pub(crate) async fn run(it: &Build, services: &Services, screen: Screen) -> Outc
         screen.json(&json!({
             "unchanged": answer.unchanged, "image_digest": answer.image_digest, "build": null,
         }))?;
+        super::plan::tell_of_quarantine(server, services, screen).await?;
         screen.line(nothing_built(server, &answer))?;
         let next = if answer.unchanged {
             format!("kiln build {server} --verify --wait")

@@ -16,6 +16,17 @@ pub(crate) struct Plan {
     server: String,
 }
 
+/// What is planned and built then is not what was applied last.
+pub(crate) async fn tell_of_quarantine(server: &str, services: &Services, screen: Screen) -> Outcome {
+    if !services.server(server).await?.quarantined {
+        return Ok(());
+    }
+    screen.line(format_args!(
+        "The definition that was applied last was rolled back, and stays out until it changes. This is about the last good \
+         one: kiln why {server}"
+    ))
+}
+
 pub(crate) async fn run(it: &Plan, services: &Services, screen: Screen) -> Outcome {
     let server = &it.server;
     let bar = screen.bar(0);
@@ -35,6 +46,7 @@ pub(crate) async fn run(it: &Plan, services: &Services, screen: Screen) -> Outco
     };
     drop(bar);
     screen.json(&json::of("kiln.builder.v1.Plan", &plan)?)?;
+    tell_of_quarantine(server, services, screen).await?;
 
     if !plan.needs_build && !plan.needs_revision {
         return screen.line(format_args!(
