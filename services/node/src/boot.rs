@@ -5,13 +5,11 @@ use std::fmt::Display;
 use std::fs;
 use std::path::Path;
 use std::sync::{Arc, PoisonError};
-use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use kiln_model::name::InstanceId;
 use kiln_service::error::ApiError;
 use kiln_store::Store;
-use tokio::task::JoinSet;
 
 use crate::cgroup::{self, Cgroup};
 use crate::exits::Watched;
@@ -22,8 +20,6 @@ use crate::node::{Node, blocking};
 use crate::record::{Fact, Record, State};
 use crate::{rootfs, runtime};
 
-/// For the ends that came while the node was away; what is not done by then goes on beside.
-const ENDS: Duration = Duration::from_secs(3);
 /// How long the records of ended instances are kept, with logs and exit codes.
 const KEPT: SignedDuration = SignedDuration::from_hours(7 * 24);
 
@@ -72,10 +68,14 @@ impl<S: Store> Node<S> {
         if let Err(error) = self.restore_edge().await {
             tracing::error!(%error, "the edge could not be brought to what is wanted; trying again at the next look");
         }
-        let mut ends = JoinSet::new();
+        // On record before anybody is told of instances: one that is listed as running and does not answer is taken for
+        // sick. What else there is to do for them goes on beside.
         for id in ended {
+            if let Err(error) = self.record_missed_end(&id).await {
+                tracing::error!(instance = %id, %error, "its end could not be recorded; trying again beside");
+            }
             let node = Arc::clone(self);
-            ends.spawn(async move { node.see_to_end(&id, Watched::No).await });
+            tokio::spawn(async move { node.see_to_end(&id, Watched::No).await });
         }
         // Later a launch may be ahead of its record.
         match self.find_orphans() {
@@ -84,12 +84,6 @@ impl<S: Store> Node<S> {
                 tracing::error!(%error, "what no record knows stays until the node is started again");
             }
         }
-        // Before anybody is told of instances: one that is listed as running and does not answer is taken for sick.
-        let seen_to = async { while ends.join_next().await.is_some() {} };
-        if tokio::time::timeout(ENDS, seen_to).await.is_err() {
-            tracing::warn!("instances that ended while the node was away are still listed as running");
-        }
-        ends.detach_all();
     }
 
     fn find_orphans(&self) -> Result<Orphans, Failure> {

@@ -104,6 +104,12 @@ impl<S: Store> Node<S> {
         self.clear_away(id).await
     }
 
+    /// Puts an end that came while the node was away on record, off the edge as it is by then.
+    pub(crate) async fn record_missed_end(&self, id: &InstanceId) -> Result<(), ApiError> {
+        self.forget_on_edge(id).await?;
+        self.record_end(id, Watched::No).await
+    }
+
     async fn record_end(&self, id: &InstanceId, watched: Watched) -> Result<(), ApiError> {
         let _alone = self.alone(id).await;
         // Another flow may have retired it meanwhile.
