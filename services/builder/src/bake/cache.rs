@@ -9,7 +9,6 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::Write as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -21,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::error::BakeError;
+use super::whole;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Record {
@@ -70,11 +70,8 @@ impl LayerCache {
         let path = self.root.join(key.hex());
         let failed = || BakeError::io("write", &path);
         let text = serde_json::to_vec(record).map_err(|e| failed()(e.into()))?;
-        let mut file = tempfile::NamedTempFile::new_in(&self.root).map_err(failed())?;
-        // Not synced: an empty or cut record reads as none.
-        file.write_all(&text).map_err(failed())?;
-        file.persist(&path).map_err(|e| failed()(e.error))?;
-        Ok(())
+        // An empty or cut record reads as none.
+        whole::write(&path, &[&text]).map_err(failed())
     }
 }
 

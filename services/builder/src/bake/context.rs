@@ -16,6 +16,7 @@ use rustix::io::Errno;
 
 use super::error::BakeError;
 use super::tree::names_in;
+use super::whole;
 
 const DEPTH_LIMIT: usize = 64;
 const FILES_LIMIT: usize = 100_000;
@@ -282,10 +283,7 @@ pub(crate) fn key_ring(folder: &Path, path: &str, keys: &Path) -> Result<PathBuf
     fs::create_dir_all(keys).map_err(BakeError::io("make folder", keys))?;
     let kept = keys.join(format!("{}.{extension}", Digest::of(&content).hex()));
     if !kept.is_file() {
-        let mut file =
-            tempfile::NamedTempFile::new_in(keys).map_err(BakeError::io("make a file in", keys))?;
-        file.write_all(&content).map_err(BakeError::io("write", &kept))?;
-        file.persist(&kept).map_err(|e| BakeError::io("name", &kept)(e.error))?;
+        whole::write(&kept, &[&content]).map_err(BakeError::io("write", &kept))?;
     }
     Ok(kept)
 }

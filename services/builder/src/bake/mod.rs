@@ -32,6 +32,7 @@ mod steps;
 mod tests;
 mod tree;
 mod unpack;
+mod whole;
 mod work;
 
 use std::path::{Path, PathBuf};

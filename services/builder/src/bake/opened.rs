@@ -7,6 +7,8 @@ use std::fs;
 use std::io::{self, Cursor, Read, Write as _};
 use std::path::{Path, PathBuf};
 
+use super::whole;
+
 const HASH: usize = 32;
 /// Of files; a larger package is read from its own archive each time, as it would be held in memory here.
 const LIMIT: u64 = 512 << 20;
@@ -44,12 +46,7 @@ impl<R: Read> Keeping<R> {
     }
 
     fn put(&self, content: &[u8]) -> io::Result<()> {
-        let folder = self.path.parent().unwrap_or(Path::new("/"));
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
-        file.write_all(blake3::hash(content).as_bytes())?;
-        file.write_all(content)?;
-        file.persist(&self.path)?;
-        Ok(())
+        whole::write(&self.path, &[blake3::hash(content).as_bytes(), content])
     }
 }
 

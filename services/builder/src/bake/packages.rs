@@ -24,6 +24,7 @@ use super::LogSink;
 use super::apt::Solved;
 use super::command::{self, Stdout};
 use super::error::BakeError;
+use super::whole;
 
 pub(crate) const APT_HELPER: &str = "/usr/lib/apt/apt-helper";
 const TIME_LIMIT: Duration = Duration::from_secs(1800);
@@ -61,10 +62,7 @@ impl PackageStore {
         for Solved { package, url } in solved {
             if !self.has(package) {
                 let path = self.root.join("where").join(package.sha256.hex());
-                let temporary = tempfile::NamedTempFile::new_in(self.root.join("where"))
-                    .map_err(BakeError::io("make a file for", &path))?;
-                fs::write(temporary.path(), url).map_err(BakeError::io("write", &path))?;
-                temporary.persist(&path).map_err(|e| BakeError::io("name", &path)(e.error))?;
+                whole::write(&path, &[url.as_bytes()]).map_err(BakeError::io("write", &path))?;
             }
         }
         Ok(())

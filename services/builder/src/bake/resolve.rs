@@ -21,7 +21,7 @@ use super::error::BakeError;
 use super::packages::PackageStore;
 use super::solutions::Solutions;
 use super::tree::Tree;
-use super::{BakeConfig, DebianRoot, LogSink, ParentImage, Resolution, dpkg, sources};
+use super::{BakeConfig, DebianRoot, LogSink, ParentImage, Resolution, dpkg, sources, whole};
 
 pub(crate) struct Resolver<'a> {
     pub(crate) config: &'a BakeConfig,
@@ -234,10 +234,7 @@ impl Resolver<'_> {
             why: "it holds no dpkg database, so no packages can be added".to_owned(),
             remedy: "take another parent, or leave the packages out".to_owned(),
         })?;
-        let file =
-            tempfile::NamedTempFile::new_in(&folder).map_err(BakeError::io("make a file in", &folder))?;
-        fs::write(file.path(), status).map_err(BakeError::io("write", &path))?;
-        file.persist(&path).map_err(|e| BakeError::io("name", &path)(e.error))?;
+        whole::write(&path, &[&status]).map_err(BakeError::io("write", &path))?;
         Ok(path)
     }
 }

@@ -2,7 +2,6 @@
 //! answer, and most commits change no package.
 
 use std::fs;
-use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 use kiln_model::digest::Digest;
@@ -12,6 +11,7 @@ use serde_json::json;
 use super::ReleaseFile;
 use super::apt::Solved;
 use super::error::BakeError;
+use super::whole;
 
 pub(crate) struct Solutions {
     folder: PathBuf,
@@ -56,14 +56,10 @@ impl Solutions {
             return Ok(known);
         }
         let solved = solve()?;
-        let put = || -> io::Result<()> {
-            let mut file = tempfile::NamedTempFile::new_in(&self.folder)?;
-            file.write_all(&serde_json::to_vec(&solved)?)?;
-            file.persist(&path)?;
-            Ok(())
-        };
         // It costs time, not the plan.
-        if let Err(error) = put() {
+        let kept =
+            serde_json::to_vec(&solved).map_err(Into::into).and_then(|text| whole::write(&path, &[&text]));
+        if let Err(error) = kept {
             tracing::warn!(path = %path.display(), %error, "what apt solved is not kept");
         }
         Ok(solved)
