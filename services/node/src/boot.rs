@@ -71,7 +71,7 @@ impl<S: Store> Node<S> {
         // On record before anybody is told of instances: one that is listed as running and does not answer is taken for
         // sick. What else there is to do for them goes on beside.
         for id in ended {
-            if let Err(error) = self.record_missed_end(&id).await {
+            if let Err(error) = self.put_on_record(&id, Watched::No).await {
                 tracing::error!(instance = %id, %error, "its end could not be recorded; trying again beside");
             }
             let node = Arc::clone(self);

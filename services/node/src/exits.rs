@@ -96,18 +96,16 @@ impl<S: Store> Node<S> {
             }
             None => Ok(()),
         };
-        // The plan before the record: whoever sees that it ended may retire it, which a plan with it would forbid.
-        self.forget_on_edge(id).await?;
-        self.record_end(id, watched).await?;
+        self.put_on_record(id, watched).await?;
         // Nobody else is given its address while users may be sent there.
         off_edge?;
         self.clear_away(id).await
     }
 
-    /// Puts an end that came while the node was away on record, off the edge as it is by then.
-    pub(crate) async fn record_missed_end(&self, id: &InstanceId) -> Result<(), ApiError> {
+    /// The plan of the edge before the record: whoever sees that it ended may retire it, which a plan with it would forbid.
+    pub(crate) async fn put_on_record(&self, id: &InstanceId, watched: Watched) -> Result<(), ApiError> {
         self.forget_on_edge(id).await?;
-        self.record_end(id, Watched::No).await
+        self.record_end(id, watched).await
     }
 
     async fn record_end(&self, id: &InstanceId, watched: Watched) -> Result<(), ApiError> {

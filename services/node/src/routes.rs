@@ -139,21 +139,14 @@ impl<S: Store> Node<S> {
             }
             let ended = self.has_ended(instance);
             let state = self.book.get(instance).map(|held| held.value.state);
-            let word = match &state {
-                Some(State::Running { .. }) if ended => "about to be recorded as exited",
-                Some(state) => state.word(),
-                None => "not there",
-            };
-            // In a moment its record says so, and another plan is made.
-            if ended && matches!(state, Some(State::Running { .. })) {
-                return Err(ApiError::Conflict(format!(
-                    "instance {instance} can't serve users: it is {word}"
-                )));
-            }
-            if word != "running" {
-                let reason = format!("instance {instance} can't serve users: it is {word}");
-                return Err(ApiError::precondition(reason, what_to_do));
-            }
+            let is = |word: &str| format!("instance {instance} can't serve users: it is {word}");
+            return Err(match &state {
+                Some(State::Running { .. }) if !ended => continue,
+                // In a moment its record says so, and another plan is made.
+                Some(State::Running { .. }) => ApiError::Conflict(is("about to be recorded as exited")),
+                Some(state) => ApiError::precondition(is(state.word()), what_to_do),
+                None => ApiError::precondition(is("not there"), what_to_do),
+            });
         }
         Ok(())
     }
