@@ -29,10 +29,11 @@ use crate::wire;
 impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
     pub(super) fn plan_server(&self, request: PlanRequest) -> Streamed<PlanResponse> {
         let api = self.clone();
-        told(PlanItem::Line, |listener| async move {
-            let plan = api.plan(&request, &listener).await?;
-            Ok(PlanItem::Plan(plan))
-        })
+        let say = |item| PlanResponse { item: Some(item) };
+        told(
+            move |line| say(PlanItem::Line(line)),
+            move |listener| async move { Ok(say(PlanItem::Plan(api.plan(&request, &listener).await?))) },
+        )
     }
 
     async fn plan(&self, request: &PlanRequest, listener: &LogSink) -> Result<Plan, ApiError> {
@@ -120,10 +121,11 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
 
     pub(super) fn build_server(&self, request: BuildRequest) -> Streamed<BuildResponse> {
         let api = self.clone();
-        told(BuildItem::Line, |listener| async move {
-            let outcome = api.build(request, &listener).await?;
-            Ok(BuildItem::Outcome(outcome))
-        })
+        let say = |item| BuildResponse { item: Some(item) };
+        told(
+            move |line| say(BuildItem::Line(line)),
+            move |listener| async move { Ok(say(BuildItem::Outcome(api.build(request, &listener).await?))) },
+        )
     }
 
     async fn build(&self, request: BuildRequest, listener: &LogSink) -> Result<BuildOutcome, ApiError> {

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use kiln_api::builder::{BuildResponse, PlanResponse, build_response, plan_response};
 use kiln_service::error::ApiError;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -19,38 +18,19 @@ const AHEAD: usize = 256;
 /// Beyond what an archive that still answers needs.
 const BOUND: Duration = Duration::from_secs(600);
 
-/// A response that is a line, or the outcome.
-pub(super) trait Told: Send + 'static {
-    type Item: Send;
-    fn of(item: Self::Item) -> Self;
-}
-
-impl Told for PlanResponse {
-    type Item = plan_response::Item;
-    fn of(item: Self::Item) -> Self {
-        Self { item: Some(item) }
-    }
-}
-
-impl Told for BuildResponse {
-    type Item = build_response::Item;
-    fn of(item: Self::Item) -> Self {
-        Self { item: Some(item) }
-    }
-}
-
-/// Does `work` for as long as the caller listens: a caller that goes ends it where it is.
-pub(super) fn told<T: Told, F>(
-    line: fn(String) -> T::Item,
+/// Does `work` for as long as the caller listens: a caller that goes ends it where it is. What it says goes out by `line`,
+/// and its outcome last.
+pub(super) fn told<T: Send + 'static, F>(
+    line: impl Fn(String) -> T + Send + Sync + 'static,
     work: impl FnOnce(LogSink) -> F + Send + 'static,
 ) -> Streamed<T>
 where
-    F: Future<Output = Result<T::Item, ApiError>> + Send,
+    F: Future<Output = Result<T, ApiError>> + Send,
 {
     let (items, stream) = mpsc::channel(AHEAD);
     let lines = items.clone();
     let listener: LogSink = Arc::new(move |text: &str| {
-        if let Err(error) = lines.try_send(Ok(T::of(line(text.to_owned())))) {
+        if let Err(error) = lines.try_send(Ok(line(text.to_owned()))) {
             tracing::debug!(%error, "a line was left out");
         }
     });
@@ -61,7 +41,7 @@ where
                     Err(ApiError::Unavailable(format!("there was no outcome within {} s", BOUND.as_secs())))
                 });
                 // Nobody listens any more where this fails.
-                let _ = items.send(outcome.map(T::of).map_err(Status::from)).await;
+                let _ = items.send(outcome.map_err(Status::from)).await;
             }
             () = items.closed() => {}
         }
@@ -76,10 +56,12 @@ mod tests {
 
     use super::*;
 
-    fn lines_and(count: usize, outcome: Result<(), ApiError>) -> Streamed<PlanResponse> {
-        told(plan_response::Item::Line, move |listener| async move {
+    const OUTCOME: &str = "the outcome";
+
+    fn lines_and(count: usize, outcome: Result<(), ApiError>) -> Streamed<String> {
+        told(String::from, move |listener| async move {
             (0..count).for_each(|number| listener(&number.to_string()));
-            outcome.map(|()| plan_response::Item::Plan(kiln_api::builder::Plan::default()))
+            outcome.map(|()| OUTCOME.to_owned())
         })
     }
 
@@ -88,7 +70,7 @@ mod tests {
         for (said, heard) in [(0, 0), (3, 3), (AHEAD + 10, AHEAD)] {
             let items: Vec<_> = lines_and(said, Ok(())).collect().await;
             let (last, lines) = items.split_last().unwrap();
-            assert!(matches!(last.as_ref().unwrap().item, Some(plan_response::Item::Plan(_))));
+            assert_eq!(last.as_ref().unwrap(), OUTCOME);
             assert_eq!(lines.len(), heard);
         }
         let items: Vec<_> =
@@ -98,8 +80,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn what_never_ends_is_ended() {
-        let mut stream: Streamed<PlanResponse> =
-            told(plan_response::Item::Line, |_| async { std::future::pending().await });
+        let mut stream: Streamed<String> = told(String::from, |_| std::future::pending());
         let ended = tokio::time::timeout(BOUND * 2, stream.next()).await.unwrap().unwrap();
         assert_eq!(ended.unwrap_err().code(), tonic::Code::Unavailable);
     }
@@ -107,7 +88,7 @@ mod tests {
     #[tokio::test]
     async fn a_caller_that_goes_ends_the_work() {
         let (ended, told_end) = tokio::sync::oneshot::channel::<()>();
-        let mut stream: Streamed<PlanResponse> = told(plan_response::Item::Line, |listener| async move {
+        let mut stream: Streamed<String> = told(String::from, |listener| async move {
             let _held = ended;
             listener("begun");
             std::future::pending().await
