@@ -2,12 +2,14 @@
 
 mod running;
 
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use kiln_api::builder::{Build, BuildState};
 use kiln_api::deployer::{Rollout, RolloutState};
 use kiln_api::types::CheckResult;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tonic::Streaming;
 
 use crate::clients::Services;
 use crate::failure::{Code, During as _, Failure, Outcome};
@@ -101,6 +103,25 @@ async fn wait<T>(
             }
         }
     }
+}
+
+/// Shows what a call says, each line in the place of the last, until it gives its outcome. `read` tells the two apart; a
+/// message of a kind that is not known yet is none of them.
+pub(crate) async fn outcome<M, T>(
+    mut stream: Streaming<M>,
+    bar: &Bar,
+    doing: &str,
+    what: &str,
+    read: impl Fn(M) -> Option<ControlFlow<T, String>>,
+) -> Outcome<T> {
+    while let Some(message) = stream.message().await.during(what)? {
+        match read(message) {
+            Some(ControlFlow::Continue(line)) => bar.message(format_args!("{doing}: {}", line.trim_end())),
+            Some(ControlFlow::Break(outcome)) => return Ok(outcome),
+            None => {}
+        }
+    }
+    Err(Failure::failed(what, "the builder ended the stream without an outcome"))
 }
 
 /// Ctrl-C, from now on.

@@ -1,5 +1,7 @@
 //! `kiln build`
 
+use std::ops::ControlFlow;
+
 use clap::Args;
 use kiln_api::builder::build_response::Item as Asked;
 use kiln_api::builder::watch_build_response::Item;
@@ -39,7 +41,8 @@ pub(crate) async fn run(it: &Build, services: &Services, screen: Screen) -> Outc
     }
     let server = it.server.as_deref().unwrap_or_default();
     let bar = screen.bar(0);
-    bar.message(format_args!("resolving {server}"));
+    let doing = format!("resolving {server}");
+    bar.message(&doing);
     let request = BuildRequest {
         request_id: request_id(),
         server: server.to_owned(),
@@ -48,17 +51,14 @@ pub(crate) async fn run(it: &Build, services: &Services, screen: Screen) -> Outc
         verify: it.verify,
     };
     let what = format!("building {server}");
-    let mut stream = services.builder().build(request).await.during(&what)?.into_inner();
-    let answer = loop {
-        match stream.message().await.during(&what)?.map(|message| message.item) {
-            Some(Some(Asked::Line(line))) => {
-                bar.message(format_args!("resolving {server}: {}", line.trim_end()))
-            }
-            Some(Some(Asked::Outcome(outcome))) => break outcome,
-            Some(None) => {}
-            None => return Err(Failure::failed(what, "the builder ended the stream without an outcome")),
-        }
-    };
+    let stream = services.builder().build(request).await.during(&what)?.into_inner();
+    let answer = follow::outcome(stream, &bar, &doing, &what, |message| {
+        Some(match message.item? {
+            Asked::Line(line) => ControlFlow::Continue(line),
+            Asked::Outcome(outcome) => ControlFlow::Break(outcome),
+        })
+    })
+    .await?;
     drop(bar);
     let Some(build) = answer.build else {
         screen.json(&json!({

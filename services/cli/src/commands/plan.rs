@@ -1,14 +1,16 @@
 //! `kiln plan`
 
+use std::ops::ControlFlow;
+
 use clap::Args;
 use kiln_api::builder::PlanRequest;
 use kiln_api::builder::plan_response::Item;
 
 use crate::clients::Services;
-use crate::failure::{During as _, Failure, Outcome};
-use crate::json;
+use crate::failure::{During as _, Outcome};
 use crate::screen::{Screen, plain};
 use crate::words::{or_dash, plural, short};
+use crate::{follow, json};
 
 #[derive(Debug, Args)]
 pub(crate) struct Plan {
@@ -18,7 +20,7 @@ pub(crate) struct Plan {
 
 /// What is planned and built then is not what was applied last.
 pub(crate) async fn tell_of_quarantine(server: &str, services: &Services, screen: Screen) -> Outcome {
-    if !services.server(server).await?.quarantined {
+    if screen.is_json() || !services.server(server).await?.quarantined {
         return Ok(());
     }
     screen.line(format_args!(
@@ -30,20 +32,17 @@ pub(crate) async fn tell_of_quarantine(server: &str, services: &Services, screen
 pub(crate) async fn run(it: &Plan, services: &Services, screen: Screen) -> Outcome {
     let server = &it.server;
     let bar = screen.bar(0);
-    bar.message(format_args!("resolving {server}"));
-    let what = format!("planning {server}");
+    let (doing, what) = (format!("resolving {server}"), format!("planning {server}"));
+    bar.message(&doing);
     let request = PlanRequest { server: server.clone() };
-    let mut stream = services.builder().plan(request).await.during(&what)?.into_inner();
-    let plan = loop {
-        match stream.message().await.during(&what)?.map(|message| message.item) {
-            Some(Some(Item::Line(line))) => {
-                bar.message(format_args!("resolving {server}: {}", line.trim_end()))
-            }
-            Some(Some(Item::Plan(plan))) => break plan,
-            Some(None) => {}
-            None => return Err(Failure::failed(what, "the builder ended the stream without a plan")),
-        }
-    };
+    let stream = services.builder().plan(request).await.during(&what)?.into_inner();
+    let plan = follow::outcome(stream, &bar, &doing, &what, |message| {
+        Some(match message.item? {
+            Item::Line(line) => ControlFlow::Continue(line),
+            Item::Plan(plan) => ControlFlow::Break(plan),
+        })
+    })
+    .await?;
     drop(bar);
     screen.json(&json::of("kiln.builder.v1.Plan", &plan)?)?;
     tell_of_quarantine(server, services, screen).await?;
