@@ -49,19 +49,12 @@ async fn traffic_flows_while_everything_of_kiln_is_down() -> Result<()> {
 /// SIGKILL of each service, and of the broker, at a random moment of the way from a commit to the replaced fleet.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_killed_at_any_moment_goes_on_where_it_was() -> Result<()> {
-    let count: u64 = if full() { 50 } else { 5 };
     let mut rounds = Rounds::start("kills", 3).await?;
-    let first = rounds.random.below(VICTIMS.len() as u64);
-    for round in 1..=count {
-        let victim = VICTIMS[usize::try_from((first + round) % VICTIMS.len() as u64)?];
-        let delay = rounds.moment();
-        rounds
-            .round(&format!("{victim} killed after {delay:?}"), async |web| {
-                tokio::time::sleep(delay).await;
-                web.site.signal(victim, Signal::KILL)
-            })
-            .await?;
-    }
+    rounds
+        .each_in_turn(if full() { 50 } else { 5 }, "killed", async |web, victim| {
+            web.site.signal(victim, Signal::KILL)
+        })
+        .await?;
     rounds.stop().await
 }
 
@@ -70,19 +63,13 @@ async fn what_is_killed_at_any_moment_goes_on_where_it_was() -> Result<()> {
 async fn what_is_frozen_for_a_while_does_no_harm_when_it_wakes() -> Result<()> {
     let (frozen, count) = if full() { (Duration::from_secs(60), 20) } else { (Duration::from_secs(8), 3) };
     let mut rounds = Rounds::start("frozen", 5).await?;
-    let first = rounds.random.below(VICTIMS.len() as u64);
-    for round in 1..=count {
-        let victim = VICTIMS[usize::try_from((first + round) % VICTIMS.len() as u64)?];
-        let delay = rounds.moment();
-        rounds
-            .round(&format!("{victim} frozen after {delay:?}"), async |web| {
-                tokio::time::sleep(delay).await;
-                web.site.signal(victim, Signal::STOP)?;
-                tokio::time::sleep(frozen).await;
-                web.site.signal(victim, Signal::CONT)
-            })
-            .await?;
-    }
+    rounds
+        .each_in_turn(count, "frozen", async |web, victim| {
+            web.site.signal(victim, Signal::STOP)?;
+            tokio::time::sleep(frozen).await;
+            web.site.signal(victim, Signal::CONT)
+        })
+        .await?;
     rounds.stop().await
 }
 
@@ -92,10 +79,8 @@ async fn with_the_brokers_data_deleted_all_work_is_found_again() -> Result<()> {
     let count: u64 = if full() { 10 } else { 2 };
     let mut rounds = Rounds::start("wiped", 6).await?;
     for round in 1..=count {
-        let delay = rounds.moment();
         rounds
-            .round(&format!("data deleted after {delay:?}"), async |web| {
-                tokio::time::sleep(delay).await;
+            .round("the broker's data deleted", async |web| {
                 // At once, as it makes and removes files itself; it writes on into what it has open, until it is killed.
                 let nats = web.site.home().join("nats");
                 // One that ended often in a short time is not started again at once.
@@ -118,7 +103,7 @@ async fn what_was_killed_all_at_once_is_there_again_after_up() -> Result<()> {
     let mut random = Random::seeded();
     let rounds: u64 = if full() { 10 } else { 2 };
     for release in 2..2 + rounds {
-        let delay = Duration::from_millis(random.below(6000));
+        let delay = moment(&mut random);
         let told = |error| format!("{random}: all killed after {delay:?}: {error}");
         let said = format!("release {release}");
         web.say(&said)?;
@@ -159,6 +144,11 @@ fn processes(site: &Site) -> Result<Vec<Pid>> {
     Ok(pids.filter_map(Pid::from_raw).collect())
 }
 
+/// On the way from a commit to the replaced fleet.
+fn moment(random: &mut Random) -> Duration {
+    Duration::from_millis(random.below(6000))
+}
+
 /// In their turn, so that few rounds meet all of them.
 const VICTIMS: [&str; 5] = ["builder", "deployer", "monitor", "node", "nats"];
 
@@ -188,18 +178,32 @@ impl Rounds {
         Ok(Self { web, load, beside, random: Random::seeded(), usual, release: 1, _neighbour: neighbour })
     }
 
-    /// On the way from a commit to the replaced fleet.
-    fn moment(&mut self) -> Duration {
-        Duration::from_millis(self.random.below(6000))
+    /// The same happens to each of the victims in its turn.
+    async fn each_in_turn(
+        &mut self,
+        count: u64,
+        done: &str,
+        happens: impl AsyncFn(&Web, &'static str) -> Result<()>,
+    ) -> Result<()> {
+        let first = self.random.below(VICTIMS.len() as u64);
+        for round in 1..=count {
+            let victim = VICTIMS[usize::try_from((first + round) % VICTIMS.len() as u64)?];
+            self.round(&format!("{victim} {done}"), async |web| happens(web, victim).await).await?;
+        }
+        Ok(())
     }
 
+    /// A commit, what happens on its way, and what must hold after both.
     async fn round(&mut self, what: &str, happens: impl AsyncFnOnce(&Web) -> Result<()>) -> Result<()> {
+        let delay = moment(&mut self.random);
         let (web, random) = (&self.web, &self.random);
+        let what = format!("{what} after {delay:?}");
         let said = format!("round {}", self.release);
         self.release += 1;
         let release = self.release;
         let told = |error| format!("{said}, {random}: {what}: {error}");
         web.say(&said)?;
+        tokio::time::sleep(delay).await;
         happens(web).await.map_err(told)?;
         web.site.settled("web", release, Duration::from_secs(90)).await.map_err(told)?;
         assert!(fetch(web.address(), "/").await?.contains(&format!("Hello {said}")), "{said}: {what}");
