@@ -38,7 +38,10 @@ where
         tokio::select! {
             outcome = tokio::time::timeout(BOUND, work(listener)) => {
                 let outcome = outcome.unwrap_or_else(|_| {
-                    Err(ApiError::Unavailable(format!("there was no outcome within {} s", BOUND.as_secs())))
+                    Err(ApiError::OutsideAway {
+                        reason: format!("there was no outcome within {} s", BOUND.as_secs()),
+                        what_to_do: "see that the archives answer, and try again".to_owned(),
+                    })
                 });
                 // Nobody listens any more where this fails.
                 let _ = items.send(outcome.map_err(Status::from)).await;
