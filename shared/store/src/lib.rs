@@ -10,6 +10,7 @@ mod batch;
 pub mod conformance;
 
 mod document;
+mod memory;
 mod sql;
 mod sqlite;
 mod token;
@@ -17,15 +18,23 @@ mod token;
 pub use batch::{AuditRecord, Batch, Change, Expect, StoredAnswer, Watermark};
 
 pub use document::{Cursor, Document, Entry, Page, decode, encode};
+pub use memory::MemoryStore;
 pub use sqlite::SqliteStore;
 
 use async_trait::async_trait;
+use jiff::SignedDuration;
 use kiln_model::event::Event;
 use kiln_model::name::RequestId;
 
 /// Bodies of one page of changes, in bytes. A page goes out as one message, which is smaller than the bodies that it is
 /// made from, and a gRPC client takes 4 MiB.
 pub const PAGE_BYTES: usize = 2 << 20;
+
+/// Documents, events or records of one page at most, whatever was asked for.
+const PAGE_LIMIT: u32 = 500;
+
+const KEEP_EVENTS: SignedDuration = SignedDuration::from_hours(7 * 24);
+const KEEP_TOMBSTONES: SignedDuration = SignedDuration::from_hours(30 * 24);
 
 /// Where a batch ended up.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -10,7 +10,7 @@ use crate::batch::AuditRecord;
 use crate::document::{Document, Entry};
 
 pub(super) fn limit(limit: u32) -> i64 {
-    i64::from(limit.clamp(1, 500))
+    i64::from(limit.clamp(1, crate::PAGE_LIMIT))
 }
 
 /// Versions and sequences grow by small steps from 0: 2⁶³ is not reached.

@@ -1,7 +1,7 @@
 //! The one task that writes: it takes whatever batches wait and gives them one transaction, so that a burst shares one
 //! wait for the disk. Each batch has a savepoint of its own: one that conflicts is undone, the others stand.
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use kiln_model::event::{Event, NewEvent};
 use sqlx::ConnectOptions as _;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
@@ -9,12 +9,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::rows::{failure, signed, unsigned};
 use crate::batch::{AuditRecord, Batch, Change, StoredAnswer, Watermark};
-use crate::{Committed, Error, sql};
+use crate::{Committed, Error, KEEP_EVENTS, KEEP_TOMBSTONES, sql};
 
 /// Batches in one transaction. Above it the wait for the disk is a small part already.
 const GROUP: usize = 128;
-const KEEP_EVENTS: SignedDuration = SignedDuration::from_hours(7 * 24);
-const KEEP_TOMBSTONES: SignedDuration = SignedDuration::from_hours(30 * 24);
 
 type Reply<T> = oneshot::Sender<Result<T, Error>>;
 
