@@ -9,6 +9,7 @@ use kiln_builder_core::collect::garbage;
 use kiln_builder_core::server::{self, Server};
 use kiln_image::ImageStore;
 use kiln_model::digest::Digest;
+use kiln_service::aside::aside;
 use kiln_service::clock::Clock;
 use kiln_service::shutdown;
 use kiln_store::Store;
@@ -29,6 +30,7 @@ pub async fn run<S: Store, K: Bakery, C: Clock>(
 ) {
     loop {
         tokio::select! {
+            biased;
             () = shutdown::requested(&mut stop) => return,
             () = builder.clock.sleep(PERIOD) => {}
         }
@@ -38,7 +40,7 @@ pub async fn run<S: Store, K: Bakery, C: Clock>(
             Err(error) => tracing::warn!(%error, "logs of old builds could not be removed"),
         }
         let store = images.clone();
-        match tokio::task::spawn_blocking(move || store.forget_unfinished()).await {
+        match aside(move || store.forget_unfinished()).await {
             Ok(Ok(0)) => {}
             Ok(Ok(count)) => tracing::info!(count, "layers that were never finished were removed"),
             Ok(Err(error)) => tracing::warn!(%error, "unfinished layers could not be removed"),
@@ -109,7 +111,7 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
 
     async fn remove(&self, images: &ImageStore, digest: Digest) {
         let images = images.clone();
-        let removed = tokio::task::spawn_blocking(move || images.delete(&digest)).await;
+        let removed = aside(move || images.delete(&digest)).await;
         match removed {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::warn!(%digest, %error, "an image's files could not be removed"),

@@ -12,6 +12,7 @@ use kiln_model::definition::{
 };
 use kiln_model::digest::Digest;
 use kiln_model::name::ServerName;
+use kiln_service::aside::aside;
 use serde::Serialize;
 
 use crate::tree::{MAX_SIZE, Node, Tree, link_target};
@@ -332,9 +333,7 @@ impl Contexts {
     pub async fn put(&self, readable: &Readable) -> std::io::Result<()> {
         let (root, target) = (self.root.clone(), self.folder(&readable.stored.digest));
         let files = readable.files.clone();
-        tokio::task::spawn_blocking(move || write(&root, &target, &files))
-            .await
-            .map_err(std::io::Error::other)?
+        aside(move || write(&root, &target, &files)).await.map_err(std::io::Error::other)?
     }
 }
 

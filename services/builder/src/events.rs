@@ -1,7 +1,7 @@
 //! What the monitor and the deployer tell: signals that call for a rebuild, and rollbacks that convict. Each comes as an
 //! event, and is found by the resync where the event is lost.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -246,7 +246,7 @@ pub struct Resync<S, K, C, P> {
 struct Seen {
     signals: Option<Cursor>,
     /// By id.
-    open: HashMap<String, Signal>,
+    open: BTreeMap<String, Signal>,
     fleets: Option<Cursor>,
 }
 

@@ -116,6 +116,10 @@ impl Address {
         Ok(Self { url: url.to_owned(), branch: branch.to_owned() })
     }
 
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
     /// The folder of a repository on this machine.
     fn local(&self) -> Option<&str> {
         self.url.strip_prefix("file://").or_else(|| self.url.starts_with('/').then_some(self.url.as_str()))

@@ -165,6 +165,7 @@ impl Tester for EngineTester {
         }
         run.log.line(&format!("testing in {}", instance.id));
         let tested = tokio::select! {
+            biased;
             tested = instance.test(&run) => tested,
             () = run.cancel.cancelled() => {
                 Err(TestFault { problem: "the build was cancelled".to_owned(), transient: true })

@@ -13,6 +13,7 @@ pub mod image_tests;
 pub mod logs;
 pub mod peers;
 pub mod reconcile;
+pub mod repositories;
 pub mod sources;
 pub mod store;
 #[cfg(test)]
@@ -22,21 +23,23 @@ pub mod wire;
 pub mod workers;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use kiln_api::builder::builder_service_server::BuilderServiceServer;
-use kiln_bus::{Interest, NatsBus, User};
+use kiln_bus::{Bus, Interest, NatsBus, User};
 use kiln_image::ImageStore;
 use kiln_model::event::Service;
-use kiln_service::clock::SystemClock;
+use kiln_service::clock::{Clock, SystemClock};
 use kiln_service::config::Site;
 use kiln_service::run::{Failure, Start};
 use kiln_service::server::{APPLY_LIMIT, ServerOptions, serve};
 use kiln_service::{client, follow, relay, requests, resync};
-use kiln_store::SqliteStore;
-use tokio::sync::Notify;
+use kiln_store::{SqliteStore, Store};
+use tokio::sync::{Notify, watch};
 use tonic::service::Routes;
 
 use crate::bake::{BakeConfig, BakeLimits, Baker};
+use crate::bakery::Bakery;
 use crate::builder::Builder;
 use crate::context::Contexts;
 use crate::events::{EventHandler, Resync};
@@ -44,6 +47,7 @@ use crate::grpc::Api;
 use crate::image_tests::EngineTester;
 use crate::logs::Logs;
 use crate::peers::SitePeers;
+use crate::repositories::Mirrors;
 use crate::sources::Sources;
 use crate::store::Documents;
 use crate::workers::WorkerOptions;
@@ -65,9 +69,11 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     let images = ImageStore::open(&paths.images())?;
     let baker = Baker::new(bake_config(&site))?;
     baker.sweep().await?;
-    let documents = Documents::new(store.clone());
+    let documents = Documents::new(store);
+    let contexts = Contexts::new(home.join("contexts"));
+    let mirrors = Arc::new(Mirrors::new(home.join("sources")));
     let builder = Builder {
-        sources: Sources::new(documents.clone(), Contexts::new(home.join("contexts")), home.join("sources")),
+        sources: Sources::new(documents.clone(), contexts, mirrors),
         documents,
         bakery: baker,
         logs: Logs::open(home.join("logs"))?,
@@ -76,46 +82,65 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     let owner = requests::new_id();
     workers::recover(&builder, &owner).await?;
 
-    let node = client::channel(&paths.socket(Service::Node));
-    let peers = SitePeers::new(
-        client::channel(&paths.socket(Service::Deployer)),
-        client::channel(&paths.socket(Service::Monitor)),
-    );
-    let wake = Arc::new(Notify::new());
-    let handler = Arc::new(EventHandler::new(builder.clone(), wake.clone()));
-    let following = Resync::new(builder.clone(), peers);
-    let interests = [
-        Interest { service: Service::Monitor, entity: "server" },
-        Interest { service: Service::Deployer, entity: "rollout" },
-    ];
     let api = Api::new(builder.clone(), images.clone(), paths.signing_pub());
     let service = BuilderServiceServer::new(api)
         .max_decoding_message_size(APPLY_LIMIT)
         .max_encoding_message_size(APPLY_LIMIT);
-    let routes = Routes::new(service);
-    let options = WorkerOptions { owner, workers: site.builder.workers };
-
-    let tester = EngineTester::new(node);
-
-    use kiln_bus::Bus as _;
-    let serving = serve(ServerOptions::new(Service::Builder, &site), routes, stop.clone());
+    let loops = Loops {
+        builder,
+        tester: EngineTester::new(client::channel(&paths.socket(Service::Node))),
+        peers: SitePeers::new(
+            client::channel(&paths.socket(Service::Deployer)),
+            client::channel(&paths.socket(Service::Monitor)),
+        ),
+        images,
+        options: WorkerOptions { owner, workers: site.builder.workers },
+        resync: site.poll.resync,
+    };
+    let serving = serve(ServerOptions::new(Service::Builder, &site), Routes::new(service), stop.clone());
     let beside = async {
-        tokio::join!(
-            relay::run(store, bus.clone(), stop.clone()),
-            reconcile::run(builder.clone(), stop.clone()),
-            workers::run(builder.clone(), tester.clone(), options, stop.clone()),
-            collect::run(builder.clone(), images, following.heard(), stop.clone()),
-            resync::every(site.poll.resync, stop.clone(), Arc::default(), || async {
-                tester.retire_leftovers(&builder).await.map(drop)
-            }),
-            resync::every(site.poll.resync, stop.clone(), wake, || following.run()),
-            follow::events(stop.clone(), || bus.consume(CONSUMER, &interests, handler.clone(), stop.clone())),
-        );
+        Box::pin(loops.run(bus, stop.clone())).await;
         Ok(())
     };
     // A server that can't serve ends the others too.
     tokio::try_join!(serving, beside)?;
     Ok(())
+}
+
+/// Everything but the gRPC server: the same loops in production and in the simulation.
+pub struct Loops<S, K, C> {
+    pub builder: Builder<S, K, C>,
+    pub tester: EngineTester,
+    pub peers: SitePeers,
+    pub images: ImageStore,
+    pub options: WorkerOptions,
+    /// Between two looks at everything that events may have failed to tell.
+    pub resync: Duration,
+}
+
+impl<S: Store, K: Bakery, C: Clock> Loops<S, K, C> {
+    /// Runs until told to stop.
+    pub async fn run<B: Bus>(self, bus: B, stop: watch::Receiver<bool>) {
+        let Self { builder, tester, peers, images, options, resync: period } = self;
+        let wake = Arc::new(Notify::new());
+        let handler = Arc::new(EventHandler::new(builder.clone(), wake.clone()));
+        let following = Resync::new(builder.clone(), peers);
+        let interests = [
+            Interest { service: Service::Monitor, entity: "server" },
+            Interest { service: Service::Deployer, entity: "rollout" },
+        ];
+        tokio::join!(
+            relay::run(builder.documents.store().clone(), bus.clone(), stop.clone()),
+            reconcile::run(builder.clone(), stop.clone()),
+            workers::run(builder.clone(), tester.clone(), options, stop.clone()),
+            collect::run(builder.clone(), images, following.heard(), stop.clone()),
+            resync::every(period, stop.clone(), Arc::default(), || async {
+                tester.retire_leftovers(&builder).await.map(drop)
+            }),
+            resync::every(period, stop.clone(), wake, || following.run()),
+            follow::events(stop.clone(), || bus.consume(CONSUMER, &interests, handler.clone(), stop.clone())),
+        );
+    }
 }
 
 /// How bakes of a site are done.

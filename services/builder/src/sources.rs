@@ -1,7 +1,6 @@
 //! Looking at sources and taking definitions over from them: by hand, by a signal, or only to see.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use jiff::Timestamp;
@@ -13,10 +12,12 @@ use kiln_builder_core::{graph, signal};
 use kiln_model::cause::{Cause, CauseKind};
 use kiln_model::digest::Digest;
 use kiln_model::name::ServerName;
+use kiln_service::aside::aside;
 use kiln_store::Store;
 
 use crate::context::{self, Contexts, Found, Readable};
-use crate::git::{self, Address, Mirror};
+use crate::git::{self, Address};
+use crate::repositories::Repositories;
 use crate::store::{Documents, Edit, Read};
 use crate::tree::{Tree, Unreadable};
 
@@ -70,14 +71,14 @@ pub struct Applied {
 pub struct Sources<S> {
     documents: Documents<S>,
     contexts: Contexts,
-    mirrors: PathBuf,
-    /// One fetch at a time into each mirror.
+    repositories: Arc<dyn Repositories>,
+    /// One fetch at a time of each.
     fetching: Arc<Mutex<HashMap<SourceId, Arc<tokio::sync::Mutex<()>>>>>,
 }
 
 impl<S: Store> Sources<S> {
-    pub fn new(documents: Documents<S>, contexts: Contexts, mirrors: PathBuf) -> Self {
-        Self { documents, contexts, mirrors, fetching: Arc::default() }
+    pub fn new(documents: Documents<S>, contexts: Contexts, repositories: Arc<dyn Repositories>) -> Self {
+        Self { documents, contexts, repositories, fetching: Arc::default() }
     }
 
     pub fn contexts(&self) -> &Contexts {
@@ -99,9 +100,7 @@ impl<S: Store> Sources<S> {
             fetching.entry(id.clone()).or_default().clone()
         };
         let _turn = turn.lock().await;
-        let mirror = Mirror::new(self.mirrors.join(id.as_str()), address);
-        let commit = mirror.fetch().await?;
-        let tree = mirror.read(&commit).await?;
+        let (commit, tree) = self.repositories.head(&id, address).await?;
         self.read(place.clone(), commit, tree).await
     }
 
@@ -111,15 +110,14 @@ impl<S: Store> Sources<S> {
     /// It is no such thing, or is hostile.
     pub async fn unpack(&self, origin: &str, archive: Vec<u8>) -> Result<Look, Error> {
         let place = Place::Folder { origin: origin.to_owned() };
-        let unpacked = tokio::task::spawn_blocking(move || Tree::from_tar(&archive)).await;
+        let unpacked = aside(move || Tree::from_tar(&archive)).await;
         let tree = unpacked.map_err(std::io::Error::other)??;
         self.read(place, String::new(), tree).await
     }
 
     async fn read(&self, place: Place, commit: String, tree: Tree) -> Result<Look, Error> {
         // Hashing up to 64 MiB is no work for a thread that others wait for.
-        let found =
-            tokio::task::spawn_blocking(move || context::find(&tree)).await.map_err(std::io::Error::other)?;
+        let found = aside(move || context::find(&tree)).await.map_err(std::io::Error::other)?;
         let mut look = Look { place, commit, found: found.map_err(Error::TooMuch)? };
         self.name_by_folder(&mut look).await?;
         Ok(look)

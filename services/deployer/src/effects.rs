@@ -24,10 +24,10 @@ const EVIDENCE: Duration = Duration::from_secs(10);
 
 /// The others, as effects reach them.
 #[derive(Clone)]
-pub(crate) struct Peers {
-    pub(crate) engine: Arc<dyn Engine>,
-    pub(crate) monitor: Arc<dyn Monitor>,
-    pub(crate) builder: Arc<dyn Builder>,
+pub struct Peers {
+    pub engine: Arc<dyn Engine>,
+    pub monitor: Arc<dyn Monitor>,
+    pub builder: Arc<dyn Builder>,
 }
 
 /// What makes two effects the same one.

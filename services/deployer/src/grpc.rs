@@ -38,7 +38,7 @@ const WAITING: usize = 8;
 type Answer<T> = Result<Response<T>, Status>;
 type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
-pub(crate) struct Api<S, C> {
+pub struct Api<S, C> {
     deployer: Deployer<S, C>,
 }
 
@@ -304,6 +304,7 @@ impl<S: Store, C: Clock> Api<S, C> {
                 given = Some(seen);
             }
             tokio::select! {
+                biased;
                 () = requested(&mut stop) => return,
                 () = sender.closed() => return,
                 changed = sequence.changed() => if changed.is_err() { return },

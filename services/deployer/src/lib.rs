@@ -7,7 +7,7 @@ mod effects;
 mod events;
 mod grpc;
 mod metrics;
-mod peers;
+pub mod peers;
 mod ports;
 mod reconcile;
 mod record;
@@ -19,22 +19,23 @@ mod tests;
 mod watch;
 mod wire;
 
+pub use effects::Peers;
 pub use ports::{Builder, Engine, Launch, Listing, Monitor, Problem, Revisions, Signals};
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use kiln_api::deployer::deployer_service_server::DeployerServiceServer;
 use kiln_bus::{Bus, NatsBus, User};
 use kiln_model::event::Service;
 use kiln_service::clock::{Clock, SystemClock};
 use kiln_service::run::{Failure, Start};
 use kiln_service::server::{ServerOptions, serve};
-use kiln_service::{follow, relay, resync};
+use kiln_service::{client, follow, relay, resync};
 use kiln_store::{SqliteStore, Store};
 use tokio::sync::{Notify, watch as flag};
 use tonic::service::Routes;
 
-use crate::effects::Peers;
 use crate::events::{DURABLE, Events, INTERESTS};
 use crate::reconcile::Deployer;
 
@@ -50,18 +51,17 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     std::fs::create_dir_all(paths.service(Service::Deployer))?;
     let store = SqliteStore::open(&paths.store(Service::Deployer)).await?;
     let bus = NatsBus::connect(site.nats(User::Deployer)?).await?;
+    let to = |service| client::channel(&paths.socket(service));
     let peers = Peers {
-        engine: Arc::new(peers::Node::new(&paths.socket(Service::Node))),
-        monitor: Arc::new(peers::Watcher::new(&paths.socket(Service::Monitor))),
-        builder: Arc::new(peers::Bakery::new(&paths.socket(Service::Builder))),
+        engine: Arc::new(peers::Node::new(to(Service::Node))),
+        monitor: Arc::new(peers::Watcher::new(to(Service::Monitor))),
+        builder: Arc::new(peers::Bakery::new(to(Service::Builder))),
     };
-    let deployer = Deployer::new(store.clone(), SystemClock::new(), peers, stop.clone());
-    let routes = Routes::new(grpc::service(deployer.clone()));
+    let loops = Loops::new(store, SystemClock::new(), peers, site.poll.resync, stop.clone());
     let options = ServerOptions::new(Service::Deployer, &site);
-    let loops = run_loops(deployer, bus, site.poll.resync, stop.clone());
-    let serving = async { serve(options, routes, stop).await };
+    let serving = serve(options, Routes::new(loops.service()), stop);
     let beside = async {
-        loops.await;
+        loops.run(bus).await;
         Ok(())
     };
     // A server that can't serve ends the others too.
@@ -70,24 +70,38 @@ pub async fn run(start: Start) -> Result<(), Failure> {
 }
 
 /// Everything but the gRPC server: the same loops in production, in tests and in the simulation.
-async fn run_loops<S: Store, C: Clock, B: Bus>(
+pub struct Loops<S, C> {
     deployer: Deployer<S, C>,
-    bus: B,
-    period: Duration,
-    stop: flag::Receiver<bool>,
-) {
-    let store = deployer.store.clone();
-    let handler = Events::handler(deployer.clone());
-    let resyncing = resync::every(period, stop.clone(), Arc::new(Notify::new()), || watch::resync(&deployer));
-    let pruning = resync::every(PRUNE, stop.clone(), Arc::new(Notify::new()), || async {
-        watch::prune(&store, deployer.clock.now().wall).await
-    });
-    tokio::join!(
-        follow::events(stop.clone(), || bus.consume(DURABLE, &INTERESTS, handler.clone(), stop.clone())),
-        relay::run(store.clone(), bus.clone(), stop.clone()),
-        watch::node(deployer.clone()),
-        watch::monitor(deployer.clone()),
-        resyncing,
-        pruning,
-    );
+    resync: Duration,
+}
+
+impl<S: Store, C: Clock> Loops<S, C> {
+    /// `resync` is the time between two looks at everything that events may have failed to tell.
+    pub fn new(store: S, clock: C, peers: Peers, resync: Duration, stop: flag::Receiver<bool>) -> Self {
+        Self { deployer: Deployer::new(store, clock, peers, stop), resync }
+    }
+
+    pub fn service(&self) -> DeployerServiceServer<grpc::Api<S, C>> {
+        grpc::service(self.deployer.clone())
+    }
+
+    /// Runs until told to stop.
+    pub async fn run<B: Bus>(self, bus: B) {
+        let Self { deployer, resync: period } = self;
+        let (store, stop) = (deployer.store.clone(), deployer.stop());
+        let handler = Events::handler(deployer.clone());
+        let resyncing =
+            resync::every(period, stop.clone(), Arc::new(Notify::new()), || watch::resync(&deployer));
+        let pruning = resync::every(PRUNE, stop.clone(), Arc::new(Notify::new()), || async {
+            watch::prune(&store, deployer.clock.now().wall).await
+        });
+        tokio::join!(
+            follow::events(stop.clone(), || bus.consume(DURABLE, &INTERESTS, handler.clone(), stop.clone())),
+            relay::run(store.clone(), bus.clone(), stop.clone()),
+            watch::node(deployer.clone()),
+            watch::monitor(deployer.clone()),
+            resyncing,
+            pruning,
+        );
+    }
 }

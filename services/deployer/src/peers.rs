@@ -1,7 +1,6 @@
 //! The other services, over gRPC.
 
 use std::collections::BTreeSet;
-use std::path::Path;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -20,7 +19,7 @@ use kiln_model::check::{Check, CheckResult};
 use kiln_model::digest::Digest;
 use kiln_model::name::{InstanceId, ServerName};
 use kiln_model::time::Millis;
-use kiln_service::client::{Channel, channel};
+use kiln_service::client::Channel;
 use kiln_service::error::describe;
 use kiln_service::requests::new_id;
 use kiln_service::trace;
@@ -86,13 +85,13 @@ fn watched<T: Send + 'static, U: Send + 'static>(
 }
 
 #[derive(Debug, Clone)]
-pub(crate) struct Node {
+pub struct Node {
     client: EngineServiceClient<Channel>,
 }
 
 impl Node {
-    pub(crate) fn new(socket: &Path) -> Self {
-        Self { client: EngineServiceClient::new(channel(socket)) }
+    pub fn new(channel: Channel) -> Self {
+        Self { client: EngineServiceClient::new(channel) }
     }
 }
 
@@ -217,13 +216,13 @@ impl Engine for Node {
 }
 
 #[derive(Debug, Clone)]
-pub(crate) struct Watcher {
+pub struct Watcher {
     client: MonitorServiceClient<Channel>,
 }
 
 impl Watcher {
-    pub(crate) fn new(socket: &Path) -> Self {
-        Self { client: MonitorServiceClient::new(channel(socket)) }
+    pub fn new(channel: Channel) -> Self {
+        Self { client: MonitorServiceClient::new(channel) }
     }
 }
 
@@ -274,13 +273,13 @@ impl Monitor for Watcher {
 }
 
 #[derive(Debug, Clone)]
-pub(crate) struct Bakery {
+pub struct Bakery {
     client: BuilderServiceClient<Channel>,
 }
 
 impl Bakery {
-    pub(crate) fn new(socket: &Path) -> Self {
-        Self { client: BuilderServiceClient::new(channel(socket)) }
+    pub fn new(channel: Channel) -> Self {
+        Self { client: BuilderServiceClient::new(channel) }
     }
 }
 

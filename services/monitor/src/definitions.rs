@@ -1,7 +1,7 @@
 //! Looks at the Git repositories that definitions come from: a branch that moved is inspected by the builder, and each
 //! definition that differs is a signal.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -68,7 +68,7 @@ pub struct Definitions<S, C> {
     signals: Signals<S, C>,
     clock: C,
     period: Duration,
-    watched: Arc<Mutex<HashMap<String, Watched>>>,
+    watched: Arc<Mutex<BTreeMap<String, Watched>>>,
     permits: Arc<Semaphore>,
 }
 
@@ -145,6 +145,7 @@ impl<S: Store, C: Clock> Definitions<S, C> {
                 tracing::warn!(%error, "signals could not be settled");
             }
             tokio::select! {
+                biased;
                 () = shutdown::requested(&mut stop) => break,
                 _ = changes.changed() => {}
                 () = self.clock.sleep(LONGEST_PAUSE) => {}
@@ -182,6 +183,7 @@ impl<S: Store, C: Clock> Definitions<S, C> {
         let mut failures = 0_u32;
         loop {
             let looked = tokio::select! {
+                biased;
                 () = ended.cancelled() => return,
                 looked = self.look(&source) => looked,
             };
@@ -201,6 +203,7 @@ impl<S: Store, C: Clock> Definitions<S, C> {
             };
             self.note(&source, looked.err());
             tokio::select! {
+                biased;
                 () = ended.cancelled() => return,
                 () = wake.notified() => {}
                 () = self.clock.sleep(pause) => {}
@@ -306,7 +309,7 @@ impl<S: Store, C: Clock> Definitions<S, C> {
         })
     }
 
-    fn watched(&self) -> MutexGuard<'_, HashMap<String, Watched>> {
+    fn watched(&self) -> MutexGuard<'_, BTreeMap<String, Watched>> {
         // No code that can panic runs under the lock.
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -1,7 +1,7 @@
 //! What the engine says of instances: an exit is known as soon as it happens, and its view counts only while it
 //! answers.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -34,7 +34,7 @@ pub struct View {
 
 #[derive(Debug, Default)]
 struct SeenByEngine {
-    running: HashSet<InstanceId>,
+    running: BTreeSet<InstanceId>,
     /// Monotonic time of the last answer; none while the view is not whole.
     confirmed: Option<Duration>,
 }
@@ -82,6 +82,7 @@ pub async fn follow<S: Store, C: Clock>(
     let mut lost = false;
     while !*stop.borrow() {
         let problem = tokio::select! {
+            biased;
             () = shutdown::requested(&mut stop) => return,
             problem = once(&*engine, &view, &watcher, &clock, &mut pause) => problem,
         };
@@ -93,6 +94,7 @@ pub async fn follow<S: Store, C: Clock>(
         }
         lost = pause > FIRST_PAUSE;
         tokio::select! {
+            biased;
             () = shutdown::requested(&mut stop) => return,
             () = clock.sleep(pause) => {}
         }
@@ -117,6 +119,7 @@ async fn once<S: Store, C: Clock>(
         loop {
             clock.sleep(PING).await;
             tokio::select! {
+                biased;
                 answer = engine.ping() => match answer {
                     Ok(()) => {
                         let now = clock.now().monotonic;
@@ -133,7 +136,7 @@ async fn once<S: Store, C: Clock>(
     };
     tokio::pin!(pings);
     // Told until the view was whole for the first time; what follows are changes, which are no list.
-    let mut there = Some(HashSet::<InstanceId>::new());
+    let mut there = Some(BTreeSet::<InstanceId>::new());
     loop {
         let message = tokio::select! {
             biased;

@@ -214,6 +214,7 @@ impl<S: Store, C: Clock> Api<S, C> {
                 }
             }
             let news = tokio::select! {
+                biased;
                 news = told.recv() => news,
                 () = to.closed() => return,
                 () = kiln_service::shutdown::requested(&mut stop) => return,

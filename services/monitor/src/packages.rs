@@ -114,11 +114,13 @@ impl<S: Store, C: Clock> Packages<S, C> {
                 self.judge().await;
             };
             tokio::select! {
+                biased;
                 () = shutdown::requested(&mut stop) => return,
                 () = work => {}
             }
             let pause = next.saturating_sub(self.clock.now().monotonic);
             tokio::select! {
+                biased;
                 () = shutdown::requested(&mut stop) => return,
                 _ = changes.changed() => {}
                 () = self.clock.sleep(pause) => {}

@@ -182,6 +182,7 @@ impl<S: Store, C: Clock> Signals<S, C> {
                 }
             };
             tokio::select! {
+                biased;
                 () = shutdown::requested(&mut stop) => return,
                 () = self.shared.due_changed.notified() => {}
                 () = self.clock.sleep(pause) => {}

@@ -160,6 +160,7 @@ impl MemoryBus {
             changed.mark_unchanged();
             let Some(in_flight) = self.take(durable, filters) else {
                 tokio::select! {
+                    biased;
                     () = stopped(&mut stop) => return,
                     _ = changed.changed() => continue,
                 }
@@ -213,6 +214,7 @@ impl InFlight {
                 Verdict::Pause(reason) => {
                     tracing::info!(%subject, reason, "consuming is paused");
                     tokio::select! {
+                        biased;
                         () = stopped(stop) => return None,
                         () = tokio::time::sleep(backoff.next()) => {}
                     }

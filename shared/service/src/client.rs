@@ -5,12 +5,14 @@ use std::path::Path;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use http::{HeaderValue, Request, Response};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tonic::body::Body;
-use tonic::transport::{Endpoint, channel::ResponseFuture};
-use tower::Service;
+use tonic::transport::Endpoint;
+use tower::util::BoxCloneSyncService;
+use tower::{BoxError, Service, ServiceExt as _};
 
 use crate::trace;
 
@@ -21,7 +23,19 @@ const ALIVE: Duration = Duration::from_secs(10);
 /// To be given to a generated client: `EngineServiceClient::new(client::channel(socket))`.
 #[derive(Debug, Clone)]
 pub struct Channel {
-    inner: tonic::transport::Channel,
+    inner: BoxCloneSyncService<Request<Body>, Response<Body>, BoxError>,
+}
+
+impl Channel {
+    /// Over whatever carries calls: a connection, or the other service itself where a simulation has both in one process.
+    pub fn over<T>(carrier: T) -> Self
+    where
+        T: Service<Request<Body>, Response = Response<Body>, Future: Send + 'static>,
+        T: Clone + Send + Sync + 'static,
+        T::Error: Into<BoxError>,
+    {
+        Self { inner: BoxCloneSyncService::new(carrier.map_err(Into::into)) }
+    }
 }
 
 /// A channel to the service that listens on a Unix socket. Nothing is connected yet.
@@ -32,18 +46,18 @@ pub fn channel(socket: &Path) -> Channel {
         async move { UnixStream::connect(&socket).await.map(TokioIo::new) }
     });
     // The address is a name and nothing else: the connector knows where to go.
-    let inner = Endpoint::from_static("http://kiln.local")
+    let connection = Endpoint::from_static("http://kiln.local")
         .connect_timeout(CONNECT)
         .http2_keep_alive_interval(ALIVE)
         .keep_alive_timeout(ALIVE)
         .connect_with_connector_lazy(connect);
-    Channel { inner }
+    Channel::over(connection)
 }
 
 impl Service<Request<Body>> for Channel {
     type Response = Response<Body>;
-    type Error = tonic::transport::Error;
-    type Future = ResponseFuture;
+    type Error = BoxError;
+    type Future = BoxFuture<'static, Result<Self::Response, Self::Error>>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         self.inner.poll_ready(context)

@@ -26,6 +26,7 @@ where
         }
         tracing::error!(%error, again_in = ?pause, "events can't be followed; the resync finds what they tell");
         tokio::select! {
+            biased;
             () = requested(&mut stop) => return,
             () = tokio::time::sleep(pause) => {}
         }

@@ -1,6 +1,7 @@
 //! What every service's main needs: configuration, telemetry, the gRPC server and client, shutdown, and the loops that
 //! all of them run (relay, resync, events).
 
+pub mod aside;
 pub mod client;
 pub mod clock;
 pub mod config;

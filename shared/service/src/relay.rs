@@ -29,6 +29,7 @@ pub async fn run<S: Store, B: Bus>(store: S, bus: B, stop: watch::Receiver<bool>
     let (marks, queue) = mpsc::unbounded_channel();
     let marker = tokio::spawn(mark(store.clone(), sent.clone(), queue));
     tokio::select! {
+        biased;
         () = publish(&store, &bus, &sent, marks, stop) => {}
         // Ends only with the process.
         () = prune(&store) => {}
@@ -82,6 +83,7 @@ async fn publish<S: Store, B: Bus>(
                 // A page that is full of what waits for its mark hides what comes behind it.
                 let hidden = seen >= PAGE as usize;
                 tokio::select! {
+                    biased;
                     () = requested(&mut stop) => return,
                     // The store is gone with its last handle, which this one is not.
                     _ = sequence.changed() => {}
@@ -91,6 +93,7 @@ async fn publish<S: Store, B: Bus>(
             Err(reason) => {
                 tracing::warn!(reason, again_in = ?pause, "events wait in the outbox");
                 tokio::select! {
+                    biased;
                     () = requested(&mut stop) => return,
                     () = tokio::time::sleep(pause) => {}
                 }

@@ -38,6 +38,7 @@ pub async fn every<E, W>(
             }
         };
         tokio::select! {
+            biased;
             () = requested(&mut stop) => return,
             () = wake.notified() => {}
             () = tokio::time::sleep(pause) => {}

@@ -53,6 +53,7 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
         let builder = self.builder.clone();
         tokio::spawn(async move {
             tokio::select! {
+                biased;
                 watched = watch(&builder, &id, &items) => {
                     if let Err(status) = watched {
                         // Nobody listens any more where this fails.
@@ -102,6 +103,7 @@ async fn watch<S: Store, K: Bakery, C: Clock>(
             return Ok(());
         }
         tokio::select! {
+            biased;
             () = reader.grown() => {}
             changed = sequence.changed() => {
                 if changed.is_err() { return Ok(()); }

@@ -36,6 +36,7 @@ where
     });
     let telling = async move {
         tokio::select! {
+            biased;
             outcome = tokio::time::timeout(BOUND, work(listener)) => {
                 let outcome = outcome.unwrap_or_else(|_| {
                     Err(ApiError::OutsideAway {

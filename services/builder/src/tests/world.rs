@@ -41,6 +41,7 @@ use crate::image_tests::{TestFault, TestRun, Tester};
 use crate::logs::Logs;
 use crate::peers::{Changes, Peers};
 use crate::reconcile;
+use crate::repositories::Mirrors;
 use crate::sources::Sources;
 use crate::store::Documents;
 use crate::workers::{self, WorkerOptions};
@@ -252,7 +253,11 @@ impl World {
         let contexts = Contexts::new(folder.path().join("contexts"));
         let bakery = FakeBakery::new();
         let builder = Builder {
-            sources: Sources::new(documents.clone(), contexts, folder.path().join("sources")),
+            sources: Sources::new(
+                documents.clone(),
+                contexts,
+                Arc::new(Mirrors::new(folder.path().join("sources"))),
+            ),
             documents,
             bakery: bakery.clone(),
             logs: Logs::open(folder.path().join("logs")).unwrap(),

@@ -27,11 +27,11 @@ use kiln_store::{SqliteStore, Store as _};
 use prost::Message as _;
 use tokio::sync::watch;
 
-use crate::effects::Peers;
 use crate::reconcile::Deployer;
 use crate::store::{Loaded, load};
 use crate::tests::life::{Life, Mortal};
 use crate::tests::world::{FakeBuilder, FakeMonitor, FakeNode, World};
+use crate::{Loops, Peers};
 
 type TestDeployer = Deployer<Mortal, SystemClock>;
 
@@ -66,8 +66,9 @@ impl Site {
         };
         let store = Mortal { inner: self.store.clone(), life: life.clone() };
         let (never, stop) = watch::channel(false);
-        let deployer = Deployer::new(store, SystemClock::new(), peers, stop.clone());
-        let loops = crate::run_loops(deployer.clone(), self.bus.clone(), resync, stop);
+        let loops = Loops::new(store, SystemClock::new(), peers, resync, stop);
+        let deployer = loops.deployer.clone();
+        let loops = loops.run(self.bus.clone());
         tokio::spawn(async move {
             let mut death = life.death();
             tokio::select! {
