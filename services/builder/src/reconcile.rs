@@ -12,6 +12,7 @@ use kiln_builder_core::{Illegal, Told, graph, plan};
 use kiln_model::cause::Cause;
 use kiln_model::name::{BuildId, ServerName};
 use kiln_model::revision::RevisionContent;
+use kiln_model::time::Now;
 use kiln_service::clock::Clock;
 use kiln_service::shutdown;
 use kiln_store::{Cursor, Entry, Store};
@@ -30,6 +31,8 @@ const PLANS: usize = 4;
 const CONFLICT: Duration = Duration::from_millis(20);
 /// Repositories that are fetched at once.
 const LOOKS: usize = 8;
+/// Between two looks at a server of which something is under way, whatever was told or lost.
+const LOOK_AGAIN: Duration = Duration::from_secs(30);
 /// After the store refused.
 const PAUSE: Duration = Duration::from_secs(1);
 const PAGE: u32 = 500;
@@ -77,6 +80,8 @@ pub(crate) fn readable<T: DeserializeOwned>(entry: &Entry) -> Option<Read<T>> {
 struct Summary {
     parent: Option<ServerName>,
     building: Option<BuildId>,
+    /// Something of it is under way.
+    unfinished: bool,
 }
 
 struct Reconciler<S, K, C> {
@@ -86,10 +91,10 @@ struct Reconciler<S, K, C> {
     sources: Follower,
     known: HashMap<ServerName, Summary>,
     dirty: BTreeSet<ServerName>,
-    /// When to look at a server again though nothing changed.
-    due: BTreeMap<ServerName, Timestamp>,
+    /// When to look at a server again though nothing changed, by the clock that nobody sets.
+    due: BTreeMap<ServerName, Duration>,
     /// Sources with something to look at, and when.
-    asked: BTreeMap<String, Timestamp>,
+    asked: BTreeMap<String, Duration>,
     planning: BTreeSet<ServerName>,
     looking: BTreeSet<String>,
     tasks: JoinSet<Done>,
@@ -133,12 +138,14 @@ pub async fn run<S: Store, K: Bakery, C: Clock>(builder: Builder<S, K, C>, mut s
             }
         };
         tokio::select! {
+            biased;
             () = shutdown::requested(&mut stop) => return,
-            () = sleep => {}
+            // Before the changes, which may come without end: what has ended makes room.
+            Some(done) = reconciler.tasks.join_next() => reconciler.done(done),
             changed = sequence.changed() => {
                 if changed.is_err() { return; }
             }
-            Some(done) = reconciler.tasks.join_next() => reconciler.done(done),
+            () = sleep => {}
         }
     }
 }
@@ -147,32 +154,34 @@ impl<S: Store, K: Bakery, C: Clock> Reconciler<S, K, C> {
     /// Does what can be done now, and says how long nothing more can.
     async fn turn(&mut self) -> Result<Option<Duration>, Error> {
         self.notice().await?;
-        let now = self.builder.now();
+        let now = self.builder.clock.now().monotonic;
         let due: Vec<_> =
             self.due.iter().filter(|(_, at)| **at <= now).map(|(name, _)| name.clone()).collect();
         self.dirty.extend(due);
         let waiting: Vec<_> =
             self.dirty.iter().filter(|name| !self.planning.contains(*name)).cloned().collect();
-        let later = now.checked_add(PAUSE).unwrap_or(Timestamp::MAX);
         for name in waiting {
             match self.evaluate(&name).await {
                 Ok(true) => {
                     self.dirty.remove(&name);
+                    // A reader that was behind may have seen nothing to do.
+                    if self.known.get(&name).is_some_and(|known| known.unfinished) {
+                        self.due.entry(name).or_insert(now + LOOK_AGAIN);
+                    }
                 }
                 Ok(false) => {}
                 // One that can't be read holds no other back.
                 Err(error) => {
                     tracing::warn!(server = %name, %error, "could not be brought forward");
                     self.dirty.remove(&name);
-                    self.due.insert(name, later);
+                    self.due.insert(name, now + PAUSE);
                 }
             }
         }
         self.look(now);
         // Where there is no room for a plan, the end of another one wakes this loop.
         let times = self.due.values().chain(self.asked.values());
-        let next = times.filter(|at| **at > now).min().map(|at| at.duration_since(now));
-        let next = next.map(|wait| Duration::try_from(wait).unwrap_or_default());
+        let next = times.filter(|at| **at > now).min().map(|at| *at - now);
         // Rounded up, so that it is time when the clock says so.
         Ok(next.map(|wait| wait + Duration::from_millis(1)))
     }
@@ -186,7 +195,8 @@ impl<S: Store, K: Bakery, C: Clock> Reconciler<S, K, C> {
             self.dirty.insert(value.name.clone());
             let children = self.known.iter().filter(|(_, known)| known.parent.as_ref() == Some(&value.name));
             self.dirty.extend(children.map(|(name, _)| name.clone()));
-            self.known.insert(value.name, Summary { parent, building });
+            let unfinished = building.is_some() || value.wanted.is_some();
+            self.known.insert(value.name, Summary { parent, building, unfinished });
         }
         // Those that ended, and those that give way where something newer is wanted.
         let mut ended = BTreeSet::new();
@@ -204,8 +214,9 @@ impl<S: Store, K: Bakery, C: Clock> Reconciler<S, K, C> {
                 self.asked.remove(id);
             }
             let Some(Read { value, .. }) = readable::<Source>(&entry) else { continue };
-            match value.due(self.builder.now()) {
-                Some(at) => self.asked.insert(value.id.to_string(), at),
+            let now = self.builder.clock.now();
+            match value.due(now.wall) {
+                Some(at) => self.asked.insert(value.id.to_string(), monotonic(at, now)),
                 None => self.asked.remove(value.id.as_str()),
             };
         }
@@ -232,11 +243,11 @@ impl<S: Store, K: Bakery, C: Clock> Reconciler<S, K, C> {
             // Its own change brings it back here.
             return Ok(true);
         }
-        let now = self.builder.now();
-        match next::next(Snapshot { server, build: build.as_ref(), parent: parent.as_ref() }, now) {
+        let now = self.builder.clock.now();
+        match next::next(Snapshot { server, build: build.as_ref(), parent: parent.as_ref() }, now.wall) {
             Next::Nothing | Next::AwaitParent => {}
             Next::Wait(until) => {
-                self.due.insert(name.clone(), until);
+                self.due.insert(name.clone(), monotonic(until, now));
             }
             Next::Plan(_) if self.planning.len() >= PLANS => return Ok(false),
             Next::Plan(order) => self.plan(name.clone(), *order),
@@ -244,7 +255,7 @@ impl<S: Store, K: Bakery, C: Clock> Reconciler<S, K, C> {
                 if let Some(build) = build
                     && !self.adopt(read, &build).await?
                 {
-                    self.again(name, now);
+                    self.again(name);
                 }
             }
             Next::Forget => {
@@ -253,7 +264,7 @@ impl<S: Store, K: Bakery, C: Clock> Reconciler<S, K, C> {
             }
             Next::Supersede => {
                 if !self.supersede(read).await? {
-                    self.again(name, now);
+                    self.again(name);
                 }
             }
         }
@@ -289,9 +300,8 @@ impl<S: Store, K: Bakery, C: Clock> Reconciler<S, K, C> {
     }
 
     /// Looks at a server again although it did not change: others changed what its change rests on.
-    fn again(&mut self, name: &ServerName, now: Timestamp) {
-        let soon = now.checked_add(CONFLICT).unwrap_or(Timestamp::MAX);
-        self.due.insert(name.clone(), soon);
+    fn again(&mut self, name: &ServerName) {
+        self.due.insert(name.clone(), self.builder.clock.now().monotonic + CONFLICT);
     }
 
     async fn forget(&self, read: Read<Server>) -> Result<bool, Error> {
@@ -371,7 +381,7 @@ impl<S: Store, K: Bakery, C: Clock> Reconciler<S, K, C> {
         }
     }
 
-    fn look(&mut self, now: Timestamp) {
+    fn look(&mut self, now: Duration) {
         let due: Vec<_> = self.asked.iter().filter(|(_, at)| **at <= now).map(|(id, _)| id.clone()).collect();
         for id in due {
             if self.looking.len() >= LOOKS || !self.looking.insert(id.clone()) {
@@ -386,8 +396,7 @@ impl<S: Store, K: Bakery, C: Clock> Reconciler<S, K, C> {
     }
 
     fn done(&mut self, done: Result<Done, tokio::task::JoinError>) {
-        let now = self.builder.now();
-        let later = now.checked_add(PAUSE).unwrap_or(Timestamp::MAX);
+        let later = self.builder.clock.now().monotonic + PAUSE;
         match done {
             Ok(Done::Planned(name, made)) => {
                 self.planning.remove(&name);
@@ -414,6 +423,11 @@ impl<S: Store, K: Bakery, C: Clock> Reconciler<S, K, C> {
             }
         }
     }
+}
+
+/// When a moment of the wall clock comes, if nobody sets it meanwhile; whoever is woken then asks it again.
+pub(crate) fn monotonic(at: Timestamp, now: Now) -> Duration {
+    now.monotonic + Duration::try_from(at.duration_since(now.wall)).unwrap_or_default()
 }
 
 fn cause_of(content: RevisionContent) -> Option<Cause> {

@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use jiff::Timestamp;
 use kiln_builder_core::Told;
 use kiln_builder_core::build::{self, Build, Failed, HEARTBEAT, Progress, State, Step, TestResult};
 use kiln_builder_core::plan::Slot;
@@ -23,7 +22,7 @@ use crate::bakery::Bakery;
 use crate::builder::{Builder, Error};
 use crate::image_tests::{TestRun, Tester};
 use crate::logs::Writer;
-use crate::reconcile::{Follower, readable};
+use crate::reconcile::{Follower, monotonic, readable};
 use crate::store::{Edit, Read, StoredImage};
 
 /// After the store refused.
@@ -58,8 +57,8 @@ struct Dispatcher<S, K, C, T> {
     tester: T,
     options: WorkerOptions,
     builds: Follower,
-    /// When each build that has not ended may be claimed.
-    claimable: BTreeMap<BuildId, Timestamp>,
+    /// When each build that has not ended may be claimed, by the clock that nobody sets.
+    claimable: BTreeMap<BuildId, Duration>,
     running: HashMap<BuildId, CancellationToken>,
     tasks: JoinSet<()>,
     /// Which build each task is for, and with which token: one that panics can't say so itself.
@@ -101,12 +100,14 @@ pub async fn run<S: Store, K: Bakery, C: Clock, T: Tester>(
             }
         };
         tokio::select! {
+            biased;
             () = shutdown::requested(&mut stop) => break,
-            () = sleep => {}
+            // Before the changes, which may come without end: what has ended makes room.
+            Some(ended) = dispatcher.tasks.join_next_with_id() => dispatcher.ended(ended).await,
             changed = sequence.changed() => {
                 if changed.is_err() { break; }
             }
-            Some(ended) = dispatcher.tasks.join_next_with_id() => dispatcher.ended(ended).await,
+            () = sleep => {}
         }
     }
     for token in dispatcher.running.values() {
@@ -140,8 +141,9 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Dispatcher<S, K, C, T> {
         let store = self.builder.documents.store().clone();
         for entry in self.builds.changes(&store).await? {
             let Some(Read { value, .. }) = readable::<Build>(&entry) else { continue };
-            match value.claimable_at(self.builder.now()) {
-                Some(at) => self.claimable.insert(value.id, at),
+            let now = self.builder.clock.now();
+            match value.claimable_at(now.wall) {
+                Some(at) => self.claimable.insert(value.id, monotonic(at, now)),
                 None => {
                     // Cancelled while it ran.
                     if let Some(token) = self.running.get(&value.id) {
@@ -151,41 +153,49 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Dispatcher<S, K, C, T> {
                 }
             };
         }
-        let now = self.builder.now();
+        let now = self.builder.clock.now().monotonic;
         let waiting: Vec<_> = self.claimable.iter().map(|(id, at)| (id.clone(), *at)).collect();
-        let mut next: Option<Timestamp> = None;
+        let mut next: Option<Duration> = None;
         for (id, at) in waiting {
             if self.running.contains_key(&id) {
                 continue;
             }
             if at > now {
                 next = Some(next.map_or(at, |next| next.min(at)));
-            } else if self.running.len() < self.options.workers {
-                self.claim(id).await?;
+            } else if self.running.len() < self.options.workers
+                && let Some(again) = self.claim(id).await?
+            {
+                next = Some(next.map_or(again, |next| next.min(again)));
             }
         }
-        let wait = next.map(|at| Duration::try_from(at.duration_since(now)).unwrap_or_default());
-        Ok(wait.map(|wait| wait + Duration::from_millis(1)))
+        Ok(next.map(|at| at.saturating_sub(now) + Duration::from_millis(1)))
     }
 
-    async fn claim(&mut self, id: BuildId) -> Result<(), Error> {
+    /// Where it could not be claimed, when to try again.
+    async fn claim(&mut self, id: BuildId) -> Result<Option<Duration>, Error> {
         let Some(Read { version, value: mut build }) = self.builder.documents.build(&id).await? else {
             self.claimable.remove(&id);
-            return Ok(());
+            return Ok(None);
         };
-        let now = self.builder.now();
+        let clock = self.builder.clock.now();
+        let now = clock.wall;
         let token = match build.claim(&self.options.owner, now) {
             Ok(token) => token,
             Err(illegal) => {
                 tracing::debug!(build = %id, %illegal, "is not to be claimed");
-                return Ok(());
+                // Claimed by another meanwhile, or the clock was set back.
+                let at = build.claimable_at(now).map_or(Duration::ZERO, |at| monotonic(at, clock));
+                let at = at.max(clock.monotonic + PAUSE);
+                self.claimable.insert(id, at);
+                return Ok(Some(at));
             }
         };
         let mut edit = Edit::new(now);
         edit.put_build(version, &build, Some(Told::BuildStarted))?;
         match self.builder.documents.store().commit(edit.finish()).await {
             Ok(_) => {}
-            Err(kiln_store::Error::Conflict { .. }) => return Ok(()),
+            // Its change, or what this reader was behind of, is seen then.
+            Err(kiln_store::Error::Conflict { .. }) => return Ok(Some(clock.monotonic + PAUSE)),
             Err(error) => return Err(error.into()),
         }
         let cancel = CancellationToken::new();
@@ -204,7 +214,7 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Dispatcher<S, K, C, T> {
         let span = kiln_service::trace::span_under(&span_of, "build");
         let task = self.tasks.spawn(async move { worker.run().await }.instrument(span));
         self.claimed.insert(task.id(), (for_build, token));
-        Ok(())
+        Ok(None)
     }
 
     /// A worker's task has ended, one way or the other: its place is free.
@@ -253,6 +263,7 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
         tracing::info!(build = %id, attempt = self.build.attempts, "building");
         let mut work = std::pin::pin!(self.work());
         let outcome = tokio::select! {
+            biased;
             outcome = &mut work => outcome,
             () = self.keep_lease() => {
                 // Told to stop, and waited for: its sandbox has to go. What it comes to counts for nothing.
@@ -386,10 +397,11 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
     async fn keep_lease(&self) {
         loop {
             tokio::select! {
-                () = self.builder.clock.sleep(HEARTBEAT) => {}
-                () = self.moved.notified() => {}
+                biased;
                 // Told to stop by the service: nothing is renewed any more, and the work ends by itself.
                 () = self.cancel.cancelled() => return std::future::pending().await,
+                () = self.moved.notified() => {}
+                () = self.builder.clock.sleep(HEARTBEAT) => {}
             }
             match self.heartbeat().await {
                 Ok(()) => {}

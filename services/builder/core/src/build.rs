@@ -9,7 +9,7 @@ use kiln_model::name::{BuildId, ServerName};
 use serde::{Deserialize, Serialize};
 
 use crate::Illegal;
-use crate::time::{after, age, backoff};
+use crate::time::{after, age, backoff, due};
 
 /// Document kind.
 pub const KIND: &str = "build";
@@ -156,7 +156,7 @@ impl Build {
     /// When a worker may claim it; none where it has ended.
     pub fn claimable_at(&self, now: Timestamp) -> Option<Timestamp> {
         match &self.state {
-            State::Queued { not_before } => Some(*not_before),
+            State::Queued { not_before } => Some(due(*not_before, now)),
             State::Running { lease } if lease.has_expired(now) => Some(now),
             State::Running { lease } => Some(after(lease.renewed, LEASE)),
             State::Succeeded { .. } | State::Failed | State::Cancelled { .. } => None,
@@ -174,7 +174,7 @@ impl Build {
     /// [`Illegal::NotOwner`] where another's lease holds, [`Illegal::State`] where it is not time or it has ended.
     pub fn claim(&mut self, owner: &str, now: Timestamp) -> Result<u64, Illegal> {
         match &self.state {
-            State::Queued { not_before } if *not_before <= now => {}
+            State::Queued { not_before } if due(*not_before, now) <= now => {}
             State::Running { lease } if lease.has_expired(now) => {}
             State::Running { lease } => {
                 return Err(Illegal::NotOwner {

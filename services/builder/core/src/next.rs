@@ -69,7 +69,7 @@ pub fn next(snapshot: Snapshot<'_>, now: Timestamp) -> Next {
         return Next::Nothing;
     };
     let throttled = if wanted.is_automatic() { server.throttled_until(now) } else { None };
-    let due = throttled.map_or(wanted.due, |until| wanted.due.max(until));
+    let due = throttled.map_or(wanted.due(now), |until| wanted.due(now).max(until));
     if due > now {
         return Next::Wait(due);
     }
@@ -91,7 +91,7 @@ fn superseded(server: &Server, building: &Building, now: Timestamp) -> Next {
     if effective.digest == building.definition.digest {
         return Next::Nothing;
     }
-    if wanted.due > now { Next::Wait(wanted.due) } else { Next::Supersede }
+    if wanted.due(now) > now { Next::Wait(wanted.due(now)) } else { Next::Supersede }
 }
 
 /// Whether no newer image of this server is on its way. A cascade so goes from parents to children, and a child is

@@ -185,7 +185,9 @@ impl Server {
 
     /// The time before which Kiln does nothing more by itself.
     pub(crate) fn throttled_until(&self, now: Timestamp) -> Option<Timestamp> {
-        let recent: Vec<_> = self.automatic.iter().filter(|time| age(**time, now) < HOUR).collect();
+        // What lies ahead was noted before the clock was set back: nobody knows how long ago that was.
+        let is_recent = |time: &&Timestamp| **time <= now && age(**time, now) < HOUR;
+        let recent: Vec<_> = self.automatic.iter().filter(is_recent).collect();
         let excess = recent.len().checked_sub(AUTOMATIC_PER_HOUR)?;
         recent.get(excess).map(|oldest| after(**oldest, HOUR))
     }

@@ -9,7 +9,7 @@ use kiln_model::digest::Digest;
 use kiln_model::name::ServerName;
 use serde::{Deserialize, Serialize};
 
-use crate::time::{after, backoff};
+use crate::time::{after, backoff, due};
 
 /// Document kind.
 pub const KIND: &str = "source";
@@ -109,7 +109,7 @@ impl Source {
 
     /// Whether it is time to look, and if not yet, when.
     pub fn due(&self, now: Timestamp) -> Option<Timestamp> {
-        (!self.pending.is_empty()).then(|| self.not_before.unwrap_or(now).max(now))
+        (!self.pending.is_empty()).then(|| self.not_before.map_or(now, |at| due(at, now)).max(now))
     }
 
     /// The branch's head was looked at on behalf of `handled`. What was asked meanwhile still waits.

@@ -12,8 +12,17 @@ pub(crate) fn age(time: Timestamp, now: Timestamp) -> Duration {
     Duration::try_from(now.duration_since(time)).unwrap_or_default()
 }
 
+/// The longest wait between two tries.
+const LONGEST: Duration = Duration::from_secs(600);
+
+/// When something that was put off until `at` is due. What lies further ahead than any wait was put off before the clock
+/// was set back, and waits no longer.
+pub(crate) fn due(at: Timestamp, now: Timestamp) -> Timestamp {
+    if at > after(now, LONGEST) { now } else { at }
+}
+
 /// 2 s, 4 s, 8 s … up to ten minutes: an archive that is back after a hiccup is asked soon, one that is away for hours
 /// is asked six times an hour.
 pub(crate) fn backoff(attempt: u32) -> Duration {
-    Duration::from_secs(2u64.saturating_pow(attempt.clamp(1, 10)).min(600))
+    Duration::from_secs(2u64.saturating_pow(attempt.clamp(1, 10))).min(LONGEST)
 }

@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use kiln_model::cause::{Cause, CauseKind};
 use serde::{Deserialize, Serialize};
 
-use crate::time::{after, backoff};
+use crate::time::{after, backoff, due};
 
 /// More causes than this are told apart by nobody; further ones still ask for the plan, unnamed.
 const MAX_CAUSES: usize = 16;
@@ -30,6 +30,16 @@ impl Wanted {
         self.due = self.due.min(due);
         if self.causes.iter().all(|known| known.id != cause.id) && self.causes.len() < MAX_CAUSES {
             self.causes.push(cause);
+        }
+    }
+
+    /// When the plan is due, as of `now`: at once where the clock was set back to before it was asked for.
+    pub fn due(&self, now: Timestamp) -> Timestamp {
+        let is_ahead = self.causes.iter().any(|cause| cause.time > now);
+        match self.attempts {
+            0 if is_ahead => now,
+            0 => self.due,
+            _ => due(self.due, now),
         }
     }
 
@@ -60,4 +70,31 @@ impl Wanted {
 /// Whether a cause of this kind counts against the bound on what Kiln does by itself in an hour.
 pub fn is_automatic(kind: CauseKind) -> bool {
     matches!(kind, CauseKind::PackageUpdates | CauseKind::Reported)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_clock_that_is_set_back_puts_nothing_off() {
+        let asked: Timestamp = "2026-01-02T12:00:00Z".parse().unwrap();
+        let cause = Cause {
+            kind: CauseKind::Manual,
+            id: "c1".to_owned(),
+            summary: String::new(),
+            actor: "me".to_owned(),
+            time: asked,
+            traceparent: String::new(),
+        };
+        let wanted = Wanted::new(cause, after(asked, Duration::from_secs(30)));
+        assert_eq!(wanted.due(asked), wanted.due);
+        let back: Timestamp = "2026-01-02T08:00:00Z".parse().unwrap();
+        assert_eq!(wanted.due(back), back);
+        let again = wanted.again(asked);
+        assert_eq!(again.due(asked), after(asked, Duration::from_secs(2)));
+        assert_eq!(again.due(back), back);
+    }
 }
