@@ -1,14 +1,14 @@
 //! What is known of the outside, for all servers: filled by the watches, the resyncs and the results of effects, read as
 //! a [`View`] by whoever decides. Nothing here is stored.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
 use kiln_api::convert::{self, Invalid};
 use kiln_api::{engine, monitor, types};
-use kiln_deployer_core::{Evidence, Fleet, OwnChecks, Seen, SeenState, Told, Verdict, View};
+use kiln_deployer_core::{Evidence, Fleet, InstanceState, OwnChecks, Seen, SeenState, Told, Verdict, View};
 use kiln_model::check::CheckResult;
 use kiln_model::digest::Digest;
 use kiln_model::name::{InstanceId, ServerName};
@@ -31,7 +31,9 @@ pub(crate) struct Board {
 struct Known {
     /// The node told everything, and its watch stands.
     synced: bool,
-    servers: HashMap<ServerName, Server>,
+    /// When the node was last asked for everything.
+    listed: Duration,
+    servers: BTreeMap<ServerName, Server>,
 }
 
 #[derive(Debug, Default)]
@@ -149,7 +151,7 @@ impl Board {
             .routes
             .into_iter()
             .filter_map(|route| Some((route.server.parse::<ServerName>().ok()?, route.generation)));
-        let routes: HashMap<ServerName, u64> = routes.collect();
+        let routes: BTreeMap<ServerName, u64> = routes.collect();
         for (name, server) in &mut known.servers {
             server.routed = routes.get(name).copied();
         }
@@ -157,7 +159,19 @@ impl Board {
             known.servers.entry(name).or_default().routed = Some(generation);
         }
         known.synced = true;
+        known.listed = since;
         Self::wake_all(&known);
+    }
+
+    /// Whether the fleet, as it was read at `read`, runs an instance that the node was not asked about since. It may have
+    /// been launched by another process while this one stood still: that nothing is known of it says nothing then.
+    pub(crate) fn is_behind(&self, fleet: &Fleet, read: Duration) -> bool {
+        let known = self.lock();
+        let engine = known.servers.get(&fleet.server).map(|server| &server.engine);
+        let mut running = fleet.instances.iter().filter(|(_, i)| i.state == InstanceState::Running);
+        known.synced
+            && known.listed < read
+            && running.any(|(id, _)| engine.is_none_or(|engine| !engine.contains_key(id)))
     }
 
     /// The node's watch broke: until it stands again nothing is known of what runs.

@@ -17,6 +17,7 @@ use crate::board::Board;
 use crate::effects::{Hands, Peers};
 use crate::metrics;
 use crate::store::{Loaded, Outcome, batch, load};
+use crate::watch::list_node;
 
 /// After a failure of the store.
 const RETRY: Duration = Duration::from_secs(1);
@@ -87,9 +88,10 @@ async fn reconcile<S: Store, C: Clock>(deployer: Deployer<S, C>, server: ServerN
             }
         };
         tokio::select! {
+            biased;
             () = requested(&mut stop) => return,
-            () = waker.notified() => {}
             () = hands.ended() => {}
+            () = waker.notified() => {}
             () = timer => {}
         }
     }
@@ -116,6 +118,12 @@ impl<S: Store, C: Clock> Desk<'_, S, C> {
         if loaded.version == 0 {
             // Not a server of ours (yet): what runs under its name is not ours to judge.
             return Ok(Looked::Rest(None));
+        }
+        if self.deployer.board.is_behind(&loaded.fleet, self.committed)
+            && let Err(problem) = list_node(self.deployer).await
+        {
+            tracing::warn!(server = %self.server, %problem, "the node could not be asked");
+            return Ok(Looked::Rest(Some(RETRY)));
         }
         let now = self.deployer.clock.now();
         let elapsed = now.monotonic.saturating_sub(self.committed);

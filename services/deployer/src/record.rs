@@ -36,7 +36,12 @@ impl InstanceRecord {
     /// Without the sums: a tick is not a change.
     pub(crate) fn of(fleet: &Fleet, releases: &Releases, id: &InstanceId, instance: &Instance) -> Self {
         Self {
-            instance: Instance { soaked: Millis(0), in_state: Millis(0), ..instance.clone() },
+            instance: Instance {
+                soaked: Millis(0),
+                unseen: Millis(0),
+                in_state: Millis(0),
+                ..instance.clone()
+            },
             // Wanted there, and the node has put it there.
             on_edge: fleet.on_edge(id) && instance.served,
             policy: releases.get(&id.release).and_then(Release::health).cloned(),

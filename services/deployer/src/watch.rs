@@ -33,6 +33,7 @@ pub(crate) async fn node<S: Store, C: Clock>(deployer: Deployer<S, C>) {
     let mut pause = FIRST_PAUSE;
     while !*stop.borrow() {
         let followed = tokio::select! {
+            biased;
             () = requested(&mut stop) => return,
             followed = follow_node(&deployer) => followed,
         };
@@ -61,7 +62,7 @@ async fn follow_node<S: Store, C: Clock>(deployer: &Deployer<S, C>) -> Result<()
     Ok(())
 }
 
-async fn list_node<S: Store, C: Clock>(deployer: &Deployer<S, C>) -> Result<(), Problem> {
+pub(crate) async fn list_node<S: Store, C: Clock>(deployer: &Deployer<S, C>) -> Result<(), Problem> {
     let since = deployer.clock.now().monotonic;
     let listing: ports::Listing = deployer.peers.engine.list().await?;
     deployer.board.listing(listing, since, deployer.clock.now().monotonic);
@@ -74,6 +75,7 @@ pub(crate) async fn monitor<S: Store, C: Clock>(deployer: Deployer<S, C>) {
     let mut pause = FIRST_PAUSE;
     while !*stop.borrow() {
         let followed = tokio::select! {
+            biased;
             () = requested(&mut stop) => return,
             followed = follow_monitor(&deployer) => followed,
         };

@@ -78,8 +78,12 @@ pub struct Instance {
     pub cause: Cause,
     /// Why another one is to take its place.
     pub replace: Option<Cause>,
-    /// Healthy time during its rollout, up to the soak.
+    /// Healthy time during its rollout, up to the soak. It ends with the newest answer: what came after that, nobody has
+    /// seen.
     pub soaked: Millis,
+    /// The time since, until an answer makes it a part of the soak.
+    #[serde(default)]
+    pub unseen: Millis,
     /// How long it is in its state, as far as something is due after that.
     pub in_state: Millis,
 }

@@ -98,6 +98,7 @@ impl<'a> Work<'a> {
         };
         for instance in fleet.instances.values_mut() {
             instance.soaked = Millis(0);
+            instance.unseen = Millis(0);
         }
         fleet.release = to.number;
         fleet.removed = false;
@@ -127,7 +128,7 @@ pub fn next(fleet: &Fleet, releases: &Releases, view: &View, now: Now) -> Decisi
     };
 
     let mut work = Work::new(fleet, releases, now.wall);
-    observe::tick(&mut work, view.elapsed.min(MAX_TICK).into());
+    observe::tick(&mut work, view, view.elapsed.min(MAX_TICK).into());
     let ticked = work.fleet.clone();
 
     observe::engine(&mut work, engine, view);

@@ -25,6 +25,9 @@ pub const MAX_TICK: Duration = Duration::from_secs(5);
 /// Sums are written at least this often while they grow, so a crash forgets at most that much.
 pub const COUNT_EVERY: Duration = Duration::from_secs(1);
 
+/// Between two looks for an answer that is due.
+const ANSWER: Duration = Duration::from_millis(100);
+
 /// On top of three intervals and a probe's own time: one delivery of an event.
 const SLACK: Duration = Duration::from_secs(1);
 
@@ -45,7 +48,7 @@ pub(crate) fn grace(release: &Release) -> Millis {
 }
 
 /// Adds time to the sums. It passed under the state as it was, so it is attributed before anything new is looked at.
-pub(crate) fn tick(work: &mut Work<'_>, elapsed: Millis) {
+pub(crate) fn tick(work: &mut Work<'_>, view: &View, elapsed: Millis) {
     let target = work.target();
     let running = work.fleet.rollout.as_ref().map(|r| r.state) == Some(RolloutState::Running);
     let steady = work.fleet.rollout.is_none();
@@ -61,7 +64,16 @@ pub(crate) fn tick(work: &mut Work<'_>, elapsed: Millis) {
             && instance.is_up()
             && instance.content == target.content()
         {
-            instance.soaked = Millis(instance.soaked.0 + elapsed.0).min(target.soak());
+            let unseen = instance.unseen.0 + elapsed.0;
+            // That it runs is what counts without a policy, and the node tells of its end at once.
+            let asked = releases.get(&id.release).is_some_and(|release| release.health().is_some());
+            let told = || view.health.get(id).map_or(u64::MAX, |told| Millis::from(told.age).0);
+            let age = if asked { told() } else { 0 };
+            let seen = unseen.saturating_sub(age);
+            instance.soaked = Millis(instance.soaked.0 + seen).min(target.soak());
+            instance.unseen = Millis(unseen - seen);
+        } else {
+            instance.unseen = Millis(0);
         }
         let due = releases.get(&id.release).and_then(|release| in_state_until(instance, release, steady));
         if let Some(due) = due {
@@ -78,6 +90,12 @@ pub(crate) fn tick(work: &mut Work<'_>, elapsed: Millis) {
             *backoff = Backoff::default();
         }
     }
+}
+
+/// When its soak may be over: where only an answer is missing, it is looked for often.
+fn soaked_in(instance: &Instance, target: &Release) -> Duration {
+    let left = target.soak().0.saturating_sub(instance.soaked.0 + instance.unseen.0);
+    Duration::from_millis(left).max(ANSWER)
 }
 
 /// Up to when the time in its present state matters: the end of its start period while it has not passed; the grace
@@ -317,11 +335,7 @@ pub(crate) fn due(work: &Work<'_>, view: &View) -> Option<Duration> {
         due.push(COUNT_EVERY);
         if rollout.state == RolloutState::Running {
             let soaking = fleet.instances.values().filter(|i| i.is_up() && i.content == target.content());
-            due.extend(
-                soaking
-                    .filter(|i| i.soaked < target.soak())
-                    .map(|i| Duration::from_millis(target.soak().0 - i.soaked.0)),
-            );
+            due.extend(soaking.filter(|i| i.soaked < target.soak()).map(|i| soaked_in(i, target)));
         }
         if rollout.is_forward() {
             // When to ask again, and when what is known is too old. What is too old already changes by an answer only.

@@ -187,6 +187,7 @@ fn launch(work: &mut Work<'_>, target: &Release, bounds: &Bounds) -> usize {
             cause,
             replace: None,
             soaked: Millis(0),
+            unseen: Millis(0),
             in_state: Millis(0),
         };
         fleet.instances.insert(id, instance);

@@ -181,7 +181,7 @@ fn a_deadline_turns_back() {
 fn what_sickens_half_way_is_replaced_by_what_was_good() {
     let mut world = standing();
     world.behave("sickens", Behaviour::Sickens { after: 2500 });
-    let made = Made::new("second", "sickens").with(|run| run.rollout.soak = Millis::from_secs(2));
+    let made = Made::new("second", "sickens").with(|run| run.rollout.soak = Millis::from_secs(1));
     world.revise(&made);
     world.play(120_000);
     assert_snapshot!(world.told());
@@ -192,7 +192,7 @@ fn what_sickens_half_way_is_replaced_by_what_was_good() {
 fn the_way_back_fails_too() {
     let mut world = standing();
     world.behave("sickens", Behaviour::Sickens { after: 2500 });
-    let made = Made::new("second", "sickens").with(|run| run.rollout.soak = Millis::from_secs(2));
+    let made = Made::new("second", "sickens").with(|run| run.rollout.soak = Millis::from_secs(1));
     world.revise(&made);
     world.play(2200);
     world.say("> image one is broken now");
