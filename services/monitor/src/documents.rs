@@ -97,6 +97,19 @@ pub fn put<T: Serialize>(kind: &str, id: &str, expected: u64, value: &T) -> Resu
     })
 }
 
+/// Reads a document, with its version; none where it is not there.
+///
+/// # Errors
+/// As [`load`].
+pub async fn one<S: Store, T: DeserializeOwned>(
+    store: &S,
+    kind: &str,
+    id: &str,
+) -> Result<Option<(u64, T)>, Error> {
+    let Some(document) = store.get(kind, id).await? else { return Ok(None) };
+    Ok(Some((document.version, decode(&document, SCHEMA)?)))
+}
+
 /// Reads every live document of a kind, with its version.
 ///
 /// # Errors

@@ -2,7 +2,7 @@
 
 mod tracked;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -53,7 +53,7 @@ pub struct Watcher<S, C> {
 }
 
 struct Shared {
-    tracked: Mutex<HashMap<InstanceId, Arc<Tracked>>>,
+    tracked: Mutex<BTreeMap<InstanceId, Arc<Tracked>>>,
     told: broadcast::Sender<Told>,
     looks: Semaphore,
 }
@@ -76,14 +76,24 @@ impl<S: Store, C: Clock> Watcher<S, C> {
             looks: Semaphore::new(LOOKS),
         };
         let watcher = Self { store, clock, eyes, signals, shared: Arc::new(shared) };
-        let now = watcher.clock.now();
         for (version, watched) in watched {
-            let tracked = Arc::new(Tracked::resume(watched, version, now));
-            let first = tracked.first_after_restart();
-            watcher.tracked().insert(tracked.id.clone(), tracked.clone());
-            watcher.attend(tracked, first);
+            watcher.resume(watched, version);
         }
         Ok(watcher)
+    }
+
+    /// Goes on with an instance that a process before this one, or beside it, began to watch.
+    fn resume(&self, watched: Watched, version: u64) {
+        let tracked = Arc::new(Tracked::resume(watched, version, self.clock.now()));
+        {
+            let mut all = self.tracked();
+            if all.contains_key(&tracked.id) {
+                return;
+            }
+            all.insert(tracked.id.clone(), tracked.clone());
+        }
+        let first = tracked.first_after_restart();
+        self.attend(tracked, first);
     }
 
     /// Each change and each answer from now on.
@@ -132,9 +142,9 @@ impl<S: Store, C: Clock> Watcher<S, C> {
     pub async fn tell_all(
         &self,
         listing: Listing<deployer::Instance>,
-        before: &HashSet<InstanceId>,
+        before: &BTreeSet<InstanceId>,
     ) -> Result<(), Error> {
-        let there: HashSet<String> = listing.items.iter().map(|instance| instance.id.clone()).collect();
+        let there: BTreeSet<String> = listing.items.iter().map(|instance| instance.id.clone()).collect();
         // Many at a time share a commit of the store.
         let epoch = &listing.epoch;
         stream::iter(listing.items)
@@ -149,12 +159,12 @@ impl<S: Store, C: Clock> Watcher<S, C> {
     }
 
     /// Those that are watched now.
-    pub fn ids(&self) -> HashSet<InstanceId> {
+    pub fn ids(&self) -> BTreeSet<InstanceId> {
         self.tracked().keys().cloned().collect()
     }
 
     /// Those that were launched, as far as the deployer told.
-    pub fn launched(&self) -> HashSet<InstanceId> {
+    pub fn launched(&self) -> BTreeSet<InstanceId> {
         let tracked = self.tracked();
         tracked
             .values()
@@ -196,7 +206,16 @@ impl<S: Store, C: Clock> Watcher<S, C> {
 
     /// Watches one more instance.
     async fn begin(&self, facts: Facts) -> Result<(), Error> {
-        if facts.retired || self.was_handled(&facts).await? {
+        if facts.retired {
+            return Ok(());
+        }
+        if self.was_handled(&facts).await? {
+            // By a process that stood still meanwhile, or shares the work: it is watched where it was not forgotten.
+            if let Some((version, watched)) =
+                documents::one(&self.store, HEALTH, &facts.id.to_string()).await?
+            {
+                self.resume(watched, version);
+            }
             return Ok(());
         }
         let tracked = Arc::new(Tracked::new(facts, self.clock.now()));
@@ -349,7 +368,7 @@ impl<S: Store, C: Clock> Watcher<S, C> {
 
     /// Raises and resolves what a crash between two commits left.
     async fn judge_all(&self) -> Result<(), Error> {
-        let open: HashSet<InstanceId> =
+        let open: BTreeSet<InstanceId> =
             self.signals.live().into_iter().filter_map(|record| record.signal.instance).collect();
         let all: Vec<Arc<Tracked>> = self.tracked().values().cloned().collect();
         for tracked in all.iter().filter(|tracked| tracked.is_bad() || open.contains(&tracked.id)) {
@@ -370,7 +389,7 @@ impl<S: Store, C: Clock> Watcher<S, C> {
         self.tracked().get(id).cloned()
     }
 
-    fn tracked(&self) -> MutexGuard<'_, HashMap<InstanceId, Arc<Tracked>>> {
+    fn tracked(&self) -> MutexGuard<'_, BTreeMap<InstanceId, Arc<Tracked>>> {
         // No code that can panic runs under the lock.
         self.shared.tracked.lock().unwrap_or_else(PoisonError::into_inner)
     }
