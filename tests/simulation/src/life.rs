@@ -1,0 +1,87 @@
+//! A process that can die after any of its steps, or stand still and go on later as if nothing had happened.
+
+use std::sync::Arc;
+
+use kiln_model::event::Service;
+use tokio::sync::watch;
+
+use crate::world::World;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Being {
+    Alive,
+    Frozen,
+    Dead,
+}
+
+#[derive(Clone)]
+pub(crate) struct Life {
+    pub(crate) service: Service,
+    /// `deployer 3`
+    name: Arc<str>,
+    being: Arc<watch::Sender<Being>>,
+    world: World,
+}
+
+impl Life {
+    pub(crate) fn new(service: Service, number: u64, world: &World) -> Self {
+        let name = format!("{service} {number}").into();
+        Self { service, name, being: Arc::new(watch::Sender::new(Being::Alive)), world: world.clone() }
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(crate) fn kill(&self, why: &str) {
+        if self.set(Being::Dead) {
+            self.world.tell(format!("{} dies {why}", self.name));
+        }
+    }
+
+    pub(crate) fn freeze(&self) {
+        if self.set(Being::Frozen) {
+            self.world.tell(format!("{} stands still", self.name));
+        }
+    }
+
+    pub(crate) fn thaw(&self) {
+        if self.set(Being::Alive) {
+            self.world.tell(format!("{} goes on", self.name));
+        }
+    }
+
+    fn set(&self, to: Being) -> bool {
+        self.being.send_if_modified(|being| {
+            let changes = *being != Being::Dead && *being != to;
+            if changes {
+                *being = to;
+            }
+            changes
+        })
+    }
+
+    pub(crate) fn is_dead(&self) -> bool {
+        *self.being.borrow() == Being::Dead
+    }
+
+    /// Comes back in a process that is alive, and never in a dead one.
+    pub(crate) async fn here(&self) {
+        let mut being = self.being.subscribe();
+        // The sender lives in this value.
+        let _ = being.wait_for(|being| *being == Being::Alive).await;
+    }
+
+    pub(crate) async fn died(&self) {
+        let mut being = self.being.subscribe();
+        let _ = being.wait_for(|being| *being == Being::Dead).await;
+    }
+
+    /// A moment at which it may die.
+    pub(crate) async fn step(&self, what: &str) {
+        if self.world.chance(self.world.faults().crash) {
+            self.kill(what);
+        }
+        self.here().await;
+    }
+}

@@ -1,0 +1,233 @@
+//! A site: its processes, which are started again when they die, and what outlives them.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use kiln_api::builder::builder_service_server::BuilderServiceServer;
+use kiln_api::engine::engine_service_server::EngineServiceServer;
+use kiln_api::monitor::monitor_service_server::MonitorServiceServer;
+use kiln_builder::builder::Builder;
+use kiln_builder::context::Contexts;
+use kiln_builder::image_tests::EngineTester;
+use kiln_builder::logs::Logs;
+use kiln_builder::peers::SitePeers;
+use kiln_builder::sources::Sources;
+use kiln_builder::store::Documents;
+use kiln_builder::workers::{self, WorkerOptions};
+use kiln_image::ImageStore;
+use kiln_model::event::Service;
+use kiln_monitor::peers::{BuilderPeer, DeployerPeer, EnginePeer};
+use kiln_monitor::{Monitor, Ports};
+use kiln_service::client::Channel;
+use kiln_service::config::Poll;
+use tokio::sync::watch;
+use tower::util::BoxCloneSyncService;
+
+use crate::bakery::SimBakery;
+use crate::bus::{Broker, SimBus};
+use crate::calls::Directory;
+use crate::invariants::Invariants;
+use crate::life::Life;
+use crate::node::SimNode;
+use crate::outside::{Outside, Reach};
+use crate::store::{Disk, SimStore};
+use crate::world::World;
+
+pub(crate) const RESYNC: Duration = Duration::from_secs(30);
+
+/// Cheap to clone; every clone is the same.
+#[derive(Clone)]
+pub(crate) struct Site {
+    pub(crate) world: World,
+    pub(crate) outside: Outside,
+    pub(crate) broker: Broker,
+    pub(crate) directory: Directory,
+    pub(crate) invariants: Invariants,
+    pub(crate) node: SimNode,
+    disks: Arc<BTreeMap<Service, Disk>>,
+    lives: Arc<Mutex<BTreeMap<Service, Life>>>,
+    numbers: Arc<Mutex<BTreeMap<Service, u64>>>,
+    folder: Arc<PathBuf>,
+}
+
+impl Site {
+    /// Its services begin to run.
+    pub(crate) fn new(world: &World, folder: PathBuf) -> Self {
+        let outside = Outside::default();
+        let invariants = Invariants::new(world, &outside);
+        let disk = |service: Service| (service, Disk::new(service.as_str()));
+        let first = Life::new(Service::Node, 0, world);
+        let machine = invariants.machine.clone();
+        let node = SimNode::new(first, machine, outside.clone(), world.clone(), invariants.clone());
+        let site = Self {
+            world: world.clone(),
+            outside,
+            broker: Broker::new(),
+            directory: Directory::default(),
+            invariants,
+            node,
+            disks: Arc::new(Service::ALL.map(disk).into()),
+            lives: Arc::default(),
+            numbers: Arc::default(),
+            folder: Arc::new(folder),
+        };
+        for service in Service::ALL {
+            site.start(service);
+        }
+        site
+    }
+
+    pub(crate) fn disk(&self, service: Service) -> &Disk {
+        self.disks.get(&service).unwrap()
+    }
+
+    pub(crate) fn life(&self, service: Service) -> Option<Life> {
+        self.lives.lock().unwrap().get(&service).cloned()
+    }
+
+    /// A person's way to a service.
+    pub(crate) fn channel(&self, to: Service) -> Channel {
+        self.directory.channel(None, to, &self.world)
+    }
+
+    /// Starts a service again when its newest process has died.
+    async fn supervise(&self, life: &Life) {
+        life.died().await;
+        tokio::time::sleep(Duration::from_millis(self.world.between(100, 8_000))).await;
+        let is_gone = |newest: Life| newest.is_dead() && newest.name() == life.name();
+        if self.life(life.service).is_some_and(is_gone) {
+            self.start(life.service);
+        }
+    }
+
+    /// Starts one more process of a service; from now on it is the one that answers.
+    pub(crate) fn start(&self, service: Service) -> Life {
+        let number = {
+            let mut numbers = self.numbers.lock().unwrap();
+            let number = numbers.entry(service).or_default();
+            *number += 1;
+            *number
+        };
+        let life = Life::new(service, number, &self.world);
+        self.world.tell(format!("{} starts", life.name()));
+        self.lives.lock().unwrap().insert(service, life.clone());
+        let (site, process) = (self.clone(), life.clone());
+        tokio::spawn(async move {
+            tokio::select! {
+                biased;
+                () = process.died() => {}
+                failed = site.run(service, &process) => process.kill(&format!("of {failed}")),
+            }
+            site.supervise(&process).await;
+        });
+        life
+    }
+
+    /// Runs a process for as long as it lives, and says what it failed of.
+    async fn run(&self, service: Service, life: &Life) -> String {
+        match service {
+            Service::Builder => Box::pin(self.builder(life)).await,
+            Service::Deployer => self.deployer(life).await,
+            Service::Monitor => self.monitor(life).await,
+            Service::Node => {
+                let node = self.node.next(life.clone());
+                self.directory.serve(life, BoxCloneSyncService::new(EngineServiceServer::new(node)));
+                std::future::pending().await
+            }
+        }
+    }
+
+    fn store(&self, life: &Life) -> SimStore {
+        SimStore {
+            disk: self.disk(life.service).clone(),
+            life: life.clone(),
+            world: self.world.clone(),
+            invariants: self.invariants.clone(),
+        }
+    }
+
+    fn bus(&self, life: &Life) -> SimBus {
+        SimBus {
+            broker: self.broker.clone(),
+            life: life.clone(),
+            world: self.world.clone(),
+            invariants: self.invariants.clone(),
+        }
+    }
+
+    fn reach(&self, life: &Life) -> Arc<Reach> {
+        Arc::new(Reach { outside: self.outside.clone(), life: life.clone() })
+    }
+
+    async fn builder(&self, life: &Life) -> String {
+        let to = |service| self.directory.channel(Some(life), service, &self.world);
+        let documents = Documents::new(self.store(life));
+        let contexts = Contexts::new(self.folder.join("contexts"));
+        let bakery =
+            SimBakery { outside: self.outside.clone(), life: life.clone(), world: self.world.clone() };
+        let builder = Builder {
+            sources: Sources::new(documents.clone(), contexts, self.reach(life)),
+            documents,
+            bakery,
+            logs: Logs::open(self.folder.join("logs")).unwrap(),
+            clock: self.world.clock(),
+        };
+        let owner = life.name().to_owned();
+        if let Err(error) = workers::recover(&builder, &owner).await {
+            return error.to_string();
+        }
+        let images = ImageStore::open(&self.folder.join("images")).unwrap();
+        let api =
+            kiln_builder::grpc::Api::new(builder.clone(), images.clone(), self.folder.join("signing.pub"));
+        self.directory.serve(life, BoxCloneSyncService::new(BuilderServiceServer::new(api)));
+        let loops = kiln_builder::Loops {
+            builder,
+            tester: EngineTester::new(to(Service::Node)),
+            peers: SitePeers::new(to(Service::Deployer), to(Service::Monitor)),
+            images,
+            options: WorkerOptions { owner, workers: 2 },
+            resync: RESYNC,
+        };
+        let (_stop, stopped) = watch::channel(false);
+        Box::pin(loops.run(self.bus(life), stopped)).await;
+        "the end of its loops".to_owned()
+    }
+
+    async fn deployer(&self, life: &Life) -> String {
+        let to = |service| self.directory.channel(Some(life), service, &self.world);
+        let peers = kiln_deployer::Peers {
+            engine: Arc::new(kiln_deployer::peers::Node::new(to(Service::Node))),
+            monitor: Arc::new(kiln_deployer::peers::Watcher::new(to(Service::Monitor))),
+            builder: Arc::new(kiln_deployer::peers::Bakery::new(to(Service::Builder))),
+        };
+        let (_stop, stopped) = watch::channel(false);
+        let loops = kiln_deployer::Loops::new(self.store(life), self.world.clock(), peers, RESYNC, stopped);
+        self.directory.serve(life, BoxCloneSyncService::new(loops.service()));
+        loops.run(self.bus(life)).await;
+        "the end of its loops".to_owned()
+    }
+
+    async fn monitor(&self, life: &Life) -> String {
+        let to = |service| self.directory.channel(Some(life), service, &self.world);
+        let ports = Ports {
+            deployer: Arc::new(DeployerPeer::new(to(Service::Deployer))),
+            builder: Arc::new(BuilderPeer::new(to(Service::Builder))),
+            engine: Arc::new(EnginePeer::new(to(Service::Node))),
+            git: self.reach(life),
+            archive: self.reach(life),
+        };
+        let poll = Poll { git: Duration::from_secs(5), archive: Duration::from_secs(20), resync: RESYNC };
+        let loaded = Monitor::load(self.store(life), self.world.clock(), ports, poll).await;
+        let monitor = match loaded {
+            Ok(monitor) => monitor,
+            Err(error) => return error.to_string(),
+        };
+        let (_stop, stopped) = watch::channel(false);
+        let server = MonitorServiceServer::new(monitor.api(stopped.clone()));
+        self.directory.serve(life, BoxCloneSyncService::new(server));
+        Box::pin(monitor.run(&self.bus(life), stopped)).await;
+        "the end of its loops".to_owned()
+    }
+}

@@ -1,0 +1,107 @@
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use tokio::runtime::RngSeed;
+
+use crate::story;
+use crate::world::World;
+
+/// Seeds of a run; `KILN_TEST_FULL=1` for the full count.
+const SEEDS: u64 = 2_000;
+const ALL_SEEDS: u64 = 100_000;
+const THREADS: u64 = 2;
+/// After so many the rest would tell nothing new; `KILN_FAILURES` for another number.
+const MOST_FAILURES: u64 = 20;
+
+/// What does not hold in the story of a seed, and the story.
+fn play(seed: u64) -> Result<String, (Vec<String>, String)> {
+    let folder = tempfile::Builder::new().prefix("kiln-simulation").tempdir_in(memory()).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .rng_seed(RngSeed::from_bytes(&seed.to_le_bytes()))
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let world = World::new(seed);
+        let told = story::tell(&world, folder.path().to_owned()).await;
+        told.map(|()| world.story()).map_err(|broken| (broken, world.story()))
+    })
+}
+
+fn memory() -> std::path::PathBuf {
+    let shm = std::path::Path::new("/dev/shm");
+    if shm.is_dir() { shm.to_owned() } else { std::env::temp_dir() }
+}
+
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok()?.parse().ok()
+}
+
+/// Holds for a seed, or panics with its story.
+fn holds(seed: u64) {
+    if let Err((broken, story)) = play(seed) {
+        panic!(
+            "seed {seed}\n{story}\n\nseed {seed}: {}\nagain: KILN_SEED={seed} cargo nextest run --release -p kiln-simulation \
+             a_seed_of_ones_own",
+            broken.join("\n")
+        );
+    }
+}
+
+/// Plays `count` seeds from `first` on; gives those whose story does not end well, the lowest first.
+fn failures(first: u64, count: u64) -> Vec<u64> {
+    let next = AtomicU64::new(first);
+    let failed = Mutex::new(Vec::new());
+    let most = usize::try_from(number("KILN_FAILURES").unwrap_or(MOST_FAILURES)).unwrap();
+    std::thread::scope(|scope| {
+        for _ in 0..THREADS {
+            scope.spawn(|| {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::SeqCst);
+                    if seed >= first + count || failed.lock().unwrap().len() >= most {
+                        return;
+                    }
+                    if let Err((broken, _)) = play(seed) {
+                        println!("seed {seed}: {}", broken.join("; "));
+                        failed.lock().unwrap().push(seed);
+                    }
+                }
+            });
+        }
+    });
+    let mut failed = failed.into_inner().unwrap();
+    failed.sort_unstable();
+    failed
+}
+
+#[test]
+fn every_seed_ends_well() {
+    let full = std::env::var_os("KILN_TEST_FULL").is_some();
+    let count = number("KILN_SEEDS").unwrap_or(if full { ALL_SEEDS } else { SEEDS });
+    let started = Instant::now();
+    let failed = failures(number("KILN_FIRST_SEED").unwrap_or(0), count);
+    println!("{count} seeds in {:?}", started.elapsed());
+    if let Some(seed) = failed.first() {
+        holds(*seed);
+    }
+}
+
+#[test]
+fn a_seed_does_again_what_it_did() {
+    for seed in [1, 2, 3, 4, 5] {
+        let story = |played: Result<String, (Vec<String>, String)>| played.unwrap_or_else(|(_, story)| story);
+        assert_eq!(story(play(seed)), story(play(seed)), "seed {seed}");
+    }
+}
+
+/// Tells the story of `KILN_SEED`.
+#[test]
+fn a_seed_of_ones_own() {
+    let Some(seed) = number("KILN_SEED") else { return };
+    match play(seed) {
+        Ok(story) => println!("{story}"),
+        Err(_) => holds(seed),
+    }
+}
