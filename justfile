@@ -43,3 +43,7 @@ generate:
 # A benchmark against its peer: `just bench launch`
 bench name:
     tests/bench.sh {{ name }}
+
+# One seed of the simulation, as a story: `just seed 17`
+seed number:
+    KILN_SEED={{ number }} KILN_ALOUD=1 cargo nextest run --release -p kiln-simulation --no-capture a_seed_of_ones_own

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Plants each known mistake in a copy of the code and plays the simulation until a seed finds it.
+#
+#   tests/mutants.sh [NAME…]     all of tests/simulation/mutants, or those named
+#
+# Prints which seed found which mistake; fails where one is not found by any seed of an ordinary run.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+root=$PWD
+export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$root/target}
+tree=$CARGO_TARGET_DIR/mutants
+trap 'rm -rf "$tree"' EXIT
+
+if [ "$#" -gt 0 ]; then
+    patches=()
+    for name in "$@"; do
+        patches+=("$root/tests/simulation/mutants/$name.patch")
+    done
+else
+    patches=("$root"/tests/simulation/mutants/*.patch)
+fi
+
+rm -rf "$tree"
+mkdir -p "$tree"
+git ls-files -z --cached --others --exclude-standard | tar --create --null --files-from=- | tar --extract --directory="$tree"
+
+missed=0
+for patch in "${patches[@]}"; do
+    name=$(basename "$patch" .patch)
+    patch --quiet --directory="$tree" --strip=1 <"$patch"
+    if ! build=$(cd "$tree" && cargo test --quiet --release --locked -p kiln-simulation --no-run 2>&1); then
+        echo "$name: can't be compiled" >&2
+        echo "$build" >&2
+        exit 1
+    fi
+    played=$(cd "$tree" && KILN_FAILURES=1 cargo test --quiet --release --locked -p kiln-simulation \
+        -- --exact tests::every_seed_ends_well --nocapture 2>&1) && found= || found=yes
+    if [ -n "$found" ]; then
+        echo "$name: $(grep --max-count=1 '^seed ' <<<"$played" | cut -c 1-160)"
+    else
+        echo "$name: NOT FOUND" >&2
+        missed=$((missed + 1))
+    fi
+    patch --quiet --reverse --directory="$tree" --strip=1 <"$patch"
+done
+echo "${#patches[@]} mistakes planted, $missed not found"
+[ "$missed" -eq 0 ]
