@@ -105,3 +105,15 @@ fn a_seed_of_ones_own() {
         Err(_) => holds(seed),
     }
 }
+
+/// It read of an instance that another deployer had launched meanwhile, and did not ask the node.
+#[test]
+fn a_deployer_that_stood_still_convicts_nothing_that_it_was_not_told_of() {
+    holds(305);
+}
+
+/// A release that no longer answered succeeded, since nobody had looked.
+#[test]
+fn a_soak_ends_with_the_newest_answer() {
+    holds(1388);
+}
