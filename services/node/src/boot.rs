@@ -128,7 +128,7 @@ impl<S: Store> Node<S> {
                 Ok(Some(_)) => {}
                 Ok(None) if self.note_end(&id) => {
                     let node = Arc::clone(self);
-                    tokio::spawn(async move { node.see_to_end(&id, Watched::No).await });
+                    tokio::spawn(async move { node.see_to_end(&id, Watched::Yes).await });
                 }
                 Ok(None) => {}
                 Err(error) => parts.note(id, Err(error)),

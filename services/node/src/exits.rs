@@ -25,7 +25,7 @@ pub(crate) async fn ended(pidfd: OwnedFd) -> std::io::Result<()> {
     pidfd.readable().await.map(drop)
 }
 
-/// Whether this node was there when an instance ended.
+/// Whether this process of the node was there when an instance ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Watched {
     Yes,
@@ -121,11 +121,12 @@ impl<S: Store> Node<S> {
             Some(code) => format!("ended by itself with exit code {code}"),
             None => "ended; nobody saw its exit code".to_owned(),
         };
-        // Whatever ended the node, and what else would have seen it, may have ended it too: a machine that went down.
-        let unseen = watched == Watched::No && exit_code.is_none();
-        tracing::warn!(instance = %id, exit_code, unseen, "{why}");
+        // Whatever ended the node may have ended it too: a machine that goes down kills what runs, or asks it to stop, and
+        // conmon may live long enough to write down how it ended. What ends by its own fault does so again, watched.
+        let cut_off = watched == Watched::No;
+        tracing::warn!(instance = %id, exit_code, cut_off, "{why}");
         metrics::ended();
-        let exited = advance(record, Fact::Ended { exit_code, why, unseen })?;
+        let exited = advance(record, Fact::Ended { exit_code, why, cut_off })?;
         self.book.write(exited, Batch::default()).await.map(drop)
     }
 

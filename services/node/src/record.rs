@@ -111,8 +111,8 @@ pub(crate) enum Fact {
     Ended {
         exit_code: Option<i32>,
         why: String,
-        /// It ended while this node was away, and nobody else saw how.
-        unseen: bool,
+        /// It ended while this node was away.
+        cut_off: bool,
     },
     ToRetire {
         drain: Millis,
@@ -188,9 +188,9 @@ impl Record {
                 self.cut_off = true;
                 self.end(now);
             }
-            (State::Running { .. }, Fact::Ended { exit_code, why, unseen }) => {
+            (State::Running { .. }, Fact::Ended { exit_code, why, cut_off }) => {
                 self.state = State::Exited;
-                self.cut_off = unseen;
+                self.cut_off = cut_off;
                 self.exit_code = exit_code;
                 self.detail = why;
                 self.end(now);
@@ -313,7 +313,7 @@ mod tests {
 
     #[test]
     fn an_instance_runs_once() {
-        let ended = Fact::Ended { exit_code: Some(3), why: "it ended".to_owned(), unseen: false };
+        let ended = Fact::Ended { exit_code: Some(3), why: "it ended".to_owned(), cut_off: false };
         let retire = Fact::ToRetire { drain: Millis(0) };
         let exited = after(&[started(), ended.clone()]).unwrap();
         assert_eq!(exited.exit_code, Some(3));
@@ -328,7 +328,7 @@ mod tests {
 
     #[test]
     fn what_it_has_on_the_machine_is_known_until_it_is_cleared_away() {
-        let ended = Fact::Ended { exit_code: None, why: String::new(), unseen: true };
+        let ended = Fact::Ended { exit_code: None, why: String::new(), cut_off: true };
         let failed = Fact::CouldNotLaunch { why: String::new() };
         for facts in [vec![started(), ended], vec![failed], vec![Fact::CutOff]] {
             let over = after(&facts).unwrap();

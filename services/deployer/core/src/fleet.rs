@@ -69,7 +69,7 @@ pub struct Instance {
     pub ended: Option<Timestamp>,
     pub exit_code: Option<i32>,
     pub detail: String,
-    /// It ended unseen while the node was away, as with a machine that goes down: not its release's fault.
+    /// It ended while the node was away, as with a machine that goes down: not its release's fault.
     #[serde(default)]
     pub cut_off: bool,
     /// What was known of its probes when it became unhealthy or ended by itself: the monitor forgets what is retired.

@@ -42,7 +42,7 @@ pub struct Seen {
     pub ended: Option<Timestamp>,
     pub exit_code: Option<i32>,
     pub detail: String,
-    /// It failed because the node ended in the middle of its launch, or ended while the node was away and nobody saw how:
+    /// It failed because the node ended in the middle of its launch, or ended while the node was away:
     /// that says nothing of its release.
     pub cut_off: bool,
 }

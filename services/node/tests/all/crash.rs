@@ -97,6 +97,7 @@ async fn an_end_that_nobody_saw_is_found_at_boot() {
     site.wait_state(&id(1), InstanceState::Exited).await;
     let (instances, routes) = site.list().await;
     assert_eq!(instances[0].exit_code, Some(137), "conmon saw it");
+    assert!(instances[0].cut_off, "what ended the node may have ended it");
     assert_eq!(routes[0].listeners[0].backends.len(), 1);
     let folder = site.home.path().join("node/instances").join(id(1));
     wait_for("the end of what it had", || !folder.exists()).await;

@@ -43,8 +43,8 @@ pub struct Instance {
     pub pid: u32,
     #[prost(uint64, tag = "9")]
     pub version: u64,
-    /// FAILED because the node ended in the middle of the launch, or EXITED while the node was away and nobody saw how: both
-    /// say nothing of the instance.
+    /// FAILED because the node ended in the middle of the launch, or EXITED while the node was away, as with a machine that
+    /// goes down: both say nothing of the instance.
     #[prost(bool, tag = "10")]
     pub cut_off: bool,
 }
