@@ -149,7 +149,7 @@ fn read(epoch: &str, message: builder::Server) -> Result<(KnownServer, bool), (S
 #[allow(clippy::unwrap_used)]
 mod tests {
     use kiln_api::types;
-    use kiln_store::SqliteStore;
+    use kiln_store::SqlStore;
 
     use super::*;
 
@@ -174,7 +174,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_was_told_outlives_a_restart_and_old_news_are_ignored() {
-        let store = SqliteStore::in_memory().await.unwrap();
+        let store = SqlStore::in_memory().await.unwrap();
         let servers = Servers::load(store.clone()).await.unwrap();
         let web: ServerName = "web".parse().unwrap();
         assert_eq!(servers.policy(&web), UNKNOWN_POLICY);
@@ -191,9 +191,9 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_removed_or_not_listed_is_dropped_and_can_come_back() {
-        let store = SqliteStore::in_memory().await.unwrap();
+        let store = SqlStore::in_memory().await.unwrap();
         let servers = Servers::load(store).await.unwrap();
-        let names = |servers: &Servers<SqliteStore>| {
+        let names = |servers: &Servers<SqlStore>| {
             servers.all().iter().map(|server| server.name.to_string()).collect::<Vec<_>>()
         };
         servers.take(listing(vec![message("a", 1), message("b", 1), message("c", 1)])).await.unwrap();

@@ -44,17 +44,17 @@ pub fn info(page: &Page) -> types::ListInfo {
 
 #[cfg(test)]
 mod tests {
-    use kiln_store::{Batch, Change, SqliteStore};
+    use kiln_store::{Batch, Change, SqlStore};
 
     use super::*;
 
-    async fn commit(store: &SqliteStore, change: Change) {
+    async fn commit(store: &SqlStore, change: Change) {
         store.commit(Batch { changes: vec![change], ..Batch::default() }).await.unwrap();
     }
 
     #[tokio::test]
     async fn who_asks_for_what_changed_learns_what_was_deleted() {
-        let store = SqliteStore::in_memory().await.unwrap();
+        let store = SqlStore::in_memory().await.unwrap();
         for id in ["a", "b"] {
             let (kind, id, body) = ("server".to_owned(), id.to_owned(), serde_json::json!({}));
             commit(&store, Change::Put { kind, id, expected: 0, schema: 1, body }).await;

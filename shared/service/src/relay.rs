@@ -188,7 +188,7 @@ mod tests {
 
     use kiln_bus::MemoryBus;
     use kiln_model::event::{EventType, NewEvent, Service};
-    use kiln_store::{Batch, SqliteStore};
+    use kiln_store::{Batch, SqlStore};
 
     fn event(aggregate: &str, version: u64) -> NewEvent {
         NewEvent {
@@ -203,7 +203,7 @@ mod tests {
         }
     }
 
-    async fn commit(store: &SqliteStore, events: Vec<NewEvent>) {
+    async fn commit(store: &SqlStore, events: Vec<NewEvent>) {
         store.commit(Batch { events, ..Batch::default() }).await.unwrap();
     }
 
@@ -217,7 +217,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_committed_is_published_in_order_and_marked() {
-        let (store, bus) = (SqliteStore::in_memory().await.unwrap(), MemoryBus::new("home".parse().unwrap()));
+        let (store, bus) = (SqlStore::in_memory().await.unwrap(), MemoryBus::new("home".parse().unwrap()));
         // Some from before it starts, some while it runs.
         commit(&store, vec![event("a", 1), event("b", 1), event("a", 2)]).await;
         let (stop, stopped) = watch::channel(false);
@@ -240,7 +240,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_event_that_no_broker_takes_holds_nothing_up() {
-        let (store, bus) = (SqliteStore::in_memory().await.unwrap(), MemoryBus::new("home".parse().unwrap()));
+        let (store, bus) = (SqlStore::in_memory().await.unwrap(), MemoryBus::new("home".parse().unwrap()));
         let big = NewEvent { payload: vec![0; 1 << 20], ..event("a", 1) };
         commit(&store, vec![big, event("a", 2)]).await;
         let (_stop, stopped) = watch::channel(false);
@@ -252,7 +252,7 @@ mod tests {
 
     #[tokio::test]
     async fn while_the_broker_is_away_events_wait_and_the_stop_is_heard() {
-        let (store, bus) = (SqliteStore::in_memory().await.unwrap(), MemoryBus::new("home".parse().unwrap()));
+        let (store, bus) = (SqlStore::in_memory().await.unwrap(), MemoryBus::new("home".parse().unwrap()));
         bus.set_away(true);
         commit(&store, vec![event("a", 1), event("a", 2)]).await;
         let (stop, stopped) = watch::channel(false);

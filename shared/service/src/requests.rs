@@ -93,7 +93,7 @@ fn replay<A: Message + Default>(stored: &StoredAnswer, request_digest: &Digest) 
 mod tests {
     use super::*;
     use kiln_api::builder::{RemoveRequest, Server};
-    use kiln_store::{Change, SqliteStore};
+    use kiln_store::{Change, SqlStore};
     use std::sync::atomic::{AtomicU64, Ordering};
 
     fn put(expected: u64) -> Batch {
@@ -108,7 +108,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_repeated_call_does_nothing_twice() {
-        let store = SqliteStore::in_memory().await.unwrap();
+        let store = SqlStore::in_memory().await.unwrap();
         let decided = AtomicU64::new(0);
         let request = remove("web");
         let call = || {
@@ -128,7 +128,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_id_is_for_one_request() {
-        let store = SqliteStore::in_memory().await.unwrap();
+        let store = SqlStore::in_memory().await.unwrap();
         let decide = || std::future::ready(Ok((Batch::default(), Server::default())));
         once(&store, "r1", &remove("web"), decide).await.unwrap();
         let refused = once(&store, "r1", &remove("db"), decide).await.unwrap_err();
@@ -140,7 +140,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_stale_read_is_decided_anew() {
-        let store = SqliteStore::in_memory().await.unwrap();
+        let store = SqlStore::in_memory().await.unwrap();
         store.commit(put(0)).await.unwrap();
         let reads = AtomicU64::new(0);
         // The first decision is made on version 0, which is not so any more.
@@ -156,7 +156,7 @@ mod tests {
 
     #[tokio::test]
     async fn two_copies_of_a_call_act_once() {
-        let store = SqliteStore::in_memory().await.unwrap();
+        let store = SqlStore::in_memory().await.unwrap();
         let request = remove("web");
         let call = || {
             once(&store, "r1", &request, || {

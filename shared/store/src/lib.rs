@@ -9,17 +9,26 @@ mod batch;
 #[cfg(any(test, feature = "conformance"))]
 pub mod conformance;
 
+mod connection;
 mod document;
+mod layout;
 mod memory;
+mod place;
+mod rows;
+mod session;
 mod sql;
 mod sqlite;
+mod store;
 mod token;
+mod transaction;
+mod writer;
 
 pub use batch::{AuditRecord, Batch, Change, Expect, StoredAnswer, Watermark};
 
 pub use document::{Cursor, Document, Entry, Page, decode, encode};
 pub use memory::MemoryStore;
-pub use sqlite::SqliteStore;
+pub use place::Place;
+pub use store::SqlStore;
 
 use async_trait::async_trait;
 use jiff::SignedDuration;
@@ -69,6 +78,18 @@ pub enum Error {
     Unavailable { what: &'static str, place: String, reason: String },
 }
 
+impl Error {
+    /// What else is to be said of a failure.
+    fn and(self, more: &str) -> Self {
+        match self {
+            Self::Unavailable { what, place, reason } => {
+                Self::Unavailable { what, place, reason: format!("{reason}; {more}") }
+            }
+            other => other,
+        }
+    }
+}
+
 /// One service's store. Cheap to clone; every clone is the same store.
 #[async_trait]
 pub trait Store: Clone + Send + Sync + 'static {
@@ -107,6 +128,10 @@ pub trait Store: Clone + Send + Sync + 'static {
     async fn answer(&self, request: &RequestId) -> Result<Option<StoredAnswer>, Error>;
 
     /// Applies a batch as a whole, durably: when this returns, SIGKILL and power loss forget nothing of it.
+    ///
+    /// Refused batches have written nothing. [`Error::Unavailable`] leaves open whether all of it was written or nothing,
+    /// since an answer can be lost on its way: load again and decide anew. A batch that is tried again as it was does
+    /// nothing twice where it compares a version, a watermark or an answer.
     async fn commit(&self, batch: Batch) -> Result<Committed, Error>;
 
     /// Events not yet marked sent, in the order of sequence.

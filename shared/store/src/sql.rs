@@ -1,9 +1,6 @@
 //! Every statement of a store, in the SQL that SQLite and PostgreSQL share. What differs between them, the types of
 //! the columns, is in each backend's schema.
 
-/// The layout of the tables. A program refuses a store whose layout is newer than the one it knows.
-pub(crate) const LAYOUT: &str = "1";
-
 pub(crate) const META_GET: &str = "SELECT value FROM meta WHERE name = $1";
 pub(crate) const META_SET: &str =
     "INSERT INTO meta (name, value) VALUES ($1, $2) ON CONFLICT (name) DO UPDATE SET value = excluded.value";
@@ -35,7 +32,7 @@ pub(crate) const ANSWER_ADD: &str =
     "INSERT INTO answers (request, request_digest, answer, created) VALUES ($1, $2, $3, $4)";
 
 /// The number of the next event of one version of an aggregate.
-pub(crate) const EVENT_NEXT_INDEX: &str = "SELECT COALESCE(MAX(place), -1) + 1 FROM outbox \
+pub(crate) const EVENT_NEXT_INDEX: &str = "SELECT COALESCE(MAX(place), -1) + 1 AS next FROM outbox \
      WHERE aggregate_kind = $1 AND aggregate_id = $2 AND aggregate_version = $3";
 pub(crate) const EVENT_ADD: &str = "INSERT INTO outbox (sequence, id, aggregate_kind, aggregate_id, aggregate_version, place, \
      service, entity, verb, server, payload, time, traceparent, created, sent) \
@@ -58,4 +55,4 @@ pub(crate) const PRUNE_ANSWERS: &str = "DELETE FROM answers WHERE created < $1";
 pub(crate) const PRUNE_TOMBSTONES: &str = "DELETE FROM documents WHERE deleted IS NOT NULL AND deleted < $1";
 /// The newest tombstone that [`PRUNE_TOMBSTONES`] is about to drop; 0 for none.
 pub(crate) const NEWEST_PRUNABLE: &str =
-    "SELECT COALESCE(MAX(sequence), 0) FROM documents WHERE deleted IS NOT NULL AND deleted < $1";
+    "SELECT COALESCE(MAX(sequence), 0) AS newest FROM documents WHERE deleted IS NOT NULL AND deleted < $1";

@@ -5,19 +5,19 @@ use async_trait::async_trait;
 use kiln_model::event::Event;
 use kiln_model::name::RequestId;
 use kiln_store::{
-    AuditRecord, Batch, Committed, Cursor, Document, Error, Page, SqliteStore, Store, StoredAnswer,
+    AuditRecord, Batch, Committed, Cursor, Document, Error, Page, SqlStore, Store, StoredAnswer,
 };
 
 /// A real store where others can be first with every commit.
 #[derive(Clone)]
 pub(crate) struct Contended {
-    store: SqliteStore,
+    store: SqlStore,
     lose: Arc<AtomicU32>,
 }
 
 impl Contended {
     pub(crate) async fn new() -> Self {
-        Self { store: SqliteStore::in_memory().await.unwrap(), lose: Arc::default() }
+        Self { store: SqlStore::in_memory().await.unwrap(), lose: Arc::default() }
     }
 
     /// The next commits lose against somebody.

@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use kiln_model::event::Event;
 use kiln_model::name::RequestId;
 use kiln_store::{
-    AuditRecord, Batch, Committed, Cursor, Document, Error, Page, SqliteStore, Store, StoredAnswer,
+    AuditRecord, Batch, Committed, Cursor, Document, Error, Page, SqlStore, Store, StoredAnswer,
 };
 use tokio::sync::watch;
 
@@ -56,7 +56,7 @@ impl Life {
 /// A store that its process loses when it dies.
 #[derive(Clone)]
 pub(super) struct Mortal {
-    pub(super) inner: SqliteStore,
+    pub(super) inner: SqlStore,
     pub(super) life: Life,
 }
 

@@ -23,7 +23,7 @@ use kiln_model::run::RunSpec;
 use kiln_model::signal::{Remedy, Signal, SignalId, SignalState};
 use kiln_model::time::Millis;
 use kiln_service::clock::SystemClock;
-use kiln_store::{SqliteStore, Store as _};
+use kiln_store::{SqlStore, Store as _};
 use prost::Message as _;
 use tokio::sync::watch;
 
@@ -41,7 +41,7 @@ const TRACE: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 
 struct Site {
     world: World,
-    store: SqliteStore,
+    store: SqlStore,
     bus: MemoryBus,
     server: ServerName,
 }
@@ -50,7 +50,7 @@ impl Site {
     async fn new() -> Self {
         Self {
             world: World::new(),
-            store: SqliteStore::in_memory().await.unwrap(),
+            store: SqlStore::in_memory().await.unwrap(),
             bus: MemoryBus::new("home".parse().unwrap()),
             server: "web".parse().unwrap(),
         }

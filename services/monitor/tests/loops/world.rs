@@ -22,7 +22,7 @@ use kiln_monitor::{Monitor, Ports};
 use kiln_monitor_core::release::ReleaseFile;
 use kiln_service::clock::SystemClock;
 use kiln_service::config::Poll;
-use kiln_store::SqliteStore;
+use kiln_store::SqlStore;
 use prost::Message;
 use tokio::sync::{broadcast, watch};
 use tokio::task::JoinHandle;
@@ -204,7 +204,7 @@ impl Archive for Nowhere {
 
 /// Everything around a monitor, which outlives the monitor.
 pub struct World {
-    pub store: SqliteStore,
+    pub store: SqlStore,
     pub bus: MemoryBus,
     pub deployer: Arc<FakeDeployer>,
     pub builder: Arc<FakeBuilder>,
@@ -219,7 +219,7 @@ impl World {
     pub async fn new() -> Self {
         let site: SiteName = "test".parse().unwrap();
         Self {
-            store: SqliteStore::in_memory().await.unwrap(),
+            store: SqlStore::in_memory().await.unwrap(),
             bus: MemoryBus::new(site),
             deployer: Arc::default(),
             builder: Arc::default(),
@@ -347,7 +347,7 @@ fn words(event: &NewEvent) -> String {
 }
 
 pub struct Running {
-    pub api: kiln_monitor::grpc::Api<SqliteStore, SystemClock>,
+    pub api: kiln_monitor::grpc::Api<SqlStore, SystemClock>,
     stop: watch::Sender<bool>,
     task: JoinHandle<()>,
 }

@@ -15,7 +15,7 @@ use kiln_model::event::{EventType, NewEvent, Service};
 use kiln_service::error::ApiError;
 use kiln_service::server::{Error, ServerOptions, serve};
 use kiln_service::{client, requests, trace};
-use kiln_store::{Batch, SqliteStore};
+use kiln_store::{Batch, SqlStore};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tonic::{Request, Response, Status};
@@ -24,7 +24,7 @@ pub(crate) type Client = MonitorServiceClient<client::Channel>;
 
 #[derive(Clone)]
 pub(crate) struct Monitor {
-    pub(crate) store: SqliteStore,
+    pub(crate) store: SqlStore,
 }
 
 impl Monitor {
@@ -104,7 +104,7 @@ pub(crate) struct Running {
     pub(crate) folder: tempfile::TempDir,
     pub(crate) stop: watch::Sender<bool>,
     pub(crate) task: JoinHandle<Result<(), Error>>,
-    pub(crate) store: SqliteStore,
+    pub(crate) store: SqlStore,
 }
 
 pub(crate) fn options(folder: &Path) -> ServerOptions {
@@ -124,7 +124,7 @@ impl Running {
     }
 
     pub(crate) async fn start_with(folder: tempfile::TempDir, options: ServerOptions) -> Self {
-        let store = SqliteStore::in_memory().await.unwrap();
+        let store = SqlStore::in_memory().await.unwrap();
         let routes = tonic::service::Routes::new(MonitorServiceServer::new(Monitor { store: store.clone() }));
         let (stop, stopped) = watch::channel(false);
         let socket = options.socket.clone();

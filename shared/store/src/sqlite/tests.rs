@@ -5,7 +5,9 @@ use std::process::{Command, Stdio};
 use serde_json::json;
 
 use super::*;
-use crate::{Change, conformance::conformance};
+use crate::conformance::conformance;
+use crate::layout::tests::go_forward;
+use crate::{Batch, Change, Store as _};
 
 fn put(kind: &str, id: &str, expected: u64, body: serde_json::Value) -> Batch {
     let change = Change::Put { kind: kind.to_owned(), id: id.to_owned(), expected, schema: 1, body };
@@ -17,7 +19,7 @@ async fn it_keeps_every_promise() {
     let folder = tempfile::tempdir().unwrap();
     conformance(async |name| {
         let path = folder.path().join(name);
-        SqliteStore::open(&path).await.unwrap()
+        open(&path).await.unwrap()
     })
     .await;
 }
@@ -25,7 +27,7 @@ async fn it_keeps_every_promise() {
 #[tokio::test]
 async fn its_files_are_private() {
     let folder = tempfile::tempdir().unwrap();
-    let store = SqliteStore::open(&folder.path().join("store.db")).await.unwrap();
+    let store = open(&folder.path().join("store.db")).await.unwrap();
     store.commit(put("a", "1", 0, json!({}))).await.unwrap();
     let files: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(Result::unwrap).collect();
     assert!(files.len() > 1, "no log beside the file");
@@ -36,8 +38,8 @@ async fn its_files_are_private() {
 
 #[tokio::test]
 async fn a_scratch_store_goes_with_its_last_handle() {
-    let store = SqliteStore::in_memory().await.unwrap();
-    let folder = Path::new(&store.inner.place).parent().unwrap().to_owned();
+    let store = in_memory().await.unwrap();
+    let folder = Path::new(store.place()).parent().unwrap().to_owned();
     let clone = store.clone();
     drop(store);
     assert!(folder.is_dir());
@@ -51,7 +53,7 @@ async fn a_scratch_store_goes_with_its_last_handle() {
 #[tokio::test]
 async fn a_burst_shares_a_commit() {
     let folder = tempfile::tempdir().unwrap();
-    let store = SqliteStore::open(&folder.path().join("store.db")).await.unwrap();
+    let store = open(&folder.path().join("store.db")).await.unwrap();
     let mut sequence = store.sequence();
     let watcher = tokio::spawn(async move {
         let mut steps = 0;
@@ -82,7 +84,7 @@ const CHILD: &str = "KILN_STORE_KILLED";
 #[tokio::test]
 async fn killed_child() {
     let Some(path) = std::env::var_os(CHILD) else { return };
-    let store = SqliteStore::open(Path::new(&path)).await.unwrap();
+    let store = open(Path::new(&path)).await.unwrap();
     for n in 0_u64.. {
         let mut batch = put("counter", "c", n, json!({"n": n}));
         batch.changes.extend(put("item", &format!("{n:08}"), 0, json!({})).changes);
@@ -113,7 +115,7 @@ async fn what_was_acknowledged_survives_sigkill() {
         // What it said between the look and the kill counts too.
         acknowledged = counts.last().unwrap_or(acknowledged);
         child.wait().unwrap();
-        let store = SqliteStore::open(&path).await.unwrap();
+        let store = open(&path).await.unwrap();
         let found = store.get("counter", "c").await.unwrap().unwrap().version;
         assert!(found == acknowledged || found == acknowledged + 1, "{found} of {acknowledged}");
         // Whole batches only.
@@ -147,7 +149,7 @@ async fn a_full_disk_is_a_clear_error_and_no_half_state() {
     let mount = Command::new("mount").args(["-t", "tmpfs", "-o", "size=2m", "tmpfs"]).arg(&mounted).status();
     assert!(mount.unwrap().success(), "can't mount: run the tests as root");
     let mounted = Mounted(mounted);
-    let store = SqliteStore::open(&mounted.0.join("store.db")).await.unwrap();
+    let store = open(&mounted.0.join("store.db")).await.unwrap();
     let big = json!({"text": "x".repeat(50_000)});
     let mut kept = 0_u64;
     let error = loop {
@@ -166,28 +168,20 @@ async fn a_full_disk_is_a_clear_error_and_no_half_state() {
     assert!(remount.unwrap().success());
     store.commit(put("a", &kept.to_string(), 0, big)).await.unwrap();
     drop(store);
-    let store = SqliteStore::open(&mounted.0.join("store.db")).await.unwrap();
+    let store = open(&mounted.0.join("store.db")).await.unwrap();
     assert_eq!(store.list("a", "", None, 500).await.unwrap().len() as u64, kept + 1);
     drop(store);
 }
 
 #[tokio::test]
-async fn a_damaged_file_or_a_newer_layout_is_refused_in_words() {
+async fn a_damaged_file_is_refused_in_words() {
     let folder = tempfile::tempdir().unwrap();
     let damaged = folder.path().join("damaged.db");
     std::fs::write(&damaged, "this is no database, and long enough to be looked at".repeat(100)).unwrap();
-    let error = SqliteStore::open(&damaged).await.unwrap_err().to_string();
+    let error = open(&damaged).await.unwrap_err().to_string();
     assert!(error.contains("damaged") && error.contains("restore"), "{error}");
 
-    let newer = folder.path().join("newer.db");
-    drop(SqliteStore::open(&newer).await.unwrap());
-    let mut connection = SqliteConnectOptions::new().filename(&newer).connect().await.unwrap();
-    sqlx::query(sql::META_SET).bind("layout").bind("99").execute(&mut connection).await.unwrap();
-    connection.close().await.unwrap();
-    let error = SqliteStore::open(&newer).await.unwrap_err().to_string();
-    assert!(error.contains("99"), "{error}");
-
-    let nowhere = SqliteStore::open(&folder.path().join("no/such/store.db")).await.unwrap_err().to_string();
+    let nowhere = open(&folder.path().join("no/such/store.db")).await.unwrap_err().to_string();
     assert!(nowhere.contains("no/such/store.db"), "{nowhere}");
 }
 
@@ -195,11 +189,67 @@ async fn a_damaged_file_or_a_newer_layout_is_refused_in_words() {
 async fn another_writer_is_waited_for_and_then_named() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("store.db");
-    let store = SqliteStore::open(&path).await.unwrap();
+    let store = open(&path).await.unwrap();
     let mut other = SqliteConnectOptions::new().filename(&path).connect().await.unwrap();
     sqlx::raw_sql("BEGIN IMMEDIATE").execute(&mut other).await.unwrap();
     let error = store.commit(put("a", "1", 0, json!({}))).await.unwrap_err().to_string();
     assert!(error.contains("another process"), "{error}");
     sqlx::raw_sql("ROLLBACK").execute(&mut other).await.unwrap();
     store.commit(put("a", "1", 0, json!({}))).await.unwrap();
+}
+
+#[tokio::test]
+async fn its_layout_goes_forward() {
+    let folder = tempfile::tempdir().unwrap();
+    go_forward(MIGRATIONS, async |name, migrations| {
+        let path = folder.path().join(name);
+        create_private(&path)?;
+        start(&path, SqliteSynchronous::Off, migrations, None).await
+    })
+    .await;
+}
+
+/// As the first programs wrote it, which did not say from which layout on it can be read.
+const FIRST: &str = "
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE documents (
+    kind TEXT NOT NULL, id TEXT NOT NULL, version INTEGER NOT NULL, sequence INTEGER NOT NULL,
+    schema_number INTEGER NOT NULL, body TEXT NOT NULL, deleted INTEGER,
+    PRIMARY KEY (kind, id)) WITHOUT ROWID;
+CREATE INDEX documents_by_sequence ON documents (kind, sequence, id);
+CREATE TABLE watermarks (
+    source_kind TEXT NOT NULL, source_id TEXT NOT NULL, version INTEGER NOT NULL,
+    PRIMARY KEY (source_kind, source_id)) WITHOUT ROWID;
+CREATE TABLE answers (
+    request TEXT PRIMARY KEY, request_digest TEXT NOT NULL, answer BLOB NOT NULL, created INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE outbox (
+    sequence INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE,
+    aggregate_kind TEXT NOT NULL, aggregate_id TEXT NOT NULL, aggregate_version INTEGER NOT NULL, place INTEGER NOT NULL,
+    service TEXT NOT NULL, entity TEXT NOT NULL, verb TEXT NOT NULL, server TEXT,
+    payload BLOB NOT NULL, time TEXT NOT NULL, traceparent TEXT NOT NULL, created INTEGER NOT NULL, sent INTEGER);
+CREATE UNIQUE INDEX outbox_by_aggregate ON outbox (aggregate_kind, aggregate_id, aggregate_version, place);
+CREATE INDEX outbox_unsent ON outbox (sequence) WHERE sent IS NULL;
+CREATE TABLE audit (
+    sequence INTEGER PRIMARY KEY, time TEXT NOT NULL, actor TEXT NOT NULL, action TEXT NOT NULL, subject TEXT NOT NULL,
+    request TEXT, body TEXT NOT NULL);
+INSERT INTO meta VALUES ('layout', '1'), ('epoch', '01JFIRST'), ('sequence', '41');
+INSERT INTO documents VALUES ('server', 'web', 7, 41, 1, '{\"n\":1}', NULL);
+";
+
+#[tokio::test]
+async fn a_store_of_the_first_programs_opens_unchanged() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("store.db");
+    let options = SqliteConnectOptions::new().filename(&path).create_if_missing(true);
+    let mut old = options.connect().await.unwrap();
+    sqlx::raw_sql(FIRST).execute(&mut old).await.unwrap();
+    let tables = "SELECT group_concat(sql) FROM (SELECT sql FROM sqlite_schema ORDER BY name)";
+    let before: String = sqlx::query_scalar(tables).fetch_one(&mut old).await.unwrap();
+
+    let store = open(&path).await.unwrap();
+    assert_eq!((store.epoch(), *store.sequence().borrow()), ("01JFIRST", 41));
+    assert_eq!(store.get("server", "web").await.unwrap().unwrap().body, json!({"n": 1}));
+    assert_eq!(store.commit(put("server", "web", 7, json!({}))).await.unwrap().sequence, 42);
+    let after: String = sqlx::query_scalar(tables).fetch_one(&mut old).await.unwrap();
+    assert_eq!(before, after);
 }
