@@ -28,8 +28,10 @@ case "${1:-}" in
     --tests)
         needs+=(
             skopeo:skopeo umoci:umoci docker:docker.io dockerd:docker.io mmdebstrap:mmdebstrap buildah:buildah
-            dpkg-deb:dpkg gpg:gnupg gpgconf:gpgconf
+            dpkg-deb:dpkg gpg:gnupg gpgconf:gpgconf psql:postgresql-client
         )
+        # By its version of Debian 12: the server is not on the path.
+        files+=(/usr/lib/postgresql/15/bin/postgres:postgresql-15)
         ;;
     *)
         echo "prerequisites.sh: unknown argument '$1'; there is --tests" >&2
@@ -75,6 +77,12 @@ if [ "${#missing[@]}" -gt 0 ]; then
             exit 1
         fi
         as_root=(sudo)
+    fi
+    if [[ " ${missing[*]} " == *" postgresql-15 "* && ! -e /etc/postgresql-common/createcluster.conf ]]; then
+        # Else the package makes a database of its own, and runs it from now on.
+        "${as_root[@]}" mkdir -p /etc/postgresql-common
+        echo "create_main_cluster = false" |
+            "${as_root[@]}" tee /etc/postgresql-common/createcluster.conf >/dev/null
     fi
     "${as_root[@]}" apt-get -qq update
     "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \

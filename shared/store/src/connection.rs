@@ -138,6 +138,12 @@ impl Changed for sqlx::sqlite::SqliteQueryResult {
     }
 }
 
+impl Changed for sqlx::postgres::PgQueryResult {
+    fn rows(&self) -> u64 {
+        self.rows_affected()
+    }
+}
+
 impl<R: sqlx::Row> Row for R
 where
     &'static str: ColumnIndex<R>,

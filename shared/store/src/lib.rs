@@ -14,6 +14,7 @@ mod document;
 mod layout;
 mod memory;
 mod place;
+mod postgres;
 mod rows;
 mod session;
 mod sql;
@@ -27,7 +28,7 @@ pub use batch::{AuditRecord, Batch, Change, Expect, StoredAnswer, Watermark};
 
 pub use document::{Cursor, Document, Entry, Page, decode, encode};
 pub use memory::MemoryStore;
-pub use place::Place;
+pub use place::{Database, Password, Place, PostgresUrl};
 pub use store::SqlStore;
 
 use async_trait::async_trait;

@@ -17,12 +17,12 @@ use crate::rows::{self, number};
 use crate::session::{Backend, Session, failure};
 use crate::token::Position;
 use crate::writer::{Job, Writer};
-use crate::{Committed, Error, PAGE_BYTES, Place, Store, sql, sqlite};
+use crate::{Committed, Error, PAGE_BYTES, Place, Store, postgres, sql, sqlite};
 
 /// Jobs that may wait for the writer; past it callers wait to hand theirs in.
 const QUEUE: usize = 1024;
 
-/// A store in SQLite. Cheap to clone; every clone is the same store.
+/// A store in SQLite or PostgreSQL. Cheap to clone; every clone is the same store.
 #[derive(Clone)]
 pub struct SqlStore {
     inner: Arc<Inner>,
@@ -58,10 +58,12 @@ impl SqlStore {
     /// Opens the store in a place, and makes it where it does not exist.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] where the file can't be opened, is damaged, or was written by a Kiln that is too new.
+    /// [`Error::Unavailable`] where the file can't be opened or the server not be reached, where it is damaged, or was
+    /// written by a Kiln that is too new.
     pub async fn open(place: &Place) -> Result<Self, Error> {
         match place {
             Place::File(path) => sqlite::open(path).await,
+            Place::Postgres(database) => postgres::open(database).await,
         }
     }
 
