@@ -34,7 +34,7 @@ use kiln_service::config::Site;
 use kiln_service::run::{Failure, Start};
 use kiln_service::server::{APPLY_LIMIT, ServerOptions, serve};
 use kiln_service::{client, follow, relay, requests, resync};
-use kiln_store::{Place, SqlStore, Store};
+use kiln_store::{SqlStore, Store};
 use tokio::sync::{Notify, watch};
 use tonic::service::Routes;
 
@@ -64,7 +64,7 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     let paths = site.paths();
     let home = paths.service(Service::Builder);
     std::fs::create_dir_all(&home)?;
-    let store = SqlStore::open(&Place::File(paths.store(Service::Builder))).await?;
+    let store = SqlStore::open(&site.place(Service::Builder)?).await?;
     let bus = NatsBus::connect(site.nats(User::Builder)?).await?;
     let images = ImageStore::open(&paths.images())?;
     let baker = Baker::new(bake_config(&site))?;

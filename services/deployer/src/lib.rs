@@ -32,7 +32,7 @@ use kiln_service::clock::{Clock, SystemClock};
 use kiln_service::run::{Failure, Start};
 use kiln_service::server::{ServerOptions, serve};
 use kiln_service::{client, follow, relay, resync};
-use kiln_store::{Place, SqlStore, Store};
+use kiln_store::{SqlStore, Store};
 use tokio::sync::{Notify, watch as flag};
 use tonic::service::Routes;
 
@@ -49,7 +49,7 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     let Start { site, stop } = start;
     let paths = site.paths();
     std::fs::create_dir_all(paths.service(Service::Deployer))?;
-    let store = SqlStore::open(&Place::File(paths.store(Service::Deployer))).await?;
+    let store = SqlStore::open(&site.place(Service::Deployer)?).await?;
     let bus = NatsBus::connect(site.nats(User::Deployer)?).await?;
     let to = |service| client::channel(&paths.socket(service));
     let peers = Peers {

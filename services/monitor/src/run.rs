@@ -10,7 +10,7 @@ use kiln_service::config::Poll;
 use kiln_service::run::{Failure, Start};
 use kiln_service::server::{self, ServerOptions};
 use kiln_service::{client, follow, relay, resync as loops};
-use kiln_store::{Error, Place, SqlStore, Store};
+use kiln_store::{Error, SqlStore, Store};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::{Notify, watch};
 use tonic::service::Routes;
@@ -140,7 +140,7 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     let paths = site.paths();
     let folder = paths.service(Service::Monitor);
     std::fs::create_dir_all(&folder)?;
-    let store = SqlStore::open(&Place::File(paths.store(Service::Monitor))).await?;
+    let store = SqlStore::open(&site.place(Service::Monitor)?).await?;
     let bus = NatsBus::connect(site.nats(User::Monitor)?).await?;
     let ports = Ports {
         deployer: Arc::new(DeployerPeer::new(client::channel(&paths.socket(Service::Deployer)))),

@@ -7,7 +7,7 @@ use kiln_model::event::Service;
 use kiln_service::resync;
 use kiln_service::run::{Failure, Start};
 use kiln_service::server::{ServerOptions, serve};
-use kiln_store::{Place, SqlStore};
+use kiln_store::SqlStore;
 use tokio::sync::Notify;
 use tonic::service::Routes;
 
@@ -16,7 +16,7 @@ use crate::node::Node;
 
 /// Runs the node until it is told to stop. Instances run on.
 pub async fn run(Start { site, stop }: Start) -> Result<(), Failure> {
-    let store = SqlStore::open(&Place::File(site.paths().store(Service::Node))).await?;
+    let store = SqlStore::open(&site.place(Service::Node)?).await?;
     let node = Node::open(&site, store).await?;
     node.take_over().await;
     let pool = Arc::clone(&node.pool);

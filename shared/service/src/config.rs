@@ -2,6 +2,10 @@
 //!
 //! What stands in the file ([`SiteFile`]) and what was checked ([`Site`]) are different types.
 
+mod store;
+
+pub use store::{Store, StoreFile};
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -41,6 +45,9 @@ pub struct SiteFile {
     #[serde(default = "default_log")]
     pub log: String,
     pub nats: NatsFile,
+    /// Where there is none, each service keeps its state in a file of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub store: Option<StoreFile>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub otlp: Option<OtlpFile>,
     /// `builder = "127.0.0.1:9101"`: where each service answers `/metrics`.
@@ -151,6 +158,7 @@ pub struct Site {
     /// A filter for `tracing`: `info`, or `info,kiln_builder=debug`.
     pub log: String,
     pub nats_url: String,
+    pub store: Option<Store>,
     pub otlp: Option<String>,
     pub metrics: BTreeMap<Service, SocketAddr>,
     pub poll: Poll,
@@ -182,8 +190,8 @@ impl Site {
             |error: std::io::Error| Error::Unreadable { path: path.clone(), reason: error.to_string() };
         let home = home.canonicalize().map_err(unreadable)?;
         let text = std::fs::read_to_string(&path).map_err(unreadable)?;
-        let file: SiteFile = toml::from_str(&text)
-            .map_err(|error| Error::Malformed { path: path.clone(), reason: error.to_string() })?;
+        let file =
+            SiteFile::parse(&text).map_err(|reason| Error::Malformed { path: path.clone(), reason })?;
         file.check(&home)
     }
 
@@ -205,6 +213,18 @@ impl Site {
 }
 
 impl SiteFile {
+    /// # Errors
+    /// Names the line, and does not show it: a password may have been written there.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        toml::from_str(text).map_err(|error| match error.span() {
+            Some(span) => {
+                let before = text.get(..span.start).unwrap_or(text);
+                format!("line {}: {}", before.matches('\n').count() + 1, error.message())
+            }
+            None => error.message().to_owned(),
+        })
+    }
+
     /// The text of the file.
     ///
     /// # Errors
@@ -227,6 +247,7 @@ impl SiteFile {
         let id = self.id.parse::<SiteId>().map_err(|error| wrong("id")(error.to_string()))?;
         check_bridge(&self.bridge).map_err(wrong("bridge"))?;
         check_url(&self.nats.url, &["nats://", "tls://"]).map_err(wrong("nats.url"))?;
+        let store = self.store.map(|store| store.check(home)).transpose().map_err(wrong("store.url"))?;
         if let Some(otlp) = &self.otlp {
             check_url(&otlp.endpoint, &["http://", "https://"]).map_err(wrong("otlp.endpoint"))?;
         }
@@ -256,6 +277,7 @@ impl SiteFile {
             bridge: self.bridge,
             log: self.log,
             nats_url: self.nats.url,
+            store,
             otlp: self.otlp.map(|otlp| otlp.endpoint),
         })
     }
@@ -424,9 +446,13 @@ git = "1s"
             ("git = \"1s\"", "gti = \"1s\"", "gti"),
             ("name = \"home\"", "", "name"),
             ("id = \"0a1b2c3d\"", "id = \"0a1b2c3d\"\nlog = \"=,=\"", "`log`"),
+            ("[metrics]", "[store]\nurl = \"sqlite://x\"\n[metrics]", "`store.url`"),
+            ("[metrics]", "[store]\nurl = \"postgres://db/k\"\npassword = \"hunter2\"\n[metrics]", "line 10"),
+            ("[metrics]", "[store]\nurl = \"postgres://u:hunter2@db/k\"\n[metrics]", "`store.url`"),
         ] {
             let error = load(&GOOD.replacen(from, to, 1)).unwrap_err().to_string();
             assert!(error.contains(named) && error.contains("site.toml"), "{to}: {error}");
+            assert!(!error.contains("hunter2"), "{error}");
         }
     }
 }

@@ -79,6 +79,12 @@ fn tell(it: &Down, site: &Site, found: &[Leftover], screen: Screen) -> Outcome {
     if it.keep_instances {
         screen.line("Kiln is stopped; its instances run on and serve")?;
     } else if it.delete_state {
+        if let Some(store) = &site.store {
+            // Kiln may lack the rights for it, and a database is often kept longer than its site.
+            let schemas = format!("kiln_{}_builder, _deployer and _monitor", site.id);
+            screen
+                .line(format_args!("Its state is kept in {}: drop the schemas {schemas} there", store.url))?;
+        }
         return screen.line(format_args!("Kiln is down, and {} is deleted", site.home.display()));
     } else {
         screen.line(format_args!("Kiln is down; its state is kept in {}", site.home.display()))?;

@@ -24,6 +24,10 @@ pub(crate) struct Up {
     /// Use the NATS server that runs there, instead of one of the site's own
     #[arg(long, value_name = "URL")]
     nats_url: Option<String>,
+    /// Keep the state of a new site in this PostgreSQL database, such as postgres://kiln@db.example/kiln, instead of in
+    /// files. The password is not part of it: --config store.password_file=FILE names the file that holds it
+    #[arg(long, value_name = "URL")]
+    store: Option<String>,
     /// Change a setting of site.toml, such as poll.git=1s, builder.workers=4 or otlp.endpoint=http://127.0.0.1:4317
     #[arg(long = "config", value_name = "KEY=VALUE", value_parser = setting)]
     config: Vec<(String, String)>,
@@ -48,7 +52,7 @@ pub(crate) async fn run(it: Up, home: &Home, screen: Screen) -> Outcome {
     // Held until the services have the ports that a new site chooses.
     let turn = if home.exists() { None } else { Some(network::turn(limit, screen).await?) };
     let is_new = !home.exists();
-    let site = create::ensure(home, &Wishes { nats_url: it.nats_url, settings: it.config })?;
+    let site = create::ensure(home, &Wishes { nats_url: it.nats_url, store: it.store, settings: it.config })?;
     let programs = programs::found(&site)?;
     if network::is_routed_elsewhere(site.subnet.network(), &site.bridge) {
         let what = format!("the network {} of the instances", site.subnet);

@@ -18,6 +18,8 @@ use crate::home::Home;
 pub(crate) struct Wishes {
     /// A broker that is there already.
     pub(crate) nats_url: Option<String>,
+    /// A database in the place of files.
+    pub(crate) store: Option<String>,
     /// `poll.git` and `1s`.
     pub(crate) settings: Vec<(String, String)>,
 }
@@ -37,6 +39,15 @@ pub(crate) fn ensure(home: &Home, wishes: &Wishes) -> Outcome<Site> {
     let (file, new) = changed(&old, wishes).map_err(|why| {
         Failure::new(Code::Invalid, format!("the settings in {}", path.display()), why).reason("bad_config")
     })?;
+    if there && has_other_store(&old, &file) {
+        return Err(Failure::new(
+            Code::Refused,
+            "changing where the site keeps its state",
+            "what it keeps now would be left behind: no release, no history, and instances that nobody knows",
+        )
+        .reason("other_store")
+        .todo("choose the store when the site is made: kiln --site NEW up --store URL"));
+    }
     if new.is_some() && Site::load(folder).is_ok_and(|site| supervisor::running(&site).is_some()) {
         return Err(Failure::new(
             Code::Refused,
@@ -93,6 +104,7 @@ fn fresh(home: &Home) -> Outcome<SiteFile> {
         id,
         log: "info".to_owned(),
         nats,
+        store: None,
         otlp: None,
         metrics: Service::ALL.into_iter().map(|service| (service, address())).collect(),
         poll: Default::default(),
@@ -103,21 +115,28 @@ fn fresh(home: &Home) -> Outcome<SiteFile> {
 /// The settings with what was wished for put in, and their new text where that changes anything. What a person wrote
 /// beside the settings stays.
 fn changed(old: &str, wishes: &Wishes) -> Result<(SiteFile, Option<String>), String> {
-    let mut document: DocumentMut = old.parse().map_err(|error: toml_edit::TomlError| error.to_string())?;
-    let url = wishes.nats_url.iter().map(|url| ("nats.url".to_owned(), url.clone()));
-    for (key, value) in url.chain(wishes.settings.iter().cloned()) {
+    let mut document: DocumentMut =
+        old.parse().map_err(|error: toml_edit::TomlError| error.message().to_owned())?;
+    let named = [("nats.url", &wishes.nats_url), ("store.url", &wishes.store)];
+    let named = named.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value.clone()?)));
+    for (key, value) in named.chain(wishes.settings.iter().cloned()) {
         set(&mut document, &key, &value)?;
     }
     let new = document.to_string();
-    let read = |text: &str| toml::from_str::<SiteFile>(text).map_err(|error| error.to_string());
-    let file = read(&new)?;
+    let file = SiteFile::parse(&new)?;
     // A wish for what is so already changes nothing, however it is written.
     let values = |file: &SiteFile| file.to_text().map_err(|error| error.to_string());
-    let same = match read(old) {
+    let same = match SiteFile::parse(old) {
         Ok(before) => values(&before)? == values(&file)?,
         Err(_) => false,
     };
     Ok((file, (!same).then_some(new)))
+}
+
+/// A site that is there can be told of another address of its database in site.toml alone, by who moved it.
+fn has_other_store(old: &str, new: &SiteFile) -> bool {
+    let url = |file: &SiteFile| file.store.as_ref().map(|store| store.url.clone());
+    SiteFile::parse(old).is_ok_and(|old| url(&old) != url(new))
 }
 
 /// `poll.git` is the key `git` of the table `poll`.
@@ -228,7 +247,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let home = home(folder.path());
         let with = |key: &str, value: &str| {
-            ensure(&home, &Wishes { nats_url: None, settings: vec![(key.to_owned(), value.to_owned())] })
+            ensure(&home, &Wishes { settings: vec![(key.to_owned(), value.to_owned())], ..Wishes::default() })
         };
         let site = with("poll.git", "1s").unwrap();
         assert_eq!(site.poll.git.as_secs(), 1);
@@ -249,8 +268,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let home = home(folder.path());
         let wish = |key: &str, value: &str| Wishes {
-            nats_url: None,
             settings: vec![(key.to_owned(), value.to_owned())],
+            ..Wishes::default()
         };
         ensure(&home, &wish("poll.git", "2s")).unwrap();
         let text = || std::fs::read_to_string(home.site_file()).unwrap();
@@ -270,11 +289,29 @@ mod tests {
     fn another_broker_is_given_the_users_and_none_is_started() {
         let folder = tempfile::tempdir().unwrap();
         let home = home(folder.path());
-        let wishes = Wishes { nats_url: Some("nats://127.0.0.1:4222".to_owned()), settings: Vec::new() };
+        let wishes = Wishes { nats_url: Some("nats://127.0.0.1:4222".to_owned()), ..Wishes::default() };
         let site = ensure(&home, &wishes).unwrap();
         assert!(!broker_config(&site).exists());
         let site = ensure(&home, &Wishes::default()).unwrap();
         assert!(!broker_config(&site).exists() && site.nats_url == "nats://127.0.0.1:4222");
         assert!(site.paths().nats().join("users.conf").exists());
+    }
+
+    #[test]
+    fn the_store_is_chosen_once_and_its_password_is_never_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let home = home(folder.path());
+        let wish = |url: &str| Wishes { store: Some(url.to_owned()), ..Wishes::default() };
+        let refused = ensure(&home, &wish("postgres://kiln:hunter2@db.example/kiln")).unwrap_err();
+        let said = format!("{refused:?}");
+        assert!(said.contains("password_file") && !said.contains("hunter2"), "{said}");
+        assert!(!home.site_file().exists());
+
+        let site = ensure(&home, &wish("postgres://kiln@db.example/kiln")).unwrap();
+        assert_eq!(site.store.unwrap().url.to_string(), "postgres://db.example/kiln");
+        ensure(&home, &Wishes::default()).unwrap();
+        ensure(&home, &wish("postgres://kiln@db.example/kiln")).unwrap();
+        let moved = ensure(&home, &wish("postgres://kiln@other.example/kiln")).unwrap_err();
+        assert!(format!("{moved:?}").contains("left behind"), "{moved:?}");
     }
 }

@@ -67,6 +67,7 @@ impl TestSite {
             id: hex,
             log: "debug,h2=info,hyper=info,tower=info,sqlx=info".to_owned(),
             nats: NatsFile { url: "nats://127.0.0.1:1".to_owned() },
+            store: None,
             otlp: None,
             metrics: std::collections::BTreeMap::new(),
             poll: kiln_service::config::PollFile { resync: "1s".to_owned(), ..Default::default() },
