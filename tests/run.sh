@@ -54,6 +54,11 @@ fi
 step "tests"
 cargo nextest run --release --workspace --locked
 
+if [ "${1:-}" = --full ]; then
+    step "scenarios on PostgreSQL"
+    KILN_TEST_STORE=postgres cargo nextest run --release --workspace --locked -E 'package(kiln-tests)'
+fi
+
 step "the quickstart's own check"
 deploy/quickstart.sh --check
 

@@ -3,6 +3,7 @@
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use kiln_api::monitor::monitor_service_client::MonitorServiceClient;
 use kiln_api::types::HealthState;
 use kiln_model::event::Service;
 use kiln_service::client::{Channel, channel};
+use kiln_test_postgres::Server as Postgres;
 
 use crate::command::{binary, both, run};
 use crate::wait::until;
@@ -28,6 +30,8 @@ pub struct Site {
     home: tempfile::TempDir,
     name: String,
     down: bool,
+    /// Of the site alone. Goes after it.
+    database: Option<Mutex<Postgres>>,
 }
 
 impl Site {
@@ -44,6 +48,22 @@ impl Site {
     /// # Errors
     /// What `kiln up` said.
     pub fn up_with(name: &str, settings: &[&str]) -> Result<Self> {
+        match std::env::var("KILN_TEST_STORE").as_deref() {
+            Ok("postgres") => Self::start(name, settings, Some(Postgres::start(&[])?)),
+            Ok(other) => Err(format!("KILN_TEST_STORE is `{other}`: there is postgres").into()),
+            Err(_) => Self::start(name, settings, None),
+        }
+    }
+
+    /// As [`Site::up`], with the services' state in a PostgreSQL server of the site's own.
+    ///
+    /// # Errors
+    /// What `kiln up` said.
+    pub fn up_on_postgres(name: &str) -> Result<Self> {
+        Self::start(name, &[], Some(Postgres::start(&[])?))
+    }
+
+    fn start(name: &str, settings: &[&str], database: Option<Postgres>) -> Result<Self> {
         let cache = cache_folder()?;
         let mut home = tempfile::Builder::new();
         home.prefix("kiln-");
@@ -51,8 +71,12 @@ impl Site {
             Some(folder) => home.tempdir_in(folder)?,
             None => home.tempdir()?,
         };
-        let site = Self { home, name: name.to_owned(), down: false };
         let mut arguments = vec!["up".to_owned()];
+        if let Some(database) = &database {
+            arguments.extend(["--store".to_owned(), database.database("kiln")?]);
+        }
+        let database = database.map(Mutex::new);
+        let site = Self { home, name: name.to_owned(), down: false, database };
         let shared = [
             format!("builder.packages={}", cache.join("packages").display()),
             format!("builder.layers={}", cache.join("layers").display()),
@@ -197,6 +221,18 @@ impl Site {
     pub fn signal(&self, process: &str, signal: rustix::process::Signal) -> Result<()> {
         let pid = i32::try_from(self.pid(process)?).ok().and_then(rustix::process::Pid::from_raw);
         rustix::process::kill_process(pid.ok_or("no process id")?, signal).map_err(Error::from)
+    }
+
+    /// Kills the site's PostgreSQL server, and starts it again after a while.
+    ///
+    /// # Errors
+    /// Where there is none, or it does not come up.
+    pub fn kill_database(&self, away: Duration) -> Result<()> {
+        let database = self.database.as_ref().ok_or("the site has no database")?;
+        let mut database = database.lock().map_err(|_| "another thread broke off there")?;
+        database.kill()?;
+        std::thread::sleep(away);
+        database.resume()
     }
 
     /// The id that marks everything the site makes on this machine.

@@ -49,7 +49,7 @@ async fn traffic_flows_while_everything_of_kiln_is_down() -> Result<()> {
 /// SIGKILL of each service, and of the broker, at a random moment of the way from a commit to the replaced fleet.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_killed_at_any_moment_goes_on_where_it_was() -> Result<()> {
-    let mut rounds = Rounds::start("kills", 3).await?;
+    let mut rounds = Rounds::start(Site::up("kills")?, 3).await?;
     rounds
         .each_in_turn(if full() { 50 } else { 5 }, "killed", async |web, victim| {
             web.site.signal(victim, Signal::KILL)
@@ -58,11 +58,25 @@ async fn what_is_killed_at_any_moment_goes_on_where_it_was() -> Result<()> {
     rounds.stop().await
 }
 
+/// With the state in PostgreSQL, whose server is a victim as well.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_killed_on_postgresql_goes_on_where_it_was() -> Result<()> {
+    let mut rounds = Rounds::start(Site::up_on_postgres("pgkills")?, 7).await?;
+    for _ in 0..if full() { 10 } else { 1 } {
+        rounds.each_in_turn(2, "killed", async |web, victim| web.site.signal(victim, Signal::KILL)).await?;
+        // Longer than a service waits for a connection.
+        rounds
+            .round("the database killed", async |web| web.site.kill_database(Duration::from_secs(6)))
+            .await?;
+    }
+    rounds.stop().await
+}
+
 /// One that stands still is not dead: it wakes up with its timers over, its calls given up and its leases lost.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_frozen_for_a_while_does_no_harm_when_it_wakes() -> Result<()> {
     let (frozen, count) = if full() { (Duration::from_secs(60), 20) } else { (Duration::from_secs(8), 3) };
-    let mut rounds = Rounds::start("frozen", 5).await?;
+    let mut rounds = Rounds::start(Site::up("frozen")?, 5).await?;
     rounds
         .each_in_turn(count, "frozen", async |web, victim| {
             web.site.signal(victim, Signal::STOP)?;
@@ -77,7 +91,7 @@ async fn what_is_frozen_for_a_while_does_no_harm_when_it_wakes() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn with_the_brokers_data_deleted_all_work_is_found_again() -> Result<()> {
     let count: u64 = if full() { 10 } else { 2 };
-    let mut rounds = Rounds::start("wiped", 6).await?;
+    let mut rounds = Rounds::start(Site::up("wiped")?, 6).await?;
     for round in 1..=count {
         rounds
             .round("the broker's data deleted", async |web| {
@@ -165,8 +179,8 @@ struct Rounds {
 }
 
 impl Rounds {
-    async fn start(site: &str, neighbour: u8) -> Result<Self> {
-        let web = Web::start(Site::up(site)?).await?;
+    async fn start(site: Site, neighbour: u8) -> Result<Self> {
+        let web = Web::start(site).await?;
         let usual = until("the node's spare namespaces", Duration::from_secs(30), async || {
             let kinds = kinds(&web.site)?;
             if kinds.get("netns") > Some(&3) { Ok(kinds) } else { Err(format!("{kinds:?}").into()) }

@@ -73,7 +73,16 @@ async fn an_image_whose_health_never_comes_is_rolled_back_and_quarantined() -> R
 
 #[tokio::test(flavor = "multi_thread")]
 async fn rollback_needs_nothing_but_deployer_and_node() -> Result<()> {
-    let web = Web::start(Site::up("alone")?).await?;
+    rollback_alone(Site::up("alone")?).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rollback_needs_nothing_but_deployer_and_node_on_postgresql() -> Result<()> {
+    rollback_alone(Site::up_on_postgres("pgalone")?).await
+}
+
+async fn rollback_alone(site: Site) -> Result<()> {
+    let web = Web::start(site).await?;
     web.say("two")?;
     web.settled(2).await?;
     let load = web.load();
