@@ -216,8 +216,12 @@ impl<S: Store, C: Clock> Signals<S, C> {
         };
         for (id, expected) in old {
             let change = Change::Delete { kind: SIGNAL.to_owned(), id: id.0.hex(), expected };
-            self.store.commit(Batch { changes: vec![change], ..Batch::default() }).await?;
-            self.kept().remove(&id);
+            match self.store.commit(Batch { changes: vec![change], ..Batch::default() }).await {
+                Ok(_) => drop(self.kept().remove(&id)),
+                // By another replica, or by a commit whose answer was lost.
+                Err(Error::Conflict { .. }) => self.refresh(&id).await?,
+                Err(error) => return Err(error),
+            }
         }
         Ok(())
     }
