@@ -21,6 +21,7 @@ use kiln_api::builder::{
 };
 use kiln_image::ImageStore;
 use kiln_model::name::ServerName;
+use kiln_service::access::actor;
 use kiln_service::clock::Clock;
 use kiln_service::error::ApiError;
 use kiln_store::Store;
@@ -29,10 +30,6 @@ use tonic::{Request, Response, Status};
 use crate::bakery::Bakery;
 use crate::builder::{Builder, Error};
 use crate::store::Read;
-
-/// Who asks, where the caller does not say.
-const NOBODY: &str = "somebody";
-const MAX_ACTOR: usize = 128;
 
 /// The service behind the API.
 #[derive(Clone)]
@@ -88,12 +85,6 @@ impl From<Error> for ApiError {
     }
 }
 
-/// The name of who asks, fit for a log.
-fn actor(given: &str) -> String {
-    let shown: String = given.chars().filter(|c| !c.is_control()).take(MAX_ACTOR).collect();
-    if shown.trim().is_empty() { NOBODY.to_owned() } else { shown }
-}
-
 type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 fn answer<T>(result: Result<T, ApiError>) -> Result<Response<T>, Status> {
@@ -103,11 +94,13 @@ fn answer<T>(result: Result<T, ApiError>) -> Result<Response<T>, Status> {
 #[tonic::async_trait]
 impl<S: Store, K: Bakery, C: Clock> BuilderService for Api<S, K, C> {
     async fn apply(&self, request: Request<ApplyRequest>) -> Result<Response<ApplyResponse>, Status> {
-        self.apply_source(request.into_inner()).await.map(Response::new)
+        let by = actor(&request)?;
+        self.apply_source(request.into_inner(), by).await.map(Response::new)
     }
 
     async fn remove(&self, request: Request<RemoveRequest>) -> Result<Response<RemoveResponse>, Status> {
-        answer(self.remove_server(request.into_inner()).await)
+        let by = actor(&request)?;
+        answer(self.remove_server(request.into_inner(), by).await)
     }
 
     async fn inspect_source(
@@ -126,14 +119,16 @@ impl<S: Store, K: Bakery, C: Clock> BuilderService for Api<S, K, C> {
     type BuildStream = Streamed<BuildResponse>;
 
     async fn build(&self, request: Request<BuildRequest>) -> Result<Response<Self::BuildStream>, Status> {
-        Ok(Response::new(self.build_server(request.into_inner())))
+        let by = actor(&request)?;
+        Ok(Response::new(self.build_server(request.into_inner(), by)))
     }
 
     async fn cancel_build(
         &self,
         request: Request<CancelBuildRequest>,
     ) -> Result<Response<CancelBuildResponse>, Status> {
-        answer(self.cancel(request.into_inner()).await)
+        let by = actor(&request)?;
+        answer(self.cancel(request.into_inner(), &by).await)
     }
 
     async fn get_build(

@@ -86,13 +86,11 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     let service = BuilderServiceServer::new(api)
         .max_decoding_message_size(APPLY_LIMIT)
         .max_encoding_message_size(APPLY_LIMIT);
+    let peer = |service| client::to(&site, Service::Builder, service);
     let loops = Loops {
         builder,
-        tester: EngineTester::new(client::channel(&paths.socket(Service::Node))),
-        peers: SitePeers::new(
-            client::channel(&paths.socket(Service::Deployer)),
-            client::channel(&paths.socket(Service::Monitor)),
-        ),
+        tester: EngineTester::new(peer(Service::Node)?),
+        peers: SitePeers::new(peer(Service::Deployer)?, peer(Service::Monitor)?),
         images,
         options: WorkerOptions { owner, workers: site.builder.workers },
         resync: site.poll.resync,

@@ -19,6 +19,7 @@ use kiln_api::deployer::{Fleet, Quarantine, Release};
 use kiln_builder_core::build::State;
 use kiln_model::cause::CauseKind;
 use kiln_model::revision::RevisionContent;
+use kiln_service::access::from_local;
 use tokio_stream::StreamExt as _;
 use tonic::{Code, Request};
 use tonic_types::StatusExt as _;
@@ -120,9 +121,8 @@ async fn a_running_build_can_be_cancelled_and_its_lock_built_anew() {
     world
         .running(async {
             world.until_build("web-b1", |state| matches!(state, State::Running { .. })).await;
-            let request =
-                CancelBuildRequest { request_id: "c1".into(), build: "web-b1".into(), actor: "me".into() };
-            world.api().cancel_build(Request::new(request)).await.unwrap();
+            let request = CancelBuildRequest { request_id: "c1".into(), build: "web-b1".into() };
+            world.api().cancel_build(from_local("me", request)).await.unwrap();
             world.until_build("web-b1", |state| matches!(state, State::Cancelled { .. })).await;
             world.until_server("web", |server| server.building.is_none()).await;
             assert_eq!(world.server("web").await.unwrap().problem(), "web-b1 was cancelled by me");
@@ -298,8 +298,8 @@ async fn a_removed_server_ends_its_build_and_comes_back_with_a_higher_generation
     world
         .running(async {
             world.until_build("web-b1", |state| matches!(state, State::Running { .. })).await;
-            let request = RemoveRequest { request_id: "d1".into(), server: "web".into(), actor: "me".into() };
-            world.api().remove(Request::new(request)).await.unwrap();
+            let request = RemoveRequest { request_id: "d1".into(), server: "web".into() };
+            world.api().remove(from_local("me", request)).await.unwrap();
             world.until_build("web-b1", |state| matches!(state, State::Cancelled { .. })).await;
             assert!(matches!(world.revision("web", 1).await.content, RevisionContent::Removed { .. }));
             world.bakery.then(Bakes::Well);
@@ -315,8 +315,8 @@ async fn children_follow_their_parents_image() {
     world.apply("r1", &yaml("base", "a", 1)).await.unwrap();
     let child = yaml("app", "x", 1).replace("from: scratch", "from: { server: base }");
     world.apply("r2", &child).await.unwrap();
-    let request = RemoveRequest { request_id: "d1".into(), server: "base".into(), actor: "me".into() };
-    let refused = world.api().remove(Request::new(request)).await.unwrap_err();
+    let request = RemoveRequest { request_id: "d1".into(), server: "base".into() };
+    let refused = world.api().remove(from_local("me", request)).await.unwrap_err();
     assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
     world
         .running(async {

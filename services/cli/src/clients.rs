@@ -274,33 +274,3 @@ fn missing(kind: &str, id: &str) -> Failure {
 pub(crate) fn request_id() -> String {
     ulid::Ulid::generate().to_string()
 }
-
-/// Who asks, for the audit record: behind sudo the person, not root.
-pub(crate) fn actor() -> String {
-    let named = ["SUDO_USER", "USER", "LOGNAME"].iter().filter_map(|name| std::env::var(name).ok());
-    let uid = rustix::process::getuid().as_raw();
-    let users = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
-    named
-        .into_iter()
-        .find(|name| !name.is_empty())
-        .or_else(|| user_name(&users, uid))
-        .unwrap_or_else(|| format!("uid {uid}"))
-}
-
-fn user_name(users: &str, uid: u32) -> Option<String> {
-    let fields = users.lines().map(|line| line.split(':').collect::<Vec<_>>());
-    let mut names = fields.filter(|it| it.get(2).and_then(|text| text.parse().ok()) == Some(uid));
-    names.next()?.first().map(|name| (*name).to_owned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::user_name;
-
-    #[test]
-    fn a_user_is_named_by_the_list_of_users() {
-        let users = "root:x:0:0:root:/root:/bin/bash\nann:x:1000:1000::/home/ann:/bin/sh\nbroken\n";
-        assert_eq!(user_name(users, 1000).as_deref(), Some("ann"));
-        assert_eq!(user_name(users, 7), None);
-    }
-}

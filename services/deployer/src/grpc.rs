@@ -15,6 +15,7 @@ use kiln_api::deployer::{
 use kiln_deployer_core::{Commanded, InstanceState, Refused, Release, RollbackAsk, Verdict, abort, rollback};
 use kiln_model::cause::{Cause, CauseKind};
 use kiln_model::name::{InstanceId, RequestId, ServerName};
+use kiln_service::access::actor;
 use kiln_service::clock::Clock;
 use kiln_service::error::ApiError;
 use kiln_service::shutdown::requested;
@@ -51,18 +52,20 @@ impl<S: Store, C: Clock> DeployerService for Api<S, C> {
     type WatchFleetStream = Answers<WatchFleetResponse>;
 
     async fn rollback(&self, request: Request<RollbackRequest>) -> Answer<RollbackResponse> {
+        let by = actor(&request)?;
         let request = request.into_inner();
         let server = server_name(&request.server)?;
-        let decide = || self.decide_rollback(&server, &request);
+        let decide = || self.decide_rollback(&server, &request, &by);
         let answer = requests::once(&self.deployer.store, &request.request_id, &request, decide).await?;
         self.deployer.look_after(&server);
         Ok(Response::new(answer))
     }
 
     async fn abort_rollout(&self, request: Request<AbortRolloutRequest>) -> Answer<AbortRolloutResponse> {
+        let by = actor(&request)?;
         let request = request.into_inner();
         let server = server_name(&request.server)?;
-        let decide = || self.decide_abort(&server, &request);
+        let decide = || self.decide_abort(&server, &request, &by);
         let answer = requests::once(&self.deployer.store, &request.request_id, &request, decide).await?;
         self.deployer.look_after(&server);
         Ok(Response::new(answer))
@@ -159,19 +162,20 @@ impl<S: Store, C: Clock> Api<S, C> {
         &self,
         server: &ServerName,
         request: &RollbackRequest,
+        by: &str,
     ) -> Result<(Batch, RollbackResponse), ApiError> {
         let mut loaded = self.existing(server).await?;
         loaded.releases = all_releases(&self.deployer.store, server).await?;
         let now = self.deployer.clock.now();
         let summary = match request.reason.as_str() {
-            "" => format!("rolled back by {}", request.actor),
-            reason => format!("rolled back by {}: {reason}", request.actor),
+            "" => format!("rolled back by {by}"),
+            reason => format!("rolled back by {by}: {reason}"),
         };
         let cause = Cause {
             kind: CauseKind::Rollback,
             id: request.request_id.clone(),
             summary,
-            actor: request.actor.clone(),
+            actor: by.to_owned(),
             time: now.wall,
             traceparent: trace::current(),
         };
@@ -184,8 +188,7 @@ impl<S: Store, C: Clock> Api<S, C> {
         if let Some(target) = loaded.releases.get(&done.rollout.target()) {
             self.require_image(server, target).await?;
         }
-        let (batch, rollout) =
-            self.command(&loaded, &done, "rollback", &request.actor, &request.request_id).await?;
+        let (batch, rollout) = self.command(&loaded, &done, "rollback", by, &request.request_id).await?;
         Ok((batch, RollbackResponse { rollout: Some(rollout) }))
     }
 
@@ -208,21 +211,21 @@ impl<S: Store, C: Clock> Api<S, C> {
         &self,
         server: &ServerName,
         request: &AbortRolloutRequest,
+        by: &str,
     ) -> Result<(Batch, AbortRolloutResponse), ApiError> {
         let loaded = self.existing(server).await?;
         let now = self.deployer.clock.now();
         let cause = Cause {
             kind: CauseKind::Manual,
             id: request.request_id.clone(),
-            summary: format!("aborted by {}", request.actor),
-            actor: request.actor.clone(),
+            summary: format!("aborted by {by}"),
+            actor: by.to_owned(),
             time: now.wall,
             traceparent: trace::current(),
         };
         let done =
             abort(&loaded.fleet, &loaded.releases, request.expected_release, &cause, now).map_err(refused)?;
-        let (batch, rollout) =
-            self.command(&loaded, &done, "abort_rollout", &request.actor, &request.request_id).await?;
+        let (batch, rollout) = self.command(&loaded, &done, "abort_rollout", by, &request.request_id).await?;
         Ok((batch, AbortRolloutResponse { rollout: Some(rollout) }))
     }
 

@@ -51,11 +51,11 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     std::fs::create_dir_all(paths.service(Service::Deployer))?;
     let store = SqlStore::open(&site.place(Service::Deployer)?).await?;
     let bus = NatsBus::connect(site.nats(User::Deployer)?).await?;
-    let to = |service| client::channel(&paths.socket(service));
+    let peer = |service| client::to(&site, Service::Deployer, service);
     let peers = Peers {
-        engine: Arc::new(peers::Node::new(to(Service::Node))),
-        monitor: Arc::new(peers::Watcher::new(to(Service::Monitor))),
-        builder: Arc::new(peers::Bakery::new(to(Service::Builder))),
+        engine: Arc::new(peers::Node::new(peer(Service::Node)?)),
+        monitor: Arc::new(peers::Watcher::new(peer(Service::Monitor)?)),
+        builder: Arc::new(peers::Bakery::new(peer(Service::Builder)?)),
     };
     let loops = Loops::new(store, SystemClock::new(), peers, site.poll.resync, stop.clone());
     let options = ServerOptions::new(Service::Deployer, &site);

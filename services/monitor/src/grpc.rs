@@ -15,6 +15,7 @@ use kiln_model::definition::UpdatePolicy;
 use kiln_model::name::{RequestId, ServerName};
 use kiln_model::signal::SignalId;
 use kiln_monitor_core::signal::{Illegal, Record, reconcile};
+use kiln_service::access::actor;
 use kiln_service::clock::Clock;
 use kiln_service::error::ApiError;
 use kiln_service::{list, requests};
@@ -51,20 +52,15 @@ fn server_filter(name: &str) -> Result<Option<ServerName>, ApiError> {
     Ok(convert::optional_text("server", name)?)
 }
 
-fn actor(name: &str) -> String {
-    let name: String = name.chars().filter(|c| !c.is_control()).take(100).collect();
-    if name.is_empty() { "unknown".to_owned() } else { name }
-}
-
 impl<S: Store, C: Clock> Api<S, C> {
-    async fn report(&self, message: ReportSignalRequest) -> Result<ReportSignalResponse, ApiError> {
+    async fn report(&self, message: ReportSignalRequest, by: &str) -> Result<ReportSignalResponse, ApiError> {
         // What it is about may be gone by now: a replaced instance was what the first call asked for.
         if let Some(answer) = requests::answered(&self.store, &message.request_id, &message).await? {
             return Ok(answer);
         }
         let report = Report::read(events::Report {
             server: message.server.clone(),
-            reporter: message.reporter.clone(),
+            reporter: if message.reporter.is_empty() { by.to_owned() } else { message.reporter.clone() },
             id: message.id.clone(),
             summary: message.summary.clone(),
             remedy: message.remedy,
@@ -78,7 +74,11 @@ impl<S: Store, C: Clock> Api<S, C> {
         {
             return Err(ApiError::not_found("instance", instance.to_string()));
         }
-        let observed = report.observation(server.generation, self.clock.now().wall);
+        let mut observed = report.observation(server.generation, self.clock.now().wall);
+        // What is named is a source of reports; who answers for it is whoever called.
+        if observed.reporter != by {
+            observed.reporter = format!("{by} for {}", observed.reporter);
+        }
         let held = self.signals.hold(&observed.id()).await;
         let answer = requests::once(&self.store, &message.request_id, &message, || async {
             let known = held.read().await?;
@@ -89,13 +89,7 @@ impl<S: Store, C: Clock> Api<S, C> {
             let after = step.as_ref().map(|step| step.record.clone());
             let (mut batch, signal) = held.batch(step)?;
             if let Some(after) = after {
-                batch.audit.push(self.audit(
-                    "report_signal",
-                    &message.request_id,
-                    &message.actor,
-                    known,
-                    &after,
-                ));
+                batch.audit.push(self.audit("report_signal", &message.request_id, by, known, &after));
             }
             Ok((batch, ReportSignalResponse { signal: Some(signal) }))
         })
@@ -104,13 +98,17 @@ impl<S: Store, C: Clock> Api<S, C> {
         answer
     }
 
-    async fn approve(&self, message: ApproveSignalRequest) -> Result<ApproveSignalResponse, ApiError> {
+    async fn approve(
+        &self,
+        message: ApproveSignalRequest,
+        by: &str,
+    ) -> Result<ApproveSignalResponse, ApiError> {
         let id: SignalId = convert::text("id", &message.id)?;
         let held = self.signals.hold(&id).await;
         let answer = requests::once(&self.store, &message.request_id, &message, || async {
             let record =
                 held.read().await?.ok_or_else(|| ApiError::not_found("signal", message.id.as_str()))?;
-            let step = record.approve(&actor(&message.actor), self.clock.now().wall).map_err(|illegal| {
+            let step = record.approve(by, self.clock.now().wall).map_err(|illegal| {
                 let what_to_do = match illegal {
                     Illegal::ActsByItself => "nothing is to be done; `kiln status` shows what follows",
                     Illegal::Resolved => "nothing is to be done; `kiln status` shows what is open",
@@ -119,8 +117,7 @@ impl<S: Store, C: Clock> Api<S, C> {
             })?;
             let after = step.record.clone();
             let (mut batch, signal) = held.batch(Some(step))?;
-            let actor = &message.actor;
-            batch.audit.push(self.audit("approve_signal", &message.request_id, actor, Some(record), &after));
+            batch.audit.push(self.audit("approve_signal", &message.request_id, by, Some(record), &after));
             Ok((batch, ApproveSignalResponse { signal: Some(signal) }))
         })
         .await;
@@ -140,7 +137,7 @@ impl<S: Store, C: Clock> Api<S, C> {
         let json = |record: &Record| serde_json::to_value(&record.signal).unwrap_or_default();
         AuditRecord {
             time: self.clock.now().wall,
-            actor: actor(by),
+            actor: by.to_owned(),
             action: action.to_owned(),
             subject: format!("{SIGNAL}/{}", after.signal.id),
             request_id: request_id.parse::<RequestId>().ok(),
@@ -237,14 +234,16 @@ impl<S: Store, C: Clock> MonitorService for Api<S, C> {
         &self,
         request: Request<ReportSignalRequest>,
     ) -> Result<Response<ReportSignalResponse>, Status> {
-        Ok(Response::new(self.report(request.into_inner()).await?))
+        let by = actor(&request)?;
+        Ok(Response::new(self.report(request.into_inner(), &by).await?))
     }
 
     async fn approve_signal(
         &self,
         request: Request<ApproveSignalRequest>,
     ) -> Result<Response<ApproveSignalResponse>, Status> {
-        Ok(Response::new(self.approve(request.into_inner()).await?))
+        let by = actor(&request)?;
+        Ok(Response::new(self.approve(request.into_inner(), &by).await?))
     }
 
     async fn list_signals(

@@ -142,10 +142,11 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     std::fs::create_dir_all(&folder)?;
     let store = SqlStore::open(&site.place(Service::Monitor)?).await?;
     let bus = NatsBus::connect(site.nats(User::Monitor)?).await?;
+    let peer = |service| client::to(&site, Service::Monitor, service);
     let ports = Ports {
-        deployer: Arc::new(DeployerPeer::new(client::channel(&paths.socket(Service::Deployer)))),
-        builder: Arc::new(BuilderPeer::new(client::channel(&paths.socket(Service::Builder)))),
-        engine: Arc::new(EnginePeer::new(client::channel(&paths.socket(Service::Node)))),
+        deployer: Arc::new(DeployerPeer::new(peer(Service::Deployer)?)),
+        builder: Arc::new(BuilderPeer::new(peer(Service::Builder)?)),
+        engine: Arc::new(EnginePeer::new(peer(Service::Node)?)),
         git: Arc::new(LocalGit::new(&folder)?),
         archive: Arc::new(AptHelper::new(&folder)),
     };

@@ -1,24 +1,41 @@
-//! Calls to the other services of the site: a channel that connects when it is used, connects again when the other
-//! side was away, and carries the trace on.
+//! Calls to the services of the site: a channel that connects when it is used, connects again when the other side was
+//! away, and carries the trace on. On this machine by Unix socket; to another one with mutual TLS, and anew when a
+//! certificate was renewed.
 
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use http::{HeaderValue, Request, Response};
+use http::{HeaderValue, Request, Response, header};
 use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
+use kiln_model::event::Service as ServiceName;
+use tokio::io::AsyncBufReadExt as _;
+use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::ClientConfig;
 use tonic::body::Body;
 use tonic::transport::Endpoint;
 use tower::util::BoxCloneSyncService;
 use tower::{BoxError, Service, ServiceExt as _};
 
+use crate::access::Role;
+use crate::config::{Address, Place, Site};
+use crate::tls::{self, ClientTls, TlsFiles};
 use crate::trace;
 
 const CONNECT: Duration = Duration::from_secs(2);
 /// A peer that stands still, stopped or hung, is found out within twice this time, also in the middle of a stream.
 const ALIVE: Duration = Duration::from_secs(10);
+
+#[derive(Debug, thiserror::Error)]
+#[error("can't call the {service} at {address} with TLS: {reason}")]
+pub struct Error {
+    service: ServiceName,
+    address: Address,
+    reason: String,
+}
 
 /// To be given to a generated client: `EngineServiceClient::new(client::channel(socket))`.
 #[derive(Debug, Clone)]
@@ -38,6 +55,24 @@ impl Channel {
     }
 }
 
+/// A service on another machine.
+#[derive(Debug)]
+struct Remote {
+    address: Address,
+    tls: ClientTls,
+    /// Beside TLS only: there is no way to give one to a channel without.
+    token: Option<HeaderValue>,
+    current: Mutex<Option<(Arc<ClientConfig>, tonic::transport::Channel)>>,
+}
+
+fn endpoint() -> Endpoint {
+    // The address is a name and nothing else: the connector knows where to go.
+    Endpoint::from_static("http://kiln.local")
+        .connect_timeout(CONNECT)
+        .http2_keep_alive_interval(ALIVE)
+        .keep_alive_timeout(ALIVE)
+}
+
 /// A channel to the service that listens on a Unix socket. Nothing is connected yet.
 pub fn channel(socket: &Path) -> Channel {
     let socket = socket.to_owned();
@@ -45,16 +80,87 @@ pub fn channel(socket: &Path) -> Channel {
         let socket = socket.clone();
         async move { UnixStream::connect(&socket).await.map(TokioIo::new) }
     });
-    // The address is a name and nothing else: the connector knows where to go.
-    let connection = Endpoint::from_static("http://kiln.local")
-        .connect_timeout(CONNECT)
-        .http2_keep_alive_interval(ALIVE)
-        .keep_alive_timeout(ALIVE)
-        .connect_with_connector_lazy(connect);
-    Channel::over(connection)
+    Channel::over(endpoint().connect_with_connector_lazy(connect))
 }
 
-impl Service<Request<Body>> for Channel {
+/// A channel from one service of the site to another, wherever that runs.
+///
+/// # Errors
+/// Where it runs on another machine and the files for TLS can't be read.
+pub fn to(site: &Site, own: ServiceName, service: ServiceName) -> Result<Channel, Error> {
+    match site.place(service) {
+        Place::Socket(socket) => Ok(channel(&socket)),
+        Place::Tcp(address) => remote(address, &site.tls(own), service, None),
+    }
+}
+
+/// A channel to a service at a TCP port, with a certificate or a token. Nothing is connected yet.
+///
+/// # Errors
+/// Where the files for TLS can't be read, or the token is no header.
+pub fn remote(
+    address: Address,
+    files: &TlsFiles,
+    service: ServiceName,
+    token: Option<&str>,
+) -> Result<Channel, Error> {
+    let failed = |reason: String| Error { service, address: address.clone(), reason };
+    let tls = tls::client(files, Role::from(service)).map_err(failed)?;
+    let bearer = token.map(|token| HeaderValue::try_from(format!("Bearer {token}"))).transpose();
+    let mut token = bearer.map_err(|_| failed("the token has not the form of one".to_owned()))?;
+    if let Some(token) = &mut token {
+        token.set_sensitive(true);
+    }
+    let remote = Arc::new(Remote { address, tls, token, current: Mutex::default() });
+    Ok(Channel::over(tower::service_fn(move |mut request: Request<Body>| {
+        if let Some(token) = &remote.token {
+            request.headers_mut().insert(header::AUTHORIZATION, token.clone());
+        }
+        // Which connection a call takes shows itself when it is made; it waits for its turn there.
+        remote.channel().oneshot(request)
+    })))
+}
+
+impl Remote {
+    /// Connected with what the files hold now. Calls under way end on the connection that they began on.
+    fn channel(&self) -> tonic::transport::Channel {
+        let config = self.tls.get();
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*current {
+            Some((of, channel)) if Arc::ptr_eq(of, &config) => channel.clone(),
+            _ => {
+                let channel = self.connect(Arc::clone(&config));
+                *current = Some((config, channel.clone()));
+                channel
+            }
+        }
+    }
+
+    fn connect(&self, config: Arc<ClientConfig>) -> tonic::transport::Channel {
+        let (host, port) = (self.address.host().clone(), self.address.port());
+        let connect = tower::service_fn(move |_| {
+            let (host, connector) = (host.clone(), TlsConnector::from(Arc::clone(&config)));
+            async move {
+                let connected = async {
+                    let stream = TcpStream::connect((host.to_str().as_ref(), port)).await?;
+                    stream.set_nodelay(true)?;
+                    let mut stream = connector.connect(host, stream).await?;
+                    // A server speaks first, once it has looked at this end's certificate. Without the wait its refusal
+                    // would race with the first call, which then is told no more than that the connection is gone.
+                    if stream.fill_buf().await?.is_empty() {
+                        return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof));
+                    }
+                    Ok(stream)
+                };
+                let late = |_| std::io::Error::from(std::io::ErrorKind::TimedOut);
+                tokio::time::timeout(CONNECT, connected).await.map_err(late)?.map(TokioIo::new)
+            }
+        });
+        endpoint().connect_with_connector_lazy(connect)
+    }
+}
+
+impl tower::Service<Request<Body>> for Channel {
     type Response = Response<Body>;
     type Error = BoxError;
     type Future = BoxFuture<'static, Result<Self::Response, Self::Error>>;

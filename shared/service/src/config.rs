@@ -6,7 +6,7 @@ mod store;
 
 pub use store::{Store, StoreFile};
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -18,6 +18,12 @@ use kiln_bus::{NatsOptions, User};
 use kiln_model::event::Service;
 use kiln_model::name::{SiteId, SiteName};
 use serde::{Deserialize, Serialize};
+
+use crate::tls::TlsFiles;
+
+mod reach;
+
+pub use reach::{Address, Pki, PkiFile, Place};
 
 /// The exit code of a program whose configuration is wrong (EX_USAGE).
 pub const EXIT_BAD_CONFIG: u8 = 64;
@@ -50,9 +56,17 @@ pub struct SiteFile {
     pub store: Option<StoreFile>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub otlp: Option<OtlpFile>,
-    /// `builder = "127.0.0.1:9101"`: where each service answers `/metrics`.
+    /// `builder = "127.0.0.1:9101"`: where each service answers `/metrics`, with mutual TLS.
     #[serde(default)]
     pub metrics: BTreeMap<Service, String>,
+    /// `builder = "10.0.0.5:7101"`: where each service answers calls from other machines, with mutual TLS.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub listen: BTreeMap<Service, String>,
+    /// `node = "https://10.0.0.6:7104"`: services that run on another machine.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub peers: BTreeMap<Service, String>,
+    #[serde(default)]
+    pub pki: PkiFile,
     #[serde(default)]
     pub poll: PollFile,
     #[serde(default)]
@@ -161,6 +175,9 @@ pub struct Site {
     pub store: Option<Store>,
     pub otlp: Option<String>,
     pub metrics: BTreeMap<Service, SocketAddr>,
+    pub listen: BTreeMap<Service, SocketAddr>,
+    pub peers: BTreeMap<Service, Address>,
+    pub pki: Pki,
     pub poll: Poll,
     pub builder: Builder,
 }
@@ -197,6 +214,20 @@ impl Site {
 
     pub fn paths(&self) -> Paths<'_> {
         Paths { home: &self.home }
+    }
+
+    /// Where a service of the site is reached from here.
+    pub fn place(&self, service: Service) -> Place {
+        match self.peers.get(&service) {
+            Some(address) => Place::Tcp(address.clone()),
+            None => Place::Socket(self.paths().socket(service)),
+        }
+    }
+
+    /// What a service shows on TCP, and whom it believes.
+    pub fn tls(&self, service: Service) -> TlsFiles {
+        let (site, authority) = (self.name.clone(), self.paths().authority());
+        TlsFiles { site, authority, identity: Some(self.paths().identity(service)) }
     }
 
     /// How a user of this site reaches the broker. Its seed is read now.
@@ -260,7 +291,15 @@ impl SiteFile {
             .map_err(|error| wrong("log")(format!("`{}` is no filter: {error}", self.log)))?;
         Ok(Site {
             subnet: self.subnet.parse().map_err(wrong("subnet"))?,
-            metrics: check_metrics(&self.metrics).map_err(wrong("metrics"))?,
+            metrics: reach::check_ports(&self.metrics).map_err(wrong("metrics"))?,
+            listen: reach::check_ports(&self.listen).map_err(wrong("listen"))?,
+            peers: reach::check_peers(&self.peers).map_err(wrong("peers"))?,
+            pki: Pki {
+                life: check_duration(&self.pki.life)
+                    .and_then(|life| reach::check_life(life, &self.pki.life))
+                    .map_err(wrong("pki.life"))?,
+                hosts: self.pki.hosts,
+            },
             poll: Poll {
                 git: check_duration(&self.poll.git).map_err(wrong("poll.git"))?,
                 archive: check_duration(&self.poll.archive).map_err(wrong("poll.archive"))?,
@@ -306,24 +345,6 @@ fn check_duration(text: &str) -> Result<Duration, String> {
     let duration = Duration::try_from(duration).map_err(|_| wrong())?;
     let range = Duration::from_millis(100)..=Duration::from_secs(24 * 3600);
     if range.contains(&duration) { Ok(duration) } else { Err(wrong()) }
-}
-
-fn check_metrics(metrics: &BTreeMap<Service, String>) -> Result<BTreeMap<Service, SocketAddr>, String> {
-    let mut seen = BTreeSet::new();
-    let mut checked = BTreeMap::new();
-    for (service, text) in metrics {
-        let address: SocketAddr =
-            text.parse().map_err(|_| format!("`{text}` of {service} is no `address:port`"))?;
-        // What counts the servers of a site is for those who may be on the machine.
-        if !address.ip().is_loopback() {
-            return Err(format!("`{text}` of {service} is not a loopback address"));
-        }
-        if !seen.insert(address) {
-            return Err(format!("`{text}` is given to two services"));
-        }
-        checked.insert(*service, address);
-    }
-    Ok(checked)
 }
 
 /// Where everything of a site lies.
@@ -373,6 +394,24 @@ impl Paths<'_> {
 
     pub fn signing_pub(&self) -> PathBuf {
         self.keys().join("signing.pub")
+    }
+
+    pub fn pki(&self) -> PathBuf {
+        self.keys().join("pki")
+    }
+
+    /// The certificates of the authorities that the site trusts.
+    pub fn authority(&self) -> PathBuf {
+        self.pki().join("authority.pem")
+    }
+
+    /// A service's certificate and its key.
+    pub fn identity(&self, service: Service) -> PathBuf {
+        self.pki().join(format!("{service}.pem"))
+    }
+
+    pub fn tokens(&self) -> PathBuf {
+        self.keys().join("tokens.toml")
     }
 
     pub fn nats_seed(&self, user: User) -> PathBuf {
@@ -440,7 +479,10 @@ git = "1s"
             ("10.77.3.0/24", "8.8.8.0/24", "`subnet`"),
             ("kiln-0a1b2c", "kiln-0a1b2c3d-long", "`bridge`"),
             ("nats://127", "http://127", "`nats.url`"),
-            ("127.0.0.1:9101", "0.0.0.0:9101", "`metrics`"),
+            ("127.0.0.1:9101", "localhost:9101", "`metrics`"),
+            ("[poll]", "[listen]\nbuilder = \"10.0.0.5\"\n[poll]", "`listen`"),
+            ("[poll]", "[peers]\nnode = \"http://10.0.0.5:1\"\n[poll]", "`peers`"),
+            ("[poll]", "[pki]\nlife = \"1s\"\n[poll]", "`pki.life`"),
             ("git = \"1s\"", "git = \"1\"", "`poll.git`"),
             ("git = \"1s\"", "git = \"-1s\"", "`poll.git`"),
             ("git = \"1s\"", "gti = \"1s\"", "gti"),

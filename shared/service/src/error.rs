@@ -27,6 +27,12 @@ pub enum ApiError {
     /// Not in this state of things.
     #[error("{reason}")]
     Precondition { reason: String, what_to_do: String },
+    /// Nobody that the site knows.
+    #[error("{reason}")]
+    UnknownCaller { reason: String, what_to_do: String },
+    /// Known, and not in a role that may.
+    #[error("{reason}")]
+    Denied { reason: String, what_to_do: String },
     /// Too much at once.
     #[error("{reason}")]
     Exhausted { reason: String, what_to_do: String },
@@ -52,6 +58,10 @@ impl ApiError {
 
     pub fn precondition(reason: impl Into<String>, what_to_do: impl Into<String>) -> Self {
         Self::Precondition { reason: reason.into(), what_to_do: what_to_do.into() }
+    }
+
+    pub(crate) fn unknown_caller(reason: impl Into<String>, what_to_do: impl Into<String>) -> Self {
+        Self::UnknownCaller { reason: reason.into(), what_to_do: what_to_do.into() }
     }
 
     pub fn internal(error: &(dyn StdError + 'static)) -> Self {
@@ -146,6 +156,14 @@ impl From<ApiError> for Status {
                 details.add_precondition_failure_violation("STATE", "", reason);
                 advise(&mut details, what_to_do);
                 (Code::FailedPrecondition, "PRECONDITION")
+            }
+            ApiError::UnknownCaller { reason: _, what_to_do } => {
+                advise(&mut details, what_to_do);
+                (Code::Unauthenticated, "UNKNOWN_CALLER")
+            }
+            ApiError::Denied { reason: _, what_to_do } => {
+                advise(&mut details, what_to_do);
+                (Code::PermissionDenied, "DENIED")
             }
             ApiError::Exhausted { reason, what_to_do } => {
                 details.add_quota_failure_violation("", reason);

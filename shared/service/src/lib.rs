@@ -1,7 +1,9 @@
 //! What every service's main needs: configuration, telemetry, the gRPC server and client, shutdown, and the loops that
 //! all of them run (relay, resync, events).
 
+pub mod access;
 pub mod aside;
+pub mod certificate;
 pub mod client;
 pub mod clock;
 pub mod config;
@@ -12,11 +14,14 @@ pub mod list;
 pub mod machine;
 pub mod metrics;
 mod observe;
+pub mod pki;
 pub mod relay;
+mod reloaded;
 pub mod requests;
 pub mod resync;
 pub mod run;
 pub mod server;
 pub mod shutdown;
 pub mod telemetry;
+pub mod tls;
 pub mod trace;

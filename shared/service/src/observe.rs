@@ -12,7 +12,7 @@ use tonic::{Code, Status};
 use tower::{Layer, Service};
 use tracing::{Instrument as _, Span, field};
 
-use crate::{metrics, trace};
+use crate::{access, metrics, trace};
 
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ObserveLayer;
@@ -98,7 +98,7 @@ impl Drop for Call {
             self.span.record("otel.status_code", "ERROR");
         }
         // Any text can be asked for, and each label costs memory for good.
-        let method = if code == Code::Unimplemented { "unknown" } else { &self.method };
+        let method = if access::row(&self.method).is_some() { &self.method } else { "unknown" };
         metrics::grpc_call(method, code, self.begin.elapsed());
     }
 }

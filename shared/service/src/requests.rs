@@ -103,7 +103,7 @@ mod tests {
     }
 
     fn remove(server: &str) -> RemoveRequest {
-        RemoveRequest { request_id: "r1".to_owned(), server: server.to_owned(), actor: "me".to_owned() }
+        RemoveRequest { request_id: "r1".to_owned(), server: server.to_owned() }
     }
 
     #[tokio::test]

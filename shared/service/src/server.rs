@@ -1,42 +1,51 @@
-//! The gRPC server of a service, on a Unix socket, and its metrics page.
+//! The gRPC server of a service, on a Unix socket and, where the site says so, on a TCP port with mutual TLS; and its
+//! metrics page.
 
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use kiln_model::event::Service;
 use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::watch;
-use tokio_stream::wrappers::UnixListenerStream;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
+use crate::access::{Access, AccessLayer};
 use crate::config::Site;
 use crate::observe::ObserveLayer;
 use crate::shutdown::requested;
+use crate::tls::{self, ServerTls, TlsFiles};
 
+mod accept;
+mod connection;
+mod limits;
 mod page;
+mod seats;
 
-/// For a builder's server, which is sent packed folders; the others keep tonic's 4 MiB.
-pub const APPLY_LIMIT: usize = 68 << 20;
-/// tonic lifts hyper's own bound where none is set.
-const STREAMS: u32 = 256;
-/// Bound on one call, its first answer for a stream: an apply can wait for a slow repository.
-const CALL: Duration = Duration::from_secs(600);
-const HEADERS: u32 = 16 << 10;
-const ALIVE: Duration = Duration::from_secs(30);
+pub use limits::{APPLY_LIMIT, Limits};
+
 /// Calls under way get this long to end once the service is told to stop.
 const DRAIN: Duration = Duration::from_secs(2);
 /// The kernel's bound on a socket's path, with its end.
 const SOCKET_PATH: usize = 107;
+/// Connections that shook hands and wait for the server to take them, which it does at once.
+const WAITING: usize = 16;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("can't listen on {place}: {reason}")]
     Bind { place: String, reason: String },
+    #[error(
+        "can't listen on {place} without TLS: {reason}; `kiln up` makes a site's authority and certificates, `kiln pki issue` those of a service on another machine"
+    )]
+    Tls { place: String, reason: String },
     #[error("the server on {place} failed: {reason}")]
     Failed { place: String, reason: String },
 }
@@ -45,15 +54,30 @@ pub enum Error {
 pub struct ServerOptions {
     pub service: Service,
     pub socket: PathBuf,
+    /// A TCP port for calls from other machines.
+    pub listen: Option<SocketAddr>,
     pub metrics: Option<SocketAddr>,
+    /// Needed for either of them.
+    pub tls: TlsFiles,
+    /// Of the tokens that people have.
+    pub tokens: PathBuf,
+    pub limits: Limits,
     /// False while the service can't do its work: its health says NOT_SERVING then.
     pub ready: Option<watch::Receiver<bool>>,
 }
 
 impl ServerOptions {
     pub fn new(service: Service, site: &Site) -> Self {
-        let (socket, metrics) = (site.paths().socket(service), site.metrics.get(&service).copied());
-        Self { service, socket, metrics, ready: None }
+        Self {
+            service,
+            socket: site.paths().socket(service),
+            listen: site.listen.get(&service).copied(),
+            metrics: site.metrics.get(&service).copied(),
+            tls: site.tls(service),
+            tokens: site.paths().tokens(),
+            limits: Limits::default(),
+            ready: None,
+        }
     }
 }
 
@@ -71,17 +95,28 @@ const fn grpc_name(service: Service) -> &'static str {
 /// holds the service's [`crate::guard::Guard`]: a socket that lies there already is a dead one's.
 ///
 /// # Errors
-/// Where the socket or the address of the metrics can't be had.
+/// Where the socket or a port can't be had, or the certificate of a port can't be read.
 pub async fn serve(options: ServerOptions, routes: Routes, stop: watch::Receiver<bool>) -> Result<(), Error> {
-    let ServerOptions { service, socket, metrics, ready } = options;
+    let ServerOptions { service, socket, listen, metrics, tls, tokens, limits, ready } = options;
     let place = socket.display().to_string();
-    let page = match metrics {
-        Some(address) => {
-            Some(TcpListener::bind(address).await.map_err(|error| bind_error(&address, &error))?)
+    let access = Arc::new(Access::new(tls.site.clone(), tokens, limits.people, limits.others));
+    let (hall, connections) = mpsc::channel(WAITING);
+    let (page_hall, page_connections) = mpsc::channel(WAITING);
+    // They end with whoever takes their connections.
+    let mut doors = JoinSet::new();
+    if let Some(address) = listen {
+        let port = open(address, &tls, &[b"h2"]).await?;
+        doors.spawn(accept::tcp(port, limits.clone(), hall.clone()));
+    }
+    if let Some(address) = metrics {
+        match open(address, &tls, &[b"http/1.1"]).await {
+            Ok(port) => drop(doors.spawn(accept::tcp(port, limits.clone(), page_hall))),
+            // A site of before certificates has none until the next `kiln up`; its services work all the same.
+            Err(error @ Error::Tls { .. }) => tracing::error!(%error, "there are no metrics"),
+            Err(error) => return Err(error),
         }
-        None => None,
-    };
-    let listener = listen(&socket)?;
+    }
+    doors.spawn(accept::unix(bind(&socket)?, place.clone(), limits.clone(), hall));
     let health = HealthReporter::new();
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(kiln_api::FILE_DESCRIPTOR_SET)
@@ -94,24 +129,27 @@ pub async fn serve(options: ServerOptions, routes: Routes, stop: watch::Receiver
         .add_service(reflection);
     let mut stopping = stop.clone();
     let server = Server::builder()
-        .max_concurrent_streams(STREAMS)
-        .concurrency_limit_per_connection(STREAMS as usize)
-        .timeout(CALL)
-        .http2_max_header_list_size(HEADERS)
-        .http2_keepalive_interval(Some(ALIVE))
-        .http2_keepalive_timeout(Some(ALIVE))
+        .max_concurrent_streams(limits.streams)
+        .concurrency_limit_per_connection(limits.streams as usize)
+        .timeout(limits.call)
+        .http2_max_header_list_size(limits.headers)
+        .http2_max_pending_accept_reset_streams(Some(limits.resets))
+        .http2_keepalive_interval(Some(limits.alive))
+        .http2_keepalive_timeout(Some(limits.alive))
+        .max_connection_age(limits.age)
         .layer(ObserveLayer)
+        .layer(AccessLayer(Arc::clone(&access)))
         .add_routes(routes)
-        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async move {
+        .serve_with_incoming_shutdown(ReceiverStream::new(connections), async move {
             requested(&mut stopping).await;
         });
-    tracing::info!(socket = %place, metrics = ?metrics, "serving");
+    tracing::info!(socket = %place, ?listen, ?metrics, "serving");
     let beside = async {
         let mut stop = stop;
         tokio::select! {
             () = requested(&mut stop) => {}
             () = report(&health, service, ready) => {}
-            () = page::serve(page) => {}
+            () = page::serve(page_connections, access) => {}
         }
         set_health(&health, service, ServingStatus::NotServing).await;
         tokio::time::sleep(DRAIN).await;
@@ -129,12 +167,24 @@ pub async fn serve(options: ServerOptions, routes: Routes, stop: watch::Receiver
     ended
 }
 
+/// A TCP port. There is none without a certificate to show.
+async fn open(
+    address: SocketAddr,
+    files: &TlsFiles,
+    protocols: &'static [&'static [u8]],
+) -> Result<accept::Port, Error> {
+    let tls: ServerTls =
+        tls::server(files, protocols).map_err(|reason| Error::Tls { place: address.to_string(), reason })?;
+    let listener = TcpListener::bind(address).await.map_err(|error| bind_error(&address, &error))?;
+    Ok(accept::Port { address, listener, tls: Arc::new(tls), site: files.site.clone() })
+}
+
 fn bind_error(place: &dyn std::fmt::Display, error: &std::io::Error) -> Error {
     Error::Bind { place: place.to_string(), reason: error.to_string() }
 }
 
 /// Bound aside and moved, so that a client finds either the old socket or one that answers.
-fn listen(socket: &Path) -> Result<UnixListener, Error> {
+fn bind(socket: &Path) -> Result<UnixListener, Error> {
     let aside = socket.with_extension("new");
     if aside.as_os_str().len() > SOCKET_PATH {
         return Err(Error::Bind {

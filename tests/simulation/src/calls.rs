@@ -10,6 +10,7 @@ use futures::future::BoxFuture;
 use http::{Request, Response};
 use http_body_util::{BodyExt as _, StreamBody};
 use kiln_model::event::Service;
+use kiln_service::access::{self, Caller};
 use kiln_service::client::Channel;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -110,7 +111,18 @@ impl Wire {
         }
     }
 
-    async fn carry(&self, request: Request<Body>) -> Response<Body> {
+    async fn carry(&self, mut request: Request<Body>) -> Response<Body> {
+        // As the layer of a real server does it.
+        let name = self.caller.as_ref().map_or("somebody", |caller| caller.service.as_str());
+        if let Some(caller) = &self.caller {
+            let row = access::row(request.uri().path());
+            assert!(
+                row.is_some_and(|row| row.takes(caller.service.into())),
+                "{name} may not call {}: the table of roles has it otherwise",
+                request.uri().path()
+            );
+        }
+        request.extensions_mut().insert(Caller::local(name, 0));
         let faults = self.world.faults();
         self.world.slowly().await;
         let Some((life, mut server)) = self.directory.find(self.to) else {

@@ -169,7 +169,7 @@ impl Story {
     async fn apply(&mut self) {
         let git = GitSource { url: URL.to_owned(), branch: "main".to_owned() };
         let (request_id, source) = (self.request_id(), Some(Source::Git(git)));
-        let request = ApplyRequest { request_id, source, ..ApplyRequest::default() };
+        let request = ApplyRequest { request_id, source };
         let client = BuilderServiceClient::new(self.site.channel(Service::Builder));
         self.insist("apply", || {
             let (mut client, request) = (client.clone(), request.clone());
@@ -201,12 +201,7 @@ impl Story {
         let Some(expected) = self.release().await else { return };
         self.site.invariants.excuse(expected);
         let (request_id, server) = (self.request_id(), "web".to_owned());
-        let request = AbortRolloutRequest {
-            request_id,
-            server,
-            expected_release: expected,
-            ..AbortRolloutRequest::default()
-        };
+        let request = AbortRolloutRequest { request_id, server, expected_release: expected };
         let client = DeployerServiceClient::new(self.site.channel(Service::Deployer));
         self.insist("abort", || {
             let (mut client, request) = (client.clone(), request.clone());

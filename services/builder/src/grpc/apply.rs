@@ -19,7 +19,7 @@ use kiln_store::Store;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
-use super::{Api, actor};
+use super::Api;
 use crate::bakery::Bakery;
 use crate::builder::TRIES;
 use crate::sources::{Error, Look, apply_cause};
@@ -30,7 +30,11 @@ use crate::wire;
 const MAX_FAULTS: usize = 50;
 
 impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
-    pub(super) async fn apply_source(&self, mut request: ApplyRequest) -> Result<ApplyResponse, Status> {
+    pub(super) async fn apply_source(
+        &self,
+        mut request: ApplyRequest,
+        by: String,
+    ) -> Result<ApplyResponse, Status> {
         // A repeated call is told by what was asked, not by what was found: a branch may have moved in between. A packed
         // folder is what is asked, and its digest says the same in fewer bytes.
         let (place, archive) = match &mut request.source {
@@ -57,7 +61,6 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
         };
         let look = look.map_err(refused)?;
         // Faults are told before anything is written, also to disk.
-        let by = actor(&request.actor);
         let cause = apply_cause(&request.request_id, &by, &look, self.builder.now());
         self.builder.sources.apply(&look, &cause, self.builder.now()).await.map_err(refused)?;
         self.builder.sources.keep(&look).await.map_err(refused)?;
@@ -99,8 +102,11 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
         Ok((edit.finish(), ApplyResponse { servers, source, commit: look.commit.clone() }))
     }
 
-    pub(super) async fn remove_server(&self, request: RemoveRequest) -> Result<RemoveResponse, ApiError> {
-        let by = actor(&request.actor);
+    pub(super) async fn remove_server(
+        &self,
+        request: RemoveRequest,
+        by: String,
+    ) -> Result<RemoveResponse, ApiError> {
         let id = request.request_id.clone();
         let cause = Cause {
             kind: CauseKind::Manual,

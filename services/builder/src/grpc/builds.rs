@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::{Api, Streamed, actor};
+use super::{Api, Streamed};
 use crate::bakery::Bakery;
 use crate::builder::Builder;
 use crate::wire;
@@ -31,14 +31,17 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
         Ok(GetBuildResponse { build: Some(wire::build(&read.value, read.version)) })
     }
 
-    pub(super) async fn cancel(&self, request: CancelBuildRequest) -> Result<CancelBuildResponse, ApiError> {
-        let by = actor(&request.actor);
+    pub(super) async fn cancel(
+        &self,
+        request: CancelBuildRequest,
+        by: &str,
+    ) -> Result<CancelBuildResponse, ApiError> {
         let decide = || async {
             let read = self.build_of(&request.build).await?;
             let version = read.version;
-            let (mut edit, build) = self.builder.cancel(read, &by).await?;
+            let (mut edit, build) = self.builder.cancel(read, by).await?;
             let version = version + u64::from(!edit.is_empty());
-            edit.audit(&by, "cancel", &request.build, serde_json::Value::Null);
+            edit.audit(by, "cancel", &request.build, serde_json::Value::Null);
             Ok((edit.finish(), CancelBuildResponse { build: Some(wire::build(&build, version)) }))
         };
         requests::once(self.builder.documents.store(), &request.request_id, &request, decide).await

@@ -18,7 +18,7 @@ use kiln_store::{Batch, Store};
 use tracing::Instrument as _;
 
 use super::told::told;
-use super::{Api, Streamed, actor};
+use super::{Api, Streamed};
 use crate::bake::LogSink;
 use crate::bakery::Bakery;
 use crate::builder::{Error, Resolved};
@@ -119,16 +119,21 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
         Ok(Order { definition: definition.clone(), parent, causes })
     }
 
-    pub(super) fn build_server(&self, request: BuildRequest) -> Streamed<BuildResponse> {
+    pub(super) fn build_server(&self, request: BuildRequest, by: String) -> Streamed<BuildResponse> {
         let api = self.clone();
         let say = |item| BuildResponse { item: Some(item) };
         told(
             move |line| say(BuildItem::Line(line)),
-            move |listener| async move { Ok(say(BuildItem::Outcome(api.build(request, &listener).await?))) },
+            move |listener| async move { Ok(say(BuildItem::Outcome(api.build(request, by, &listener).await?))) },
         )
     }
 
-    async fn build(&self, request: BuildRequest, listener: &LogSink) -> Result<BuildOutcome, ApiError> {
+    async fn build(
+        &self,
+        request: BuildRequest,
+        by: String,
+        listener: &LogSink,
+    ) -> Result<BuildOutcome, ApiError> {
         let store = self.builder.documents.store();
         // What the first call found may be otherwise by now: its own build is under way.
         if let Some(answer) = requests::answered(store, &request.request_id, &request).await? {
@@ -136,12 +141,11 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
         }
         let read = self.live_server(&request.server).await?;
         let server = &read.value;
-        let by = actor(&request.actor);
         let cause = Cause {
             kind: CauseKind::Manual,
             id: request.request_id.clone(),
             summary: format!("{by} asked for a build of {}", server.name),
-            actor: by.clone(),
+            actor: by,
             time: self.builder.now(),
             traceparent: kiln_service::trace::current(),
         };

@@ -3,8 +3,8 @@
 use kiln_api::builder::builder_service_server::BuilderService as _;
 use kiln_api::builder::{BuildRequest, CancelBuildRequest};
 use kiln_builder_core::build::State;
+use kiln_service::access::from_local;
 use kiln_store::Store as _;
-use tonic::Request;
 
 use super::world::{Bakes, World, yaml};
 
@@ -19,9 +19,8 @@ async fn three_builds(world: &World) {
 }
 
 async fn cancel(world: &World, build: &str) {
-    let request =
-        CancelBuildRequest { request_id: format!("cancel-{build}"), build: build.into(), actor: "me".into() };
-    world.api().cancel_build(Request::new(request)).await.unwrap();
+    let request = CancelBuildRequest { request_id: format!("cancel-{build}"), build: build.into() };
+    world.api().cancel_build(from_local("me", request)).await.unwrap();
 }
 
 #[tokio::test]

@@ -24,6 +24,7 @@ use kiln_model::lock::{BUILDER_FORMAT, Lock, LockedBase, LockedPackage};
 use kiln_model::name::ServerName;
 use kiln_model::revision::Revision;
 use kiln_model::signal::{Remedy, Signal, SignalId, SignalState};
+use kiln_service::access::from_local;
 use kiln_service::clock::SystemClock;
 use kiln_store::{Batch, Change, Store as _};
 use tokio::sync::watch;
@@ -311,7 +312,7 @@ impl World {
 
     /// The outcome of a call for a build.
     pub(crate) async fn build(&self, request: BuildRequest) -> Result<BuildOutcome, Status> {
-        let stream = self.api().build(Request::new(request)).await?.into_inner();
+        let stream = self.api().build(from_local("me", request)).await?.into_inner();
         let items: Vec<_> = stream.collect::<Result<_, _>>().await?;
         match items.into_iter().next_back().and_then(|last| last.item) {
             Some(build_response::Item::Outcome(outcome)) => Ok(outcome),
@@ -329,25 +330,25 @@ impl World {
         // Each server has a folder of its own.
         let origin = yaml.lines().find_map(|line| line.strip_prefix("name: ")).unwrap_or_default().to_owned();
         let source = Some(From::Folder(FolderSource { archive, origin }));
-        ApplyRequest { request_id: request_id.to_owned(), source, actor: "me".to_owned() }
+        ApplyRequest { request_id: request_id.to_owned(), source }
     }
 
     pub(crate) async fn apply(&self, request_id: &str, yaml: &str) -> Result<ApplyOutcome, Status> {
-        let answer = self.api().apply(Request::new(Self::folder(request_id, yaml))).await?.into_inner();
+        let answer = self.api().apply(from_local("me", Self::folder(request_id, yaml))).await?.into_inner();
         Ok(answer.servers[0].outcome())
     }
 
     /// The sources that servers left by this apply of a folder.
     pub(crate) async fn left(&self, request_id: &str, yaml: &str) -> Vec<Option<Source>> {
         let request = Self::folder(request_id, yaml);
-        let answer = self.api().apply(Request::new(request)).await.unwrap().into_inner();
+        let answer = self.api().apply(from_local("me", request)).await.unwrap().into_inner();
         answer.servers.into_iter().map(|server| server.left).collect()
     }
 
     pub(crate) async fn apply_git(&self, request_id: &str, repository: &Repository) -> Result<(), Status> {
         let source = Some(From::Git(GitSource { url: repository.url(), branch: "main".to_owned() }));
-        let request = ApplyRequest { request_id: request_id.to_owned(), source, actor: "me".to_owned() };
-        self.api().apply(Request::new(request)).await.map(drop)
+        let request = ApplyRequest { request_id: request_id.to_owned(), source };
+        self.api().apply(from_local("me", request)).await.map(drop)
     }
 
     pub(crate) async fn inspect(&self, repository: &Repository) -> InspectSourceResponse {

@@ -7,7 +7,7 @@ use kiln_api::builder::apply_request::Source;
 use kiln_api::builder::{AppliedServer, ApplyOutcome, ApplyRequest, FolderSource, GitSource};
 use serde_json::json;
 
-use crate::clients::{Services, actor, request_id};
+use crate::clients::{Services, request_id};
 use crate::failure::{Code, During as _, Failure, Outcome};
 use crate::follow::Patience;
 use crate::screen::{Screen, plain};
@@ -38,7 +38,7 @@ pub(crate) async fn run(it: &Apply, services: &Services, screen: Screen) -> Outc
     let answer = services
         .builder()
         .max_encoding_message_size(pack::LIMIT + (1 << 20))
-        .apply(ApplyRequest { request_id: request_id(), source: Some(source), actor: actor() })
+        .apply(ApplyRequest { request_id: request_id(), source: Some(source) })
         .await
         .during(format_args!("applying {from}"))?
         .into_inner();

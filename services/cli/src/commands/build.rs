@@ -10,7 +10,7 @@ use kiln_api::builder::{
 };
 use serde_json::json;
 
-use crate::clients::{Services, actor, request_id};
+use crate::clients::{Services, request_id};
 use crate::failure::{During as _, Failure, Outcome};
 use crate::screen::{Screen, plain};
 use crate::words::{build_state, or_dash, short, took};
@@ -46,7 +46,6 @@ pub(crate) async fn run(it: &Build, services: &Services, screen: Screen) -> Outc
     let request = BuildRequest {
         request_id: request_id(),
         server: server.to_owned(),
-        actor: actor(),
         pinned: it.pinned,
         verify: it.verify,
     };
@@ -167,7 +166,7 @@ fn show(build: &BuildMessage, screen: Screen) -> Outcome {
 }
 
 async fn cancel(id: &str, services: &Services, screen: Screen) -> Outcome {
-    let request = CancelBuildRequest { request_id: request_id(), build: id.to_owned(), actor: actor() };
+    let request = CancelBuildRequest { request_id: request_id(), build: id.to_owned() };
     let answer = services.builder().cancel_build(request).await.during(format_args!("cancelling {id}"))?;
     let build =
         answer.into_inner().build.ok_or_else(|| Failure::failed(format!("cancelling {id}"), "no answer"))?;

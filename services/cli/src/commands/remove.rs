@@ -4,7 +4,7 @@ use clap::Args;
 use kiln_api::builder::RemoveRequest;
 use serde_json::json;
 
-use crate::clients::{Services, actor, request_id};
+use crate::clients::{Services, request_id};
 use crate::failure::{During as _, Outcome};
 use crate::follow::{self, Patience};
 use crate::screen::Screen;
@@ -23,7 +23,7 @@ pub(crate) struct Remove {
 
 pub(crate) async fn run(it: &Remove, services: &Services, screen: Screen) -> Outcome {
     let server = &it.server;
-    let request = RemoveRequest { request_id: request_id(), server: server.clone(), actor: actor() };
+    let request = RemoveRequest { request_id: request_id(), server: server.clone() };
     services.builder().remove(request).await.during(format_args!("removing {server}"))?;
     if it.wait {
         follow::until_retired(services, screen, server, Patience::of_seconds(it.timeout)).await?;

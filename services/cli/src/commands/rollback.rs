@@ -3,7 +3,7 @@
 use clap::Args;
 use kiln_api::deployer::RollbackRequest;
 
-use crate::clients::{Services, actor, request_id};
+use crate::clients::{Services, request_id};
 use crate::failure::{During as _, Failure, Outcome};
 use crate::follow::{self, Patience};
 use crate::json;
@@ -42,7 +42,6 @@ pub(crate) async fn run(it: &Rollback, services: &Services, screen: Screen) -> O
         server: server.clone(),
         expected_release: fleet.release,
         to_release: it.to.unwrap_or_default(),
-        actor: actor(),
         reason: it.reason.clone(),
     };
     let answer = services

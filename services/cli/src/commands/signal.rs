@@ -5,7 +5,7 @@ use kiln_api::monitor::{ApproveSignalRequest, ReportSignalRequest};
 use kiln_api::types::{Remedy, Signal as SignalMessage, SignalState};
 use serde_json::json;
 
-use crate::clients::{Services, actor, request_id};
+use crate::clients::{Services, request_id};
 use crate::failure::{Code, During as _, Failure, Outcome};
 use crate::json;
 use crate::screen::{Screen, plain};
@@ -25,7 +25,7 @@ pub(crate) struct Signal {
     /// Replace this instance instead of building anew
     #[arg(long, value_name = "INSTANCE")]
     replace: Option<String>,
-    /// Who reports [default: your user name]
+    /// Where the report comes from, such as a scanner [default: you]
     #[arg(long, value_name = "NAME")]
     reporter: Option<String>,
     /// The reporter's own id of it; reported again it is the same signal [default: a new one]
@@ -70,12 +70,11 @@ async fn report(it: &Signal, services: &Services, screen: Screen) -> Outcome {
     let request = ReportSignalRequest {
         request_id: id.clone(),
         server: server.clone(),
-        reporter: it.reporter.clone().unwrap_or_else(actor),
+        reporter: it.reporter.clone().unwrap_or_default(),
         id: it.id.clone().unwrap_or(id),
         summary: it.summary.clone().unwrap_or_default(),
         remedy: remedy.into(),
         instance: it.replace.clone().unwrap_or_default(),
-        actor: actor(),
     };
     let answer = services
         .monitor()
@@ -134,7 +133,7 @@ async fn list(server: &str, all: bool, services: &Services, screen: Screen) -> O
 
 async fn approve(id: &str, services: &Services, screen: Screen) -> Outcome {
     let signal = find(id, &services.signals("").await?)?;
-    let request = ApproveSignalRequest { request_id: request_id(), id: signal.id.clone(), actor: actor() };
+    let request = ApproveSignalRequest { request_id: request_id(), id: signal.id.clone() };
     let answer =
         services.monitor().approve_signal(request).await.during(format_args!("approving signal {id}"))?;
     let signal = answer

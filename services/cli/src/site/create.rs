@@ -107,6 +107,9 @@ fn fresh(home: &Home) -> Outcome<SiteFile> {
         store: None,
         otlp: None,
         metrics: Service::ALL.into_iter().map(|service| (service, address())).collect(),
+        listen: Default::default(),
+        peers: Default::default(),
+        pki: Default::default(),
         poll: Default::default(),
         builder: Default::default(),
     })

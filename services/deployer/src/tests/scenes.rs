@@ -8,6 +8,7 @@ use kiln_api::deployer::{
     ListRolloutsRequest, RollbackRequest, RolloutState, WatchFleetRequest,
 };
 use kiln_api::types::ListOptions;
+use kiln_service::access::from_local;
 use tokio_stream::StreamExt as _;
 use tonic::{Code, Request};
 
@@ -146,14 +147,14 @@ async fn an_image_whose_health_never_comes_goes_back_within_its_start_period() {
 }
 
 fn rollback(request_id: &str, expected: u64) -> Request<RollbackRequest> {
-    Request::new(RollbackRequest {
+    let request = RollbackRequest {
         request_id: request_id.to_owned(),
         server: "web".to_owned(),
         expected_release: expected,
         to_release: 0,
-        actor: "ada".to_owned(),
         reason: "it looks wrong".to_owned(),
-    })
+    };
+    from_local("ada", request)
 }
 
 #[tokio::test]
@@ -199,13 +200,9 @@ async fn an_aborted_rollout_goes_back() {
     let two_on_edge = || async { site.world.on_edge(&site.server).len() == 4 };
     site.until("a new one on the edge", two_on_edge).await;
     let api = Api::new(deployer);
-    let request = AbortRolloutRequest {
-        request_id: "q1".to_owned(),
-        server: "web".to_owned(),
-        expected_release: 2,
-        actor: "ada".to_owned(),
-    };
-    api.abort_rollout(Request::new(request)).await.unwrap();
+    let request =
+        AbortRolloutRequest { request_id: "q1".to_owned(), server: "web".to_owned(), expected_release: 2 };
+    api.abort_rollout(from_local("ada", request)).await.unwrap();
     site.until_at(1).await;
     site.assert_tidy().await;
     assert!(site.loaded().await.fleet.quarantine.is_empty());

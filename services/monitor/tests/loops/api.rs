@@ -7,6 +7,7 @@ use kiln_api::monitor::{
 };
 use kiln_api::types;
 use kiln_model::event::Service;
+use kiln_service::access::from_local;
 use kiln_store::Store;
 use prost::Message;
 use tonic::{Code, Request, Status};
@@ -21,13 +22,12 @@ fn request(request_id: &str, id: &str) -> ReportSignalRequest {
         reporter: "scanner".to_owned(),
         id: id.to_owned(),
         summary: "CVE-2026-1 in nginx".to_owned(),
-        actor: "ann".to_owned(),
         ..ReportSignalRequest::default()
     }
 }
 
 async fn report(monitor: &Running, request: ReportSignalRequest) -> Result<types::Signal, Status> {
-    let answer = monitor.api.report_signal(Request::new(request)).await?;
+    let answer = monitor.api.report_signal(from_local("ann", request)).await?;
     Ok(answer.into_inner().signal.unwrap())
 }
 
@@ -54,7 +54,10 @@ async fn a_report_is_one_signal_however_often_it_comes() {
     let (world, monitor) = started(types::Mode::Auto).await;
     let first = report(&monitor, request("r1", "17")).await.unwrap();
     assert_eq!((first.state(), first.remedy()), (types::SignalState::Open, types::Remedy::Rebuild));
-    assert_eq!(first.evidence, ["CVE-2026-1 in nginx"]);
+    assert_eq!(
+        (&first.evidence[..], first.reporter.as_str()),
+        (&["CVE-2026-1 in nginx".to_owned()][..], "ann for scanner")
+    );
     // The same call, and the same report in another call.
     assert_eq!(report(&monitor, request("r1", "17")).await.unwrap(), first);
     assert_eq!(report(&monitor, request("r2", "17")).await.unwrap(), first);
@@ -64,6 +67,10 @@ async fn a_report_is_one_signal_however_often_it_comes() {
     until("both are told", async || (world.said().len() == 2).then_some(())).await;
     let (_, audit) = world.store.audit(0, 10).await.unwrap().into_iter().next_back().unwrap();
     assert_eq!((audit.actor.as_str(), audit.action.as_str()), ("ann", "report_signal"));
+
+    // Who reports for nobody else is the reporter.
+    let own = ReportSignalRequest { reporter: String::new(), ..request("r5", "20") };
+    assert_eq!(report(&monitor, own).await.unwrap().reporter, "ann");
 
     // It outlives a restart as one.
     monitor.stop().await;
@@ -149,11 +156,7 @@ async fn what_waits_for_approval_acts_when_it_is_given() {
     world.hears("waits_for_approval definition_changed web").await;
 
     let approve = |request_id: &str, id: &str| {
-        Request::new(ApproveSignalRequest {
-            request_id: request_id.to_owned(),
-            id: id.to_owned(),
-            actor: "ann".to_owned(),
-        })
+        from_local("ann", ApproveSignalRequest { request_id: request_id.to_owned(), id: id.to_owned() })
     };
     let unknown = kiln_model::digest::Digest::of(b"unknown").to_string();
     assert_eq!(monitor.api.approve_signal(approve("a0", &unknown)).await.unwrap_err().code(), Code::NotFound);

@@ -69,7 +69,10 @@ impl TestSite {
             nats: NatsFile { url: "nats://127.0.0.1:1".to_owned() },
             store: None,
             otlp: None,
-            metrics: std::collections::BTreeMap::new(),
+            metrics: Default::default(),
+            listen: Default::default(),
+            peers: Default::default(),
+            pki: Default::default(),
             poll: kiln_service::config::PollFile { resync: "1s".to_owned(), ..Default::default() },
             builder: kiln_service::config::BuilderFile::default(),
         };

@@ -19,8 +19,6 @@ pub struct FolderSource {
 pub struct ApplyRequest {
     #[prost(string, tag = "1")]
     pub request_id: ::prost::alloc::string::String,
-    #[prost(string, tag = "4")]
-    pub actor: ::prost::alloc::string::String,
     #[prost(oneof = "apply_request::Source", tags = "2, 3")]
     pub source: ::core::option::Option<apply_request::Source>,
 }
@@ -64,8 +62,6 @@ pub struct RemoveRequest {
     pub request_id: ::prost::alloc::string::String,
     #[prost(string, tag = "2")]
     pub server: ::prost::alloc::string::String,
-    #[prost(string, tag = "3")]
-    pub actor: ::prost::alloc::string::String,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RemoveResponse {}
@@ -167,8 +163,6 @@ pub struct BuildRequest {
     pub request_id: ::prost::alloc::string::String,
     #[prost(string, tag = "2")]
     pub server: ::prost::alloc::string::String,
-    #[prost(string, tag = "3")]
-    pub actor: ::prost::alloc::string::String,
     /// Keep the package versions of the lock in force; resolve nothing anew.
     #[prost(bool, tag = "4")]
     pub pinned: bool,
@@ -266,8 +260,6 @@ pub struct CancelBuildRequest {
     pub request_id: ::prost::alloc::string::String,
     #[prost(string, tag = "2")]
     pub build: ::prost::alloc::string::String,
-    #[prost(string, tag = "3")]
-    pub actor: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CancelBuildResponse {

@@ -170,8 +170,6 @@ pub struct RollbackRequest {
     /// 0 for the last good one before it.
     #[prost(uint64, tag = "4")]
     pub to_release: u64,
-    #[prost(string, tag = "5")]
-    pub actor: ::prost::alloc::string::String,
     #[prost(string, tag = "6")]
     pub reason: ::prost::alloc::string::String,
 }
@@ -188,8 +186,6 @@ pub struct AbortRolloutRequest {
     pub server: ::prost::alloc::string::String,
     #[prost(uint64, tag = "3")]
     pub expected_release: u64,
-    #[prost(string, tag = "4")]
-    pub actor: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct AbortRolloutResponse {

@@ -25,7 +25,8 @@ pub struct ReportSignalRequest {
     pub request_id: ::prost::alloc::string::String,
     #[prost(string, tag = "2")]
     pub server: ::prost::alloc::string::String,
-    /// Who reports; with `id` it makes the fingerprint, so that a repeated report is one signal.
+    /// Where the report comes from; with `id` it makes the fingerprint, so that a repeated report is one signal. Empty for
+    /// the caller. The signal names the caller beside it.
     #[prost(string, tag = "3")]
     pub reporter: ::prost::alloc::string::String,
     #[prost(string, tag = "4")]
@@ -37,8 +38,6 @@ pub struct ReportSignalRequest {
     /// For remedy replace.
     #[prost(string, tag = "7")]
     pub instance: ::prost::alloc::string::String,
-    #[prost(string, tag = "8")]
-    pub actor: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReportSignalResponse {
@@ -51,8 +50,6 @@ pub struct ApproveSignalRequest {
     pub request_id: ::prost::alloc::string::String,
     #[prost(string, tag = "2")]
     pub id: ::prost::alloc::string::String,
-    #[prost(string, tag = "3")]
-    pub actor: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ApproveSignalResponse {

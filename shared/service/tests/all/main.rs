@@ -6,7 +6,13 @@
     reason = "tests stop where they can't go on"
 )]
 
+mod limits;
 mod monitor;
+mod remote;
+mod renewal;
+mod roles;
 mod server;
+mod site;
 mod start;
 mod trace;
+mod wire;

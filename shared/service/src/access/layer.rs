@@ -1,0 +1,92 @@
+//! The layer that every call goes through before any handler: who calls, whether they may, and how much of it.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use http::{Request, Response};
+use http_body_util::{BodyExt as _, Limited};
+use tonic::Status;
+use tonic::body::Body;
+use tower::{Layer, Service};
+
+use super::{Access, Peer};
+use crate::error::ApiError;
+
+/// The one method that takes large messages, with its service's own bound: packed folders. All others share this one, also
+/// where their service has a higher one: whoever may only look must not fill the memory.
+const LARGE: &str = "/kiln.builder.v1.BuilderService/Apply";
+const MESSAGES: usize = 4 << 20;
+
+#[derive(Debug, Clone)]
+pub(crate) struct AccessLayer(pub(crate) Arc<Access>);
+
+impl<S> Layer<S> for AccessLayer {
+    type Service = Guarded<S>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        Guarded { inner, access: Arc::clone(&self.0) }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Guarded<S> {
+    inner: S,
+    access: Arc<Access>,
+}
+
+impl<S> Service<Request<Body>> for Guarded<S>
+where
+    S: Service<Request<Body>, Response = Response<Body>>,
+    S::Future: Send + 'static,
+    S::Error: Send + 'static,
+{
+    type Response = Response<Body>;
+    type Error = S::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, S::Error>> + Send>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(context)
+    }
+
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+        let admitted = match request.extensions().get::<Peer>() {
+            Some(peer) => self.access.admit(peer, request.headers(), request.uri().path()),
+            None => Err(ApiError::Internal("a connection came past the door".to_owned())),
+        };
+        let permit = match admitted {
+            Ok((caller, permit)) => {
+                request.extensions_mut().insert(caller);
+                permit
+            }
+            Err(refused) => {
+                let refused = Status::from(refused).into_http();
+                return Box::pin(std::future::ready(Ok(refused)));
+            }
+        };
+        if request.uri().path() != LARGE {
+            request = request.map(|body| {
+                // With the five bytes that go before a message, and a stream's few small ones.
+                Body::new(Limited::new(body, MESSAGES + 1024).map_err(
+                    |error| match error.downcast::<Status>() {
+                        Ok(status) => *status,
+                        Err(_) => {
+                            Status::out_of_range(format!("a message may have {MESSAGES} bytes at most"))
+                        }
+                    },
+                ))
+            });
+        }
+        let answer = self.inner.call(request);
+        Box::pin(async move {
+            let response = answer.await?;
+            // A call is under way to the end of its answer.
+            Ok(response.map(|body| {
+                Body::new(body.map_frame(move |frame| {
+                    let _under_way = &permit;
+                    frame
+                }))
+            }))
+        })
+    }
+}

@@ -1,0 +1,55 @@
+//! What one server bears.
+
+use std::time::Duration;
+
+use crate::access::Rate;
+
+/// For a builder's server, which is sent packed folders; the others keep tonic's 4 MiB.
+pub const APPLY_LIMIT: usize = 68 << 20;
+
+/// Bounds on what callers may take of a server. Counts of connections are those of each way in: the Unix socket and
+/// each TCP port have their own, so that a flood from outside leaves the site's own services theirs.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    pub connections: usize,
+    /// Of one address, or of one /64 of IPv6, also while they shake hands.
+    pub connections_per_address: usize,
+    /// From the connection to the end of its TLS handshake, and again to the first bytes of HTTP/2.
+    pub handshake: Duration,
+    /// Calls under way on one connection.
+    pub streams: u32,
+    /// Bytes of a call's headers.
+    pub headers: u32,
+    /// Calls that a client may have taken back while the server still holds them: more end the connection.
+    pub resets: usize,
+    /// A silent connection is asked for a sign of life after this, and closed after as long again. One whose reader
+    /// takes nothing can't give it.
+    pub alive: Duration,
+    /// An older connection takes no new calls: its client connects anew, which looks at its certificate again.
+    pub age: Duration,
+    /// Bound on one call, its first answer for a stream: an apply can wait for a slow repository.
+    pub call: Duration,
+    pub people: Rate,
+    /// Of a service, or of one process at the Unix socket.
+    pub others: Rate,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 256,
+            connections_per_address: 32,
+            handshake: Duration::from_secs(5),
+            // tonic lifts hyper's own bound where none is set.
+            streams: 256,
+            headers: 16 << 10,
+            resets: 20,
+            alive: Duration::from_secs(30),
+            age: Duration::from_secs(1800),
+            call: Duration::from_secs(600),
+            people: Rate { calls_per_second: 200.0, burst: 400.0, under_way: 128 },
+            // One connection's streams, and those of the one that takes its place.
+            others: Rate { calls_per_second: 5000.0, burst: 10_000.0, under_way: 512 },
+        }
+    }
+}
