@@ -11,12 +11,14 @@ use kiln_api::monitor::monitor_service_client::MonitorServiceClient;
 use kiln_api::monitor::{self, Health};
 use kiln_api::types::{ListInfo, ListOptions, Revision, Signal};
 use kiln_model::event::Service;
+use kiln_model::name::SiteName;
 use kiln_service::client::{self, Channel};
-use kiln_service::config::Site;
+use kiln_service::config::{Place, Site};
 use tonic::Status;
 
 use crate::failure::{Code, During as _, Failure, Outcome};
 use crate::home::Home;
+use crate::login::Login;
 use crate::site;
 
 /// What one page may hold; the services give no more.
@@ -29,36 +31,86 @@ const ANSWER: usize = 68 << 20;
 const LOOK: Duration = Duration::from_secs(5);
 
 pub(crate) struct Services {
-    site: Site,
+    name: SiteName,
+    /// None where the site is on other machines.
+    site: Option<Site>,
+    builder: Channel,
+    deployer: Channel,
+    monitor: Channel,
+    node: Channel,
 }
 
 impl Services {
+    /// Those of the site on this machine; where there is none, or none that this user may see, those of the site that was
+    /// logged in to.
     pub(crate) fn open(home: &Home) -> Outcome<Self> {
-        Ok(Self { site: site::load(home)? })
+        match site::load(home) {
+            Ok(site) => Self::here(site),
+            Err(failure) if failure.is_invalid() => Err(failure),
+            Err(failure) => match Login::of(home.name())? {
+                Some(login) => Self::of(home.name().clone(), None, |service| login.channel(service, None)),
+                None => Err(failure),
+            },
+        }
     }
 
-    pub(crate) fn site(&self) -> &Site {
-        &self.site
+    /// By their Unix sockets; those that run elsewhere as whoever logged in.
+    fn here(site: Site) -> Outcome<Self> {
+        let login = Login::of(&site.name)?;
+        Self::of(site.name.clone(), Some(site.clone()), |service| {
+            let socket = site.paths().socket(service);
+            match (site.place(service), &login) {
+                (Place::Tcp(address), Some(login)) if !socket.exists() => {
+                    login.channel(service, Some(&address))
+                }
+                _ => Ok(client::channel(&socket)),
+            }
+        })
     }
 
-    pub(crate) fn channel(&self, service: Service) -> Channel {
-        client::channel(&self.site.paths().socket(service))
+    fn of(
+        name: SiteName,
+        site: Option<Site>,
+        channel: impl Fn(Service) -> Outcome<Channel>,
+    ) -> Outcome<Self> {
+        Ok(Self {
+            builder: channel(Service::Builder)?,
+            deployer: channel(Service::Deployer)?,
+            monitor: channel(Service::Monitor)?,
+            node: channel(Service::Node)?,
+            name,
+            site,
+        })
+    }
+
+    pub(crate) fn name(&self) -> &SiteName {
+        &self.name
+    }
+
+    /// # Errors
+    /// For what only goes on a machine of the site itself.
+    pub(crate) fn site(&self, what: &str) -> Outcome<&Site> {
+        self.site.as_ref().ok_or_else(|| {
+            Failure::new(Code::Refused, what, "the site is on another machine")
+                .reason("not_here")
+                .todo("do it there; `kiln history` and `kiln why` tell from here what happened")
+        })
     }
 
     pub(crate) fn builder(&self) -> BuilderServiceClient<Channel> {
-        BuilderServiceClient::new(self.channel(Service::Builder)).max_decoding_message_size(ANSWER)
+        BuilderServiceClient::new(self.builder.clone()).max_decoding_message_size(ANSWER)
     }
 
     pub(crate) fn deployer(&self) -> DeployerServiceClient<Channel> {
-        DeployerServiceClient::new(self.channel(Service::Deployer)).max_decoding_message_size(ANSWER)
+        DeployerServiceClient::new(self.deployer.clone()).max_decoding_message_size(ANSWER)
     }
 
     pub(crate) fn monitor(&self) -> MonitorServiceClient<Channel> {
-        MonitorServiceClient::new(self.channel(Service::Monitor)).max_decoding_message_size(ANSWER)
+        MonitorServiceClient::new(self.monitor.clone()).max_decoding_message_size(ANSWER)
     }
 
     pub(crate) fn engine(&self) -> EngineServiceClient<Channel> {
-        EngineServiceClient::new(self.channel(Service::Node))
+        EngineServiceClient::new(self.node.clone())
     }
 
     pub(crate) async fn server(&self, name: &str) -> Outcome<Server> {

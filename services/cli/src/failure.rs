@@ -115,6 +115,10 @@ impl Failure {
         matches!(self, Self::Said(said) if said.code == Code::Unavailable)
     }
 
+    pub(crate) fn is_invalid(&self) -> bool {
+        matches!(self, Self::Said(said) if said.code == Code::Invalid)
+    }
+
     pub(crate) fn is_not_found(&self) -> bool {
         matches!(self, Self::Said(said) if said.code == Code::NotFound)
     }
@@ -201,6 +205,11 @@ fn of_status(what: impl Display, status: &Status) -> Failure {
         GrpcCode::InvalidArgument | GrpcCode::OutOfRange => Code::Invalid,
         _ => Code::Failed,
     };
+    if let Some(why) = tls_refusal(status) {
+        return Failure::new(Code::Refused, what, why)
+            .reason("tls")
+            .todo("kiln login, with a certificate that is good and the site's authority.pem");
+    }
     let details = status.get_error_details();
     let mut why = status.message().trim().to_owned();
     let mut todo = details.localized_message().map(|it| it.message.clone()).unwrap_or_default();
@@ -247,6 +256,22 @@ fn of_status(what: impl Display, status: &Status) -> Failure {
     }
 }
 
+/// Why one end did not believe the other's certificate, where that is what happened: no service is away then.
+fn tls_refusal(status: &Status) -> Option<String> {
+    let chain = kiln_service::error::chain(status);
+    for (mark, whose) in [
+        ("received fatal alert", "the service does not take this certificate"),
+        ("invalid peer certificate", "the service's certificate is not to be trusted"),
+        (" answers where the ", "the wrong service"),
+    ] {
+        if let Some(at) = chain.find(mark) {
+            let words = chain[at..].split('"').next().unwrap_or_default();
+            return Some(format!("{whose}: {}", words.trim()));
+        }
+    }
+    None
+}
+
 #[cfg(test)]
 mod tests {
     use tonic_types::ErrorDetails;
@@ -291,6 +316,25 @@ mod tests {
                 { "field": "source.git", "description": "is missing" },
             ])
         );
+    }
+
+    #[test]
+    fn a_certificate_that_is_not_believed_is_no_service_that_is_away() {
+        let of = |words: &str| Status::from_error(Box::new(std::io::Error::other(words.to_owned())));
+        for (words, why) in [
+            ("received fatal alert: CertificateExpired", "does not take this certificate"),
+            (
+                "invalid peer certificate: UnknownIssuer",
+                "not to be trusted: invalid peer certificate: UnknownIssuer",
+            ),
+            ("node answers where the monitor should", "the wrong service"),
+        ] {
+            let failure = Err::<(), _>(of(words)).during("listing the servers").unwrap_err();
+            assert_eq!(failure.exit_code(), ExitCode::from(4));
+            assert!(failure.line().contains(why), "{}", failure.line());
+        }
+        let away = Err::<(), _>(Status::unavailable("tcp connect error")).during("listing").unwrap_err();
+        assert_eq!(away.exit_code(), ExitCode::from(5));
     }
 
     #[test]

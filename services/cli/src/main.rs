@@ -6,6 +6,7 @@ mod failure;
 mod follow;
 mod home;
 mod json;
+mod login;
 mod pack;
 mod screen;
 mod site;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -106,11 +107,20 @@ async fn one_trace_runs_from_the_commit_to_the_last_replaced_instance() -> Resul
 async fn every_service_serves_metrics() -> Result<()> {
     let site = Site::up("metrics")?;
     let config = kiln_service::config::Site::load(site.home())?;
+    let viewer = site.home().join("prometheus.pem");
+    site.kiln(&["pki", "issue", "prometheus", "--out", &viewer.display().to_string()])?;
     for service in kiln_model::event::Service::ALL {
         let address = *config.metrics.get(&service).ok_or("an address for metrics")?;
-        let answer = kiln_tests::load::fetch(address, "/metrics").await?;
-        assert!(answer.starts_with("HTTP/1.1 200"), "{service}: {answer}");
+        let get = |own: Option<&Path>| {
+            let mut curl = Command::new("curl");
+            curl.args(["--silent", "--fail", "--cacert"]).arg(config.paths().authority());
+            curl.args(own.into_iter().flat_map(|path| ["--cert".as_ref(), path.as_os_str()]));
+            run(curl.arg(format!("https://{address}/metrics")))
+        };
+        let answer = get(Some(&viewer))?;
         assert!(answer.contains("kiln_"), "{service}: {answer}");
+        let refused = get(None).expect_err("whoever shows nothing is told nothing").to_string();
+        assert!(refused.contains("22"), "{service}: {refused}");
     }
     site.down()
 }

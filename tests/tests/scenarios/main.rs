@@ -14,5 +14,6 @@ mod killed;
 mod mmdebstrap;
 mod packages;
 mod protocol;
+mod remote;
 mod rollback;
 mod rollout;

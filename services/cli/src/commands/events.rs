@@ -33,7 +33,7 @@ fn duration(text: &str) -> Result<jiff::SignedDuration, String> {
 const PAST: jiff::SignedDuration = jiff::SignedDuration::from_hours(1);
 
 pub(crate) async fn run(it: &Events, services: &Services, screen: Screen) -> Outcome {
-    let site = services.site();
+    let site = services.site("reading events")?;
     let options =
         site.nats(User::Cli).map_err(|error| Failure::new(Code::Invalid, "the broker's user cli", error))?;
     let bus = NatsBus::connect(options).await.map_err(|error| broker(&error))?;

@@ -11,13 +11,16 @@ mod image;
 mod init;
 mod instances;
 mod lint;
+mod login;
 mod logs;
+mod pki;
 mod plan;
 mod remove;
 mod rollback;
 mod signal;
 mod status;
 mod supervise;
+mod token;
 mod up;
 mod why;
 
@@ -66,6 +69,12 @@ pub(crate) enum Command {
     Why(why::Why),
     /// Look into images, and export them
     Image(image::Image),
+    /// Make and renew the certificates by which services and people know each other
+    Pki(pki::Pki),
+    /// Make and revoke the tokens of people
+    Token(token::Token),
+    /// Keep who you are and where a site on other machines is
+    Login(login::Login),
     /// Write the completions for a shell
     Completions(completions::Completions),
     /// Keep the site's services running (`kiln up` starts it)
@@ -94,6 +103,9 @@ pub(crate) async fn run(command: Command, home: &Home, screen: Screen) -> Outcom
         Command::History(it) => history::run(&it, &services()?, screen).await,
         Command::Why(it) => why::run(&it, &services()?, screen).await,
         Command::Image(it) => image::run(&it, &services()?, screen).await,
+        Command::Pki(it) => pki::run(it, home, screen),
+        Command::Token(it) => token::run(it, home, screen),
+        Command::Login(it) => login::run(&it, home, screen).await,
         Command::Completions(it) => completions::run(&it),
         Command::Supervise => supervise::run(home).await,
     }

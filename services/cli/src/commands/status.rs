@@ -85,7 +85,7 @@ async fn all(services: &Services, screen: Screen) -> Outcome {
             "open_signals": json::list("kiln.types.v1.Signal", open)?,
         }));
     }
-    screen.json(&json!({ "site": services.site().name.as_str(), "servers": documents, "away": away }))?;
+    screen.json(&json!({ "site": services.name().as_str(), "servers": documents, "away": away }))?;
     if rows.is_empty() && away.is_empty() {
         screen.line("No servers yet.")?;
         return screen.next(&["kiln init web", "kiln apply web --wait"]);

@@ -89,7 +89,7 @@ pub(crate) async fn run(it: Up, home: &Home, screen: Screen) -> Outcome {
             Kind::Service(service) => site.paths().socket(service).display().to_string(),
         };
         let metrics = match program.kind {
-            Kind::Service(service) => site.metrics.get(&service).map(|it| format!("http://{it}/metrics")),
+            Kind::Service(service) => site.metrics.get(&service).map(|it| format!("https://{it}/metrics")),
             Kind::Broker => None,
         };
         documents

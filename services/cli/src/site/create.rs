@@ -9,7 +9,7 @@ use kiln_service::config::{NatsFile, Site, SiteFile};
 use rand::Rng as _;
 use toml_edit::{DocumentMut, Item, Table};
 
-use super::{keys, network, supervisor};
+use super::{keys, network, pki, supervisor};
 use crate::failure::{Code, During as _, Failure, Outcome};
 use crate::home::Home;
 
@@ -67,6 +67,7 @@ pub(crate) fn ensure(home: &Home, wishes: &Wishes) -> Outcome<Site> {
         paths.run(),
         paths.keys(),
         paths.keys().join("nats"),
+        paths.pki(),
         paths.nats(),
         paths.logs(),
         paths.images(),
@@ -77,6 +78,7 @@ pub(crate) fn ensure(home: &Home, wishes: &Wishes) -> Outcome<Site> {
         DirBuilder::new().recursive(true).mode(0o700).create(&folder).during(what)?;
     }
     keys::ensure(paths)?;
+    pki::ensure(&site)?;
     write_broker(&site, wishes)?;
     // Last: a folder with a site.toml is a whole one.
     if new.is_some() || !there {

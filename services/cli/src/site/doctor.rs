@@ -1,5 +1,6 @@
 //! Whether this machine can run a site: node and builder look at what they need, this at the rest, and shows it.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Stdio;
 
@@ -103,11 +104,18 @@ async fn told(name: &str, arguments: &[String]) -> Outcome<Vec<Finding>> {
 /// The ports of what does not run, by the setting that names each: something else may hold them by now.
 fn own_ports(site: &Site) -> Outcome<Vec<(String, u16)>> {
     let stopped = programs::of(site)?.into_iter().filter(|program| program.running().is_none());
-    let port = |kind| match kind {
-        Kind::Broker => Some(("nats.url".to_owned(), port_of(&site.nats_url)?)),
-        Kind::Service(service) => Some((format!("metrics.{service}"), site.metrics.get(&service)?.port())),
+    let ports = |kind| match kind {
+        Kind::Broker => {
+            port_of(&site.nats_url).map(|port| ("nats.url".to_owned(), port)).into_iter().collect()
+        }
+        Kind::Service(service) => {
+            let of = |setting: &str, address: &SocketAddr| (format!("{setting}.{service}"), address.port());
+            let metrics = site.metrics.get(&service).map(|address| of("metrics", address));
+            let listen = site.listen.get(&service).map(|address| of("listen", address));
+            metrics.into_iter().chain(listen).collect::<Vec<_>>()
+        }
     };
-    Ok(stopped.filter_map(|program| port(program.kind)).collect())
+    Ok(stopped.flat_map(|program| ports(program.kind)).collect())
 }
 
 /// The ports that users connect to; only the deployer knows them, and it may not run.

@@ -6,6 +6,7 @@ pub(crate) mod keys;
 pub(crate) mod leftovers;
 pub(crate) mod logs;
 pub(crate) mod network;
+pub(crate) mod pki;
 pub(crate) mod process;
 pub(crate) mod programs;
 pub(crate) mod stop;

@@ -71,8 +71,8 @@ pub(crate) async fn turn(limit: Instant, screen: Screen) -> Outcome<File> {
 /// Ports that sites have in their settings, whether they run or not.
 pub(crate) fn ports(sites: &[Site]) -> BTreeSet<u16> {
     let brokers = sites.iter().filter_map(|site| port_of(&site.nats_url));
-    let metrics = sites.iter().flat_map(|site| site.metrics.values()).map(SocketAddr::port);
-    brokers.chain(metrics).collect()
+    let own = sites.iter().flat_map(|site| site.metrics.values().chain(site.listen.values()));
+    brokers.chain(own.map(SocketAddr::port)).collect()
 }
 
 pub(crate) fn port_of(url: &str) -> Option<u16> {

@@ -15,9 +15,9 @@ use kiln_service::config::Site;
 use rustix::fs::FlockOperation;
 use tokio::task::JoinSet;
 
-use super::logs;
 use super::process::Process;
 use super::programs::{self, Program};
+use super::{logs, pki};
 use crate::failure::{Code, During as _, Failure, Outcome};
 
 const FIRST_WAIT: Duration = Duration::from_millis(100);
@@ -79,6 +79,7 @@ pub(crate) async fn run(site: Site) -> Outcome {
     }
     tasks.spawn(bound(logs));
     tasks.spawn(streams(site.clone()));
+    tasks.spawn(certificates(site.clone()));
     let mut stop = kiln_service::shutdown::on_signal().during("listening for signals")?;
     // An error means that nobody can send any more, which ends it as well.
     let _ = stop.wait_for(|stop| *stop).await;
@@ -161,6 +162,27 @@ async fn bound(logs: Vec<PathBuf>) {
         }
         told = text;
         tokio::time::sleep(LOGS_PERIOD).await;
+    }
+}
+
+/// Renews certificates in the last third of their life; the services see that by themselves.
+async fn certificates(site: Site) {
+    let mut told = String::new();
+    loop {
+        let text = match pki::ensure(&site) {
+            Ok(renewed) if renewed.is_empty() => String::new(),
+            Ok(renewed) => {
+                let names = renewed.iter().map(|service| service.as_str()).collect::<Vec<_>>().join(", ");
+                note(format_args!("new certificates: {names}"));
+                String::new()
+            }
+            Err(failure) => failure.line(),
+        };
+        if text != told && !text.is_empty() {
+            note(&text);
+        }
+        told = text;
+        tokio::time::sleep(pki::period(&site)).await;
     }
 }
 

@@ -1,0 +1,177 @@
+//! `kiln pki`
+
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+use clap::{Args, Subcommand};
+use jiff::Timestamp;
+use kiln_model::event::Service;
+use kiln_service::access::{Identity, Role};
+use kiln_service::certificate::Certificate;
+use kiln_service::config::Site;
+use serde_json::json;
+
+use crate::failure::{Code, During as _, Failure, Outcome};
+use crate::home::Home;
+use crate::screen::{Screen, bad, busy, good, plain};
+use crate::site::{self, keys, pki};
+use crate::words::lifetime;
+
+#[derive(Debug, Args)]
+pub(crate) struct Pki {
+    #[command(subcommand)]
+    command: PkiCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum PkiCommand {
+    /// Make the site's authority and the certificates of its services, where they are missing
+    Init,
+    /// Give out a certificate with its key: to a service on another machine, or to a person
+    Issue {
+        /// builder, deployer, monitor, node or console for a service; else the name of a person
+        name: String,
+        /// What a person may: viewer, operator or admin
+        #[arg(long, value_name = "ROLE", default_value = "viewer")]
+        role: Role,
+        /// A host name or an address that the service answers to
+        #[arg(long, value_name = "HOST")]
+        host: Vec<String>,
+        /// How long it is good, such as 12h or 30d [default: 24h for a service, 30d for a person]
+        #[arg(long, value_name = "DURATION", value_parser = lifetime)]
+        life: Option<Duration>,
+        /// Where to write it, readable by its owner alone
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+    },
+    /// Renew the certificates of this machine's services now; the services take them without a restart
+    Renew,
+    /// Show the authorities and the certificates of this machine
+    List,
+    /// Put another authority in the place of the one there is, in three steps
+    Rotate {
+        /// Second step, once every machine has the new authority.pem: the next authority signs
+        #[arg(long)]
+        switch: bool,
+        /// Last step, once every certificate is renewed: the old authority is trusted no more
+        #[arg(long, conflicts_with = "switch")]
+        finish: bool,
+    },
+}
+
+const SERVICE_LIFE: Duration = Duration::from_secs(24 * 3600);
+const PERSON_LIFE: Duration = Duration::from_secs(30 * 24 * 3600);
+
+pub(crate) fn run(it: Pki, home: &Home, screen: Screen) -> Outcome {
+    let site = site::load(home)?;
+    match it.command {
+        PkiCommand::Init => {
+            pki::ensure(&site)?;
+            list(&site, screen)
+        }
+        PkiCommand::Issue { name, role, host, life, out } => {
+            let identity = identity(&name, role)?;
+            if identity.role().is_person() != host.is_empty() {
+                let why = "a service needs the --host that others call it by, a person has none";
+                return Err(Failure::new(Code::Invalid, format!("the certificate of {name}"), why));
+            }
+            let usual = if identity.role().is_person() { PERSON_LIFE } else { SERVICE_LIFE };
+            let issued = pki::issue(&pki::authority(&site)?, &identity, &host, life.unwrap_or(usual))?;
+            keys::write(&out, &issued.reveal())?;
+            let read =
+                Certificate::of_pem(&issued.certificate).map_err(|why| Failure::failed("reading it", why))?;
+            screen.json(&document(&read, &out))?;
+            let authority = site.paths().authority();
+            screen.line(format_args!(
+                "{} has the certificate and key of {}, good until {}",
+                out.display(),
+                identity.uri(&site.name),
+                Timestamp::try_from(read.until).map(|until| until.to_string()).unwrap_or_default()
+            ))?;
+            if identity.role().is_person() {
+                screen.next(&[format!(
+                    "kiln --site {} login --server https://HOST --authority {} --certificate {}",
+                    site.name,
+                    authority.display(),
+                    out.display()
+                )])
+            } else {
+                screen.next(&[format!(
+                    "bring it with {} into keys/pki of the other machine",
+                    authority.display()
+                )])
+            }
+        }
+        PkiCommand::Renew => {
+            pki::renew(&site, true)?;
+            list(&site, screen)
+        }
+        PkiCommand::List => list(&site, screen),
+        PkiCommand::Rotate { switch, finish } => {
+            match (switch, finish) {
+                (true, _) => pki::switch(&site)?,
+                (_, true) => pki::finish(&site)?,
+                _ => pki::prepare(&site)?,
+            }
+            list(&site, screen)?;
+            match (switch, finish) {
+                (true, _) => screen.next(&[
+                    "renew what was given to people and other machines, then: kiln pki rotate --finish",
+                ]),
+                (_, true) => Ok(()),
+                _ => screen.next(&[format!(
+                    "bring {} to every other machine and person, then: kiln pki rotate --switch",
+                    site.paths().authority().display()
+                )]),
+            }
+        }
+    }
+}
+
+fn identity(name: &str, role: Role) -> Outcome<Identity> {
+    let wrong = |why: String| Failure::new(Code::Invalid, format!("a certificate for {name}"), why);
+    match name.parse::<Role>() {
+        Ok(service) if !service.is_person() => Identity::service(service).map_err(wrong),
+        _ => Identity::person(name.parse().map_err(wrong)?, role).map_err(wrong),
+    }
+}
+
+fn document(it: &Certificate, path: &std::path::Path) -> serde_json::Value {
+    let time = |time| Timestamp::try_from(time).map(|time| time.to_string()).ok();
+    json!({
+        "name": it.uri().unwrap_or(&it.subject),
+        "hosts": it.hosts,
+        "issuer": it.issuer,
+        "serial": it.serial,
+        "from": time(it.from),
+        "until": time(it.until),
+        "file": path.display().to_string(),
+    })
+}
+
+fn list(site: &Site, screen: Screen) -> Outcome {
+    let bundle = site.paths().authority();
+    let text = std::fs::read_to_string(&bundle).during(format_args!("reading {}", bundle.display()))?;
+    let mut found: Vec<_> = pki::of_bundle(&text).into_iter().map(|it| (it, bundle.clone())).collect();
+    for service in Service::ALL {
+        let path = site.paths().identity(service);
+        // A machine may run some of the services only.
+        let Ok(text) = std::fs::read_to_string(&path) else { continue };
+        let read = Certificate::of_pem(&text);
+        let read = read.map_err(|why| Failure::failed(format!("the certificate {}", path.display()), why))?;
+        found.push((read, path));
+    }
+    let documents: Vec<_> = found.iter().map(|(it, path)| document(it, path)).collect();
+    screen.json(&json!({ "certificates": documents }))?;
+    let now = SystemTime::now();
+    let rows = found.iter().map(|(it, _)| {
+        let state = match it.until.duration_since(now) {
+            Err(_) => bad("ended"),
+            Ok(_) if it.is_due(now) => busy("due"),
+            Ok(_) => good("good"),
+        };
+        let until = Timestamp::try_from(it.until).map(|until| until.to_string()).unwrap_or_default();
+        vec![plain(it.uri().unwrap_or(&it.subject)), state, plain(until), plain(it.hosts.join(", "))]
+    });
+    screen.table(&["CERTIFICATE", "STATE", "UNTIL", "HOSTS"], rows.collect())
+}

@@ -1,0 +1,149 @@
+//! `kiln token`
+
+use std::fs::File;
+use std::io::Read as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use jiff::Timestamp;
+use kiln_service::access::{PersonName, Role, Secret, Token as Kept, TokenFile};
+use kiln_service::config::Site;
+use rustix::fs::FlockOperation;
+use serde_json::json;
+
+use crate::failure::{Code, During as _, Failure, Outcome};
+use crate::home::Home;
+use crate::screen::{Screen, bad, good, plain, print};
+use crate::site::{self, keys};
+use crate::words::lifetime;
+
+#[derive(Debug, Args)]
+pub(crate) struct Token {
+    #[command(subcommand)]
+    command: TokenCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum TokenCommand {
+    /// Make a token for a person or a program, and show it: it is kept nowhere
+    Create {
+        /// Whose it is; the audit record has this name
+        name: PersonName,
+        /// viewer, operator or admin
+        #[arg(long, value_name = "ROLE")]
+        role: Role,
+        /// How long it is good, such as 12h or 90d
+        #[arg(long, value_name = "DURATION", value_parser = lifetime, default_value = "30d")]
+        expires: Duration,
+    },
+    /// Show the tokens that were made, without their secrets
+    List,
+    /// Take a token back; the services refuse it within a second
+    Revoke {
+        /// The token's id, as the list shows it
+        id: String,
+    },
+}
+
+pub(crate) fn run(it: Token, home: &Home, screen: Screen) -> Outcome {
+    let site = site::load(home)?;
+    match it.command {
+        TokenCommand::Create { name, role, expires } => create(&site, name, role, expires, screen),
+        TokenCommand::List => list(&site, screen),
+        TokenCommand::Revoke { id } => {
+            let mut found = false;
+            change(&site, |file| {
+                file.token.retain(|token| {
+                    found |= token.id == id;
+                    token.id != id
+                });
+                Ok(())
+            })?;
+            if !found {
+                return Err(Failure::new(Code::NotFound, format!("there is no token {id}"), "")
+                    .todo("kiln token list"));
+            }
+            screen.json(&json!({ "revoked": id }))?;
+            screen.line(format_args!("token {id} is revoked"))
+        }
+    }
+}
+
+fn create(site: &Site, name: PersonName, role: Role, expires: Duration, screen: Screen) -> Outcome {
+    let what = "making a token";
+    let mut random = [0; 32];
+    // The kernel's own source, asked directly: it must not be guessed.
+    File::open("/dev/urandom").and_then(|mut it| it.read_exact(&mut random)).during(what)?;
+    let secret = Secret::of(random);
+    let now = Timestamp::now();
+    let until = now.checked_add(expires).map_err(|error| Failure::new(Code::Invalid, what, error))?;
+    let token = Kept::new(&secret, name, role, now, until)
+        .map_err(|error| Failure::new(Code::Invalid, what, error))?;
+    let id = token.id.clone();
+    change(site, |file| {
+        // One that has expired is refused anyway.
+        file.token.retain(|token| token.expires > now);
+        file.token.push(token);
+        Ok(())
+    })?;
+    if screen.is_json() {
+        return screen.json(&json!({ "id": id, "token": secret.reveal(), "expires": until.to_string() }));
+    }
+    screen.progress(format_args!("token {id}, good until {until}; it is shown this once:"));
+    print(secret.reveal())
+}
+
+fn list(site: &Site, screen: Screen) -> Outcome {
+    let file = read(site)?;
+    let documents: Vec<_> = file
+        .token
+        .iter()
+        .map(|it| {
+            json!({
+                "id": it.id,
+                "name": it.name.as_str(),
+                "role": it.role.as_str(),
+                "created": it.created.to_string(),
+                "expires": it.expires.to_string(),
+            })
+        })
+        .collect();
+    screen.json(&json!({ "tokens": documents }))?;
+    if file.token.is_empty() {
+        return screen.line("No tokens");
+    }
+    let now = Timestamp::now();
+    let rows = file.token.iter().map(|it| {
+        let state = if it.expires > now { good("good") } else { bad("expired") };
+        vec![plain(&it.id), plain(&it.name), plain(it.role), state, plain(it.expires)]
+    });
+    screen.table(&["TOKEN", "NAME", "ROLE", "STATE", "EXPIRES"], rows.collect())
+}
+
+fn read(site: &Site) -> Outcome<TokenFile> {
+    let path = site.paths().tokens();
+    let what = format!("reading {}", path.display());
+    let text = match std::fs::read_to_string(&path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+        text => text.during(&what)?,
+    };
+    TokenFile::parse(&text).map_err(|why| Failure::new(Code::Invalid, what, why).reason("bad_tokens"))
+}
+
+/// One at a time: a token that was revoked must not come back by another command's writing.
+fn change(site: &Site, edit: impl FnOnce(&mut TokenFile) -> Outcome) -> Outcome {
+    let path = site.paths().tokens();
+    let what = format!("changing {}", path.display());
+    let lock = File::options()
+        .create(true)
+        .write(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path.with_extension("lock"))
+        .during(&what)?;
+    rustix::fs::flock(&lock, FlockOperation::LockExclusive).map_err(|error| Failure::failed(&what, error))?;
+    let mut file = read(site)?;
+    edit(&mut file)?;
+    keys::write(&path, &file.to_text().map_err(|why| Failure::failed(&what, why))?)
+}
