@@ -64,7 +64,7 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     let paths = site.paths();
     let home = paths.service(Service::Builder);
     std::fs::create_dir_all(&home)?;
-    let store = SqlStore::open(&site.place(Service::Builder)?).await?;
+    let store = SqlStore::open(&site.store_of(Service::Builder)?).await?;
     let bus = NatsBus::connect(site.nats(User::Builder)?).await?;
     let images = ImageStore::open(&paths.images())?;
     let baker = Baker::new(bake_config(&site))?;

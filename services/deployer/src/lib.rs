@@ -49,7 +49,7 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     let Start { site, stop } = start;
     let paths = site.paths();
     std::fs::create_dir_all(paths.service(Service::Deployer))?;
-    let store = SqlStore::open(&site.place(Service::Deployer)?).await?;
+    let store = SqlStore::open(&site.store_of(Service::Deployer)?).await?;
     let bus = NatsBus::connect(site.nats(User::Deployer)?).await?;
     let peer = |service| client::to(&site, Service::Deployer, service);
     let peers = Peers {

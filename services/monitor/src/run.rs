@@ -140,7 +140,7 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     let paths = site.paths();
     let folder = paths.service(Service::Monitor);
     std::fs::create_dir_all(&folder)?;
-    let store = SqlStore::open(&site.place(Service::Monitor)?).await?;
+    let store = SqlStore::open(&site.store_of(Service::Monitor)?).await?;
     let bus = NatsBus::connect(site.nats(User::Monitor)?).await?;
     let peer = |service| client::to(&site, Service::Monitor, service);
     let ports = Ports {

@@ -16,7 +16,7 @@ use crate::node::Node;
 
 /// Runs the node until it is told to stop. Instances run on.
 pub async fn run(Start { site, stop }: Start) -> Result<(), Failure> {
-    let store = SqlStore::open(&site.place(Service::Node)?).await?;
+    let store = SqlStore::open(&site.store_of(Service::Node)?).await?;
     let node = Node::open(&site, store).await?;
     node.take_over().await;
     let pool = Arc::clone(&node.pool);

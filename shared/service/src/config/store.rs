@@ -39,7 +39,7 @@ impl Site {
     ///
     /// # Errors
     /// Where the password can't be read, or could be read by others.
-    pub fn place(&self, service: Service) -> Result<Place, Error> {
+    pub fn store_of(&self, service: Service) -> Result<Place, Error> {
         let database = match &self.store {
             // What a node knows is of its machine alone, and it serves on while no database can be reached.
             Some(database) if service != Service::Node => database,
@@ -79,20 +79,20 @@ mod tests {
         std::fs::write(home.path().join("site.toml"), text).unwrap();
         let site = Site::load(home.path()).unwrap();
         assert!(
-            matches!(site.place(Service::Node).unwrap(), Place::File(path) if path.ends_with("node/store.db"))
+            matches!(site.store_of(Service::Node).unwrap(), Place::File(path) if path.ends_with("node/store.db"))
         );
 
         let file = home.path().join("keys/pw");
-        let missing = site.place(Service::Builder).unwrap_err().to_string();
+        let missing = site.store_of(Service::Builder).unwrap_err().to_string();
         assert!(missing.contains("keys/pw") && missing.contains("`store.password_file`"), "{missing}");
         std::fs::create_dir(home.path().join("keys")).unwrap();
         std::fs::write(&file, "hunter2\n").unwrap();
         std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o640)).unwrap();
-        let open = site.place(Service::Builder).unwrap_err().to_string();
+        let open = site.store_of(Service::Builder).unwrap_err().to_string();
         assert!(open.contains("chmod 600"), "{open}");
 
         std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
-        let shown = format!("{:?}", site.place(Service::Builder).unwrap());
+        let shown = format!("{:?}", site.store_of(Service::Builder).unwrap());
         assert!(shown.contains("kiln_0a1b2c3d_builder") && !shown.contains("hunter2"), "{shown}");
     }
 }
