@@ -199,7 +199,7 @@ mod tests {
     fn site(folder: &Path, settings: &[(&str, &str)]) -> Site {
         let settings = settings.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
         let home = Home::new(Some(folder.join("home")), "test").unwrap();
-        make(&home, &Wishes { nats_url: None, settings }).unwrap()
+        make(&home, &Wishes { nats_url: None, store: None, settings }).unwrap()
     }
 
     fn of(site: &Site, service: Service) -> Certificate {
