@@ -33,7 +33,7 @@ use kiln_service::clock::{Clock, SystemClock};
 use kiln_service::config::Site;
 use kiln_service::run::{Failure, Start};
 use kiln_service::server::{APPLY_LIMIT, ServerOptions, serve};
-use kiln_service::{client, follow, relay, requests, resync};
+use kiln_service::{client, follow, members, relay, resync};
 use kiln_store::{SqlStore, Store};
 use tokio::sync::{Notify, watch};
 use tonic::service::Routes;
@@ -69,7 +69,7 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     let images = ImageStore::open(&paths.images())?;
     let baker = Baker::new(bake_config(&site))?;
     baker.sweep().await?;
-    let documents = Documents::new(store);
+    let documents = Documents::new(store.clone());
     let contexts = Contexts::new(home.join("contexts"));
     let mirrors = Arc::new(Mirrors::new(home.join("sources")));
     let builder = Builder {
@@ -79,8 +79,8 @@ pub async fn run(start: Start) -> Result<(), Failure> {
         logs: Logs::open(home.join("logs"))?,
         clock: SystemClock::new(),
     };
-    let owner = requests::new_id();
-    workers::recover(&builder, &owner).await?;
+    let (members, heart) = members::of_site(&site, Service::Builder, store, builder.clock).await?;
+    workers::recover(&builder, &members).await?;
 
     let api = Api::new(builder.clone(), images.clone(), paths.signing_pub());
     let service = BuilderServiceServer::new(api)
@@ -92,12 +92,12 @@ pub async fn run(start: Start) -> Result<(), Failure> {
         tester: EngineTester::new(peer(Service::Node)?),
         peers: SitePeers::new(peer(Service::Deployer)?, peer(Service::Monitor)?),
         images,
-        options: WorkerOptions { owner, workers: site.builder.workers },
+        options: WorkerOptions { members, workers: site.builder.workers },
         resync: site.poll.resync,
     };
     let serving = serve(ServerOptions::new(Service::Builder, &site), Routes::new(service), stop.clone());
     let beside = async {
-        Box::pin(loops.run(bus, stop.clone())).await;
+        tokio::join!(Box::pin(loops.run(bus, stop.clone())), members::stay(heart, stop.clone()));
         Ok(())
     };
     // A server that can't serve ends the others too.
@@ -129,7 +129,7 @@ impl<S: Store, K: Bakery, C: Clock> Loops<S, K, C> {
         ];
         tokio::join!(
             relay::run(builder.documents.store().clone(), bus.clone(), stop.clone()),
-            reconcile::run(builder.clone(), stop.clone()),
+            reconcile::run(builder.clone(), options.members.clone(), stop.clone()),
             workers::run(builder.clone(), tester.clone(), options, stop.clone()),
             collect::run(builder.clone(), images, following.heard(), stop.clone()),
             resync::every(period, stop.clone(), Arc::default(), || async {

@@ -13,9 +13,11 @@ use kiln_model::cause::Cause;
 use kiln_model::name::{BuildId, ServerName};
 use kiln_model::revision::RevisionContent;
 use kiln_model::time::Now;
+use kiln_service::changes::Follower;
 use kiln_service::clock::Clock;
+use kiln_service::members::Members;
 use kiln_service::shutdown;
-use kiln_store::{Cursor, Entry, Store};
+use kiln_store::{Entry, Store};
 use serde::de::DeserializeOwned;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -35,38 +37,6 @@ const LOOKS: usize = 8;
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
 /// After the store refused.
 const PAUSE: Duration = Duration::from_secs(1);
-const PAGE: u32 = 500;
-
-/// Follows the changes of one kind of document.
-#[derive(Debug)]
-pub struct Follower {
-    kind: &'static str,
-    cursor: Option<Cursor>,
-}
-
-impl Follower {
-    pub fn new(kind: &'static str) -> Self {
-        Self { kind, cursor: None }
-    }
-
-    /// What changed since the last call; everything at the first.
-    ///
-    /// # Errors
-    /// The store refuses; the next call gives the same again.
-    pub async fn changes<S: Store>(&mut self, store: &S) -> Result<Vec<Entry>, kiln_store::Error> {
-        let mut entries = Vec::new();
-        let mut token = String::new();
-        loop {
-            let page = store.changes(self.kind, self.cursor.as_ref(), &token, PAGE).await?;
-            entries.extend(page.entries);
-            if page.next_page_token.is_empty() {
-                self.cursor = Some(page.cursor);
-                return Ok(entries);
-            }
-            token = page.next_page_token;
-        }
-    }
-}
 
 /// A changed document; none where it was deleted. One that can't be read is told and passed over: its change is not seen
 /// again, and the others' must be seen.
@@ -86,6 +56,7 @@ struct Summary {
 
 struct Reconciler<S, K, C> {
     builder: Builder<S, K, C>,
+    members: Members,
     servers: Follower,
     builds: Follower,
     sources: Follower,
@@ -106,11 +77,17 @@ enum Done {
 }
 
 /// Runs until told to stop. What is under way then is dropped: nothing of it is lost, since it is committed at its end.
-pub async fn run<S: Store, K: Bakery, C: Clock>(builder: Builder<S, K, C>, mut stop: watch::Receiver<bool>) {
+pub async fn run<S: Store, K: Bakery, C: Clock>(
+    builder: Builder<S, K, C>,
+    members: Members,
+    mut stop: watch::Receiver<bool>,
+) {
+    let mut others = members.changes();
     let mut sequence = builder.documents.store().sequence();
     let clock = builder.clock.clone();
     let mut reconciler = Reconciler {
         builder,
+        members,
         servers: Follower::new(server::KIND),
         builds: Follower::new(build::KIND),
         sources: Follower::new(source::KIND),
@@ -145,6 +122,7 @@ pub async fn run<S: Store, K: Bakery, C: Clock>(builder: Builder<S, K, C>, mut s
             changed = sequence.changed() => {
                 if changed.is_err() { return; }
             }
+            Ok(()) = others.changed() => reconciler.everything_again(),
             () = sleep => {}
         }
     }
@@ -158,6 +136,7 @@ impl<S: Store, K: Bakery, C: Clock> Reconciler<S, K, C> {
         let due: Vec<_> =
             self.due.iter().filter(|(_, at)| **at <= now).map(|(name, _)| name.clone()).collect();
         self.dirty.extend(due);
+        self.dirty.retain(|name| self.members.is_mine(name.as_str(), now));
         let waiting: Vec<_> =
             self.dirty.iter().filter(|name| !self.planning.contains(*name)).cloned().collect();
         for name in waiting {
@@ -184,6 +163,11 @@ impl<S: Store, K: Bakery, C: Clock> Reconciler<S, K, C> {
         let next = times.filter(|at| **at > now).min().map(|at| *at - now);
         // Rounded up, so that it is time when the clock says so.
         Ok(next.map(|wait| wait + Duration::from_millis(1)))
+    }
+
+    /// Someone came or went: what is whose is found by looking at all of it. Most of it needs nothing.
+    fn everything_again(&mut self) {
+        self.dirty.extend(self.known.keys().cloned());
     }
 
     async fn notice(&mut self) -> Result<(), Error> {
@@ -384,7 +368,10 @@ impl<S: Store, K: Bakery, C: Clock> Reconciler<S, K, C> {
     fn look(&mut self, now: Duration) {
         let due: Vec<_> = self.asked.iter().filter(|(_, at)| **at <= now).map(|(id, _)| id.clone()).collect();
         for id in due {
-            if self.looking.len() >= LOOKS || !self.looking.insert(id.clone()) {
+            if self.looking.len() >= LOOKS
+                || !self.members.is_mine(&id, now)
+                || !self.looking.insert(id.clone())
+            {
                 continue;
             }
             let builder = self.builder.clone();

@@ -9,7 +9,9 @@ use kiln_builder_core::build::{self, Build, Failed, HEARTBEAT, Progress, State, 
 use kiln_builder_core::plan::Slot;
 use kiln_model::digest::Digest;
 use kiln_model::name::BuildId;
+use kiln_service::changes::Follower;
 use kiln_service::clock::Clock;
+use kiln_service::members::Members;
 use kiln_service::shutdown;
 use kiln_store::Store;
 use tokio::sync::{Notify, watch};
@@ -22,19 +24,21 @@ use crate::bakery::Bakery;
 use crate::builder::{Builder, Error};
 use crate::image_tests::{TestRun, Tester};
 use crate::logs::Writer;
-use crate::reconcile::{Follower, monotonic, readable};
+use crate::reconcile::{monotonic, readable};
 use crate::store::{Edit, Read, StoredImage};
 
 /// After the store refused.
 const PAUSE: Duration = Duration::from_secs(1);
+/// For how long a replica leaves a build to the one that it belongs to, though it has a free place itself.
+const OTHERS_FIRST: Duration = Duration::from_millis(250);
 /// What an interrupted build gets to take its sandbox down.
 const GRACE: Duration = Duration::from_secs(5);
 
 /// What a worker is.
 #[derive(Debug, Clone)]
 pub struct WorkerOptions {
-    /// This run of this process; part of every lease.
-    pub owner: String,
+    /// Those that share the work. The id of this run of this process is part of every lease.
+    pub members: Members,
     /// Builds at once.
     pub workers: usize,
 }
@@ -74,6 +78,7 @@ pub async fn run<S: Store, K: Bakery, C: Clock, T: Tester>(
 ) {
     let mut sequence = builder.documents.store().sequence();
     let clock = builder.clock.clone();
+    let mut others = options.members.changes();
     let mut dispatcher = Dispatcher {
         builder,
         tester,
@@ -107,6 +112,11 @@ pub async fn run<S: Store, K: Bakery, C: Clock, T: Tester>(
             changed = sequence.changed() => {
                 if changed.is_err() { break; }
             }
+            Ok(()) = others.changed() => {
+                if let Err(error) = recover(&dispatcher.builder, &dispatcher.options.members).await {
+                    tracing::warn!(%error, "builds of a replica that is gone wait for the end of their leases");
+                }
+            }
             () = sleep => {}
         }
     }
@@ -119,18 +129,22 @@ pub async fn run<S: Store, K: Bakery, C: Clock, T: Tester>(
     }
 }
 
-/// Lets go of the builds of processes that are gone. Before the first claim, under the service's lock.
+/// Lets go of the builds of processes that are gone: before the first claim, and when another replica went.
 ///
 /// # Errors
 /// The store refuses.
 pub async fn recover<S: Store, K: Bakery, C: Clock>(
     builder: &Builder<S, K, C>,
-    owner: &str,
+    members: &Members,
 ) -> Result<(), Error> {
     for read in builder.documents.readable::<Build>(build::KIND).await? {
         let mut value = read.value;
-        if value.abandoned(owner, builder.now()) {
-            builder.interrupted(read.version, &value).await?;
+        if value.abandoned(|owner| members.is_there(owner), builder.now()) {
+            match builder.interrupted(read.version, &value).await {
+                // Another replica was first.
+                Err(error) if error.is_conflict() => {}
+                done => done?,
+            }
         }
     }
     Ok(())
@@ -160,6 +174,8 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Dispatcher<S, K, C, T> {
             if self.running.contains_key(&id) {
                 continue;
             }
+            let is_mine = self.options.members.is_mine(&id.to_string(), now);
+            let at = if is_mine { at } else { at + OTHERS_FIRST };
             if at > now {
                 next = Some(next.map_or(at, |next| next.min(at)));
             } else if self.running.len() < self.options.workers
@@ -179,7 +195,7 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Dispatcher<S, K, C, T> {
         };
         let clock = self.builder.clock.now();
         let now = clock.wall;
-        let token = match build.claim(&self.options.owner, now) {
+        let token = match build.claim(self.options.members.id(), now) {
             Ok(token) => token,
             Err(illegal) => {
                 tracing::debug!(build = %id, %illegal, "is not to be claimed");

@@ -93,6 +93,14 @@ impl How {
     }
 }
 
+impl Known {
+    fn wake_all(&self) {
+        for server in self.servers.values() {
+            server.wake.notify_one();
+        }
+    }
+}
+
 impl Board {
     fn lock(&self) -> MutexGuard<'_, Known> {
         // A panic elsewhere leaves the maps whole: each change is one insertion or removal.
@@ -116,10 +124,8 @@ impl Board {
         self.waker(server).notify_one();
     }
 
-    fn wake_all(known: &Known) {
-        for server in known.servers.values() {
-            server.wake.notify_one();
-        }
+    pub(crate) fn wake_all(&self) {
+        self.lock().wake_all();
     }
 
     /// Takes over one instance as the node has it. What is older than what is known is left out: answers and changes may
@@ -160,7 +166,7 @@ impl Board {
         }
         known.synced = true;
         known.listed = since;
-        Self::wake_all(&known);
+        known.wake_all();
     }
 
     /// Whether the fleet, as it was read at `read`, runs an instance that the node was not asked about since. It may have

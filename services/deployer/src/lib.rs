@@ -29,9 +29,10 @@ use kiln_api::deployer::deployer_service_server::DeployerServiceServer;
 use kiln_bus::{Bus, NatsBus, User};
 use kiln_model::event::Service;
 use kiln_service::clock::{Clock, SystemClock};
+use kiln_service::members::Members;
 use kiln_service::run::{Failure, Start};
 use kiln_service::server::{ServerOptions, serve};
-use kiln_service::{client, follow, relay, resync};
+use kiln_service::{client, follow, members, relay, resync};
 use kiln_store::{SqlStore, Store};
 use tokio::sync::{Notify, watch as flag};
 use tonic::service::Routes;
@@ -57,11 +58,13 @@ pub async fn run(start: Start) -> Result<(), Failure> {
         monitor: Arc::new(peers::Watcher::new(peer(Service::Monitor)?)),
         builder: Arc::new(peers::Bakery::new(peer(Service::Builder)?)),
     };
-    let loops = Loops::new(store, SystemClock::new(), peers, site.poll.resync, stop.clone());
+    let clock = SystemClock::new();
+    let (members, heart) = members::of_site(&site, Service::Deployer, store.clone(), clock).await?;
+    let loops = Loops::new(store, clock, members, peers, site.poll.resync, stop.clone());
     let options = ServerOptions::new(Service::Deployer, &site);
-    let serving = serve(options, Routes::new(loops.service()), stop);
+    let serving = serve(options, Routes::new(loops.service()), stop.clone());
     let beside = async {
-        loops.run(bus).await;
+        tokio::join!(loops.run(bus), members::stay(heart, stop));
         Ok(())
     };
     // A server that can't serve ends the others too.
@@ -77,8 +80,15 @@ pub struct Loops<S, C> {
 
 impl<S: Store, C: Clock> Loops<S, C> {
     /// `resync` is the time between two looks at everything that events may have failed to tell.
-    pub fn new(store: S, clock: C, peers: Peers, resync: Duration, stop: flag::Receiver<bool>) -> Self {
-        Self { deployer: Deployer::new(store, clock, peers, stop), resync }
+    pub fn new(
+        store: S,
+        clock: C,
+        members: Members,
+        peers: Peers,
+        resync: Duration,
+        stop: flag::Receiver<bool>,
+    ) -> Self {
+        Self { deployer: Deployer::new(store, clock, members, peers, stop), resync }
     }
 
     pub fn service(&self) -> DeployerServiceServer<grpc::Api<S, C>> {
@@ -100,6 +110,7 @@ impl<S: Store, C: Clock> Loops<S, C> {
             relay::run(store.clone(), bus.clone(), stop.clone()),
             watch::node(deployer.clone()),
             watch::monitor(deployer.clone()),
+            watch::replicas(deployer.clone()),
             resyncing,
             pruning,
         );

@@ -250,7 +250,7 @@ impl Monitor for Watcher {
     }
 
     async fn watch(&self) -> Result<BoxStream<'static, monitor::Health>, Problem> {
-        let message = WatchHealthRequest { server: String::new() };
+        let message = WatchHealthRequest::default();
         let stream = self.client.clone().watch_health(message).await?.into_inner();
         Ok(watched(stream, |item| item.health))
     }

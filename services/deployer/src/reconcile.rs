@@ -8,6 +8,7 @@ use std::time::Duration;
 use kiln_deployer_core::{Decision, next};
 use kiln_model::name::ServerName;
 use kiln_service::clock::Clock;
+use kiln_service::members::Members;
 use kiln_service::shutdown::requested;
 use kiln_store::{Error, Store};
 use tokio::sync::watch;
@@ -29,6 +30,8 @@ pub(crate) struct Deployer<S, C> {
     pub(crate) clock: C,
     pub(crate) peers: Peers,
     pub(crate) board: Board,
+    /// Those that share the fleets.
+    pub(crate) members: Members,
     /// When this process began to listen to the others.
     started: Duration,
     loops: Arc<Mutex<Loops>>,
@@ -42,9 +45,15 @@ struct Loops {
 }
 
 impl<S: Store, C: Clock> Deployer<S, C> {
-    pub(crate) fn new(store: S, clock: C, peers: Peers, stop: watch::Receiver<bool>) -> Self {
+    pub(crate) fn new(
+        store: S,
+        clock: C,
+        members: Members,
+        peers: Peers,
+        stop: watch::Receiver<bool>,
+    ) -> Self {
         let started = clock.now().monotonic;
-        Self { store, clock, peers, board: Board::default(), started, loops: Arc::default(), stop }
+        Self { store, clock, peers, board: Board::default(), members, started, loops: Arc::default(), stop }
     }
 
     pub(crate) fn stop(&self) -> watch::Receiver<bool> {
@@ -114,6 +123,11 @@ struct Desk<'a, S, C> {
 
 impl<S: Store, C: Clock> Desk<'_, S, C> {
     async fn look(&mut self, hands: &mut Hands<C>) -> Result<Looked, Error> {
+        if !self.deployer.members.is_mine(self.server.as_str(), self.deployer.clock.now().monotonic) {
+            // What was seen of it is no measure of time any more when it comes back.
+            self.held = None;
+            return Ok(Looked::Rest(None));
+        }
         let loaded = self.fresh().await?;
         if loaded.version == 0 {
             // Not a server of ours (yet): what runs under its name is not ours to judge.

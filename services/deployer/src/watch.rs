@@ -10,14 +10,15 @@ use jiff::{SignedDuration, Timestamp};
 use kiln_api::{engine, types};
 use kiln_model::name::ServerName;
 use kiln_model::revision::Revision;
+use kiln_service::changes::Follower;
 use kiln_service::clock::Clock;
 use kiln_service::shutdown::requested;
-use kiln_store::{Batch, Change, Store, decode};
+use kiln_store::{Batch, Change, Entry, Store, decode};
 
 use crate::board::How;
 use crate::ports::Problem;
 use crate::reconcile::Deployer;
-use crate::record::{CURSOR, INSTANCE, InstanceRecord, SCHEMA};
+use crate::record::{CURSOR, FLEET, INSTANCE, InstanceRecord, SCHEMA};
 use crate::store::{list, put, read, servers};
 use crate::{ports, revisions};
 
@@ -107,6 +108,41 @@ async fn list_health<S: Store, C: Clock>(deployer: &Deployer<S, C>) -> Result<()
 fn take_health<S: Store, C: Clock>(deployer: &Deployer<S, C>, health: kiln_api::monitor::Health) {
     if let Err(invalid) = deployer.board.health(health, How::Asked, deployer.clock.now()) {
         tracing::warn!(error = %invalid, "the monitor says something that makes no sense");
+    }
+}
+
+/// Follows what other replicas change, for ever: a fleet that they were told of may be this one's to see to, and is when
+/// they are gone.
+pub(crate) async fn replicas<S: Store, C: Clock>(deployer: Deployer<S, C>) {
+    if deployer.members.is_alone() {
+        return;
+    }
+    let mut stop = deployer.stop();
+    let mut sequence = deployer.store.sequence();
+    let mut others = deployer.members.changes();
+    let mut fleets = Follower::new(FLEET);
+    while !*stop.borrow() {
+        sequence.borrow_and_update();
+        match fleets.changes(&deployer.store).await {
+            Ok(changed) => {
+                let ids = changed.iter().filter_map(|entry| match entry {
+                    Entry::Document(document) => document.id.parse().ok(),
+                    Entry::Tombstone { .. } => None,
+                });
+                ids.for_each(|server: ServerName| deployer.look_after(&server));
+            }
+            Err(error) => {
+                tracing::warn!(%error, "what other replicas change can't be seen");
+                deployer.clock.sleep(LONGEST_PAUSE).await;
+                continue;
+            }
+        }
+        tokio::select! {
+            biased;
+            () = requested(&mut stop) => return,
+            Ok(()) = others.changed() => deployer.board.wake_all(),
+            Ok(()) = sequence.changed() => {}
+        }
     }
 }
 

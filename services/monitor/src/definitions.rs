@@ -14,6 +14,7 @@ use kiln_model::name::ServerName;
 use kiln_model::signal::Remedy;
 use kiln_monitor_core::signal::Observation;
 use kiln_service::clock::Clock;
+use kiln_service::members::Members;
 use kiln_service::shutdown;
 use kiln_store::{Error, Store};
 use tokio::sync::{Notify, Semaphore, watch};
@@ -67,6 +68,7 @@ pub struct Definitions<S, C> {
     servers: Servers<S>,
     signals: Signals<S, C>,
     clock: C,
+    members: Members,
     period: Duration,
     watched: Arc<Mutex<BTreeMap<String, Watched>>>,
     permits: Arc<Semaphore>,
@@ -79,10 +81,11 @@ impl<S: Store, C: Clock> Definitions<S, C> {
         servers: Servers<S>,
         signals: Signals<S, C>,
         clock: C,
+        members: Members,
         period: Duration,
     ) -> Self {
         let (watched, permits) = (Arc::default(), Arc::new(Semaphore::new(AT_ONCE)));
-        Self { git, builder, servers, signals, clock, period, watched, permits }
+        Self { git, builder, servers, signals, clock, members, period, watched, permits }
     }
 
     /// The last look at the repository of a server.
@@ -182,26 +185,15 @@ impl<S: Store, C: Clock> Definitions<S, C> {
     async fn attend(self, source: String, ended: CancellationToken, wake: Arc<Notify>) {
         let mut failures = 0_u32;
         loop {
-            let looked = tokio::select! {
-                biased;
-                () = ended.cancelled() => return,
-                looked = self.look(&source) => looked,
-            };
-            metrics::polled("git", looked.is_ok());
-            let pause = match &looked {
-                Ok(()) => {
-                    failures = 0;
-                    self.period
+            let pause = if self.members.is_mine(&source, self.clock.now().monotonic) {
+                tokio::select! {
+                    biased;
+                    () = ended.cancelled() => return,
+                    pause = self.attend_once(&source, &mut failures) => pause,
                 }
-                Err(problem) => {
-                    if failures == 0 {
-                        tracing::warn!(source, %problem, "a repository could not be looked at");
-                    }
-                    failures = failures.saturating_add(1);
-                    (self.period * 2_u32.saturating_pow(failures.min(8))).min(LONGEST_PAUSE).max(self.period)
-                }
+            } else {
+                self.period
             };
-            self.note(&source, looked.err());
             tokio::select! {
                 biased;
                 () = ended.cancelled() => return,
@@ -209,6 +201,28 @@ impl<S: Store, C: Clock> Definitions<S, C> {
                 () = self.clock.sleep(pause) => {}
             }
         }
+    }
+
+    /// Looks, and gives the pause until the next look.
+    async fn attend_once(&self, source: &str, failures: &mut u32) -> Duration {
+        let looked = self.look(source).await;
+        metrics::polled("git", looked.is_ok());
+        let pause = match &looked {
+            Ok(()) => {
+                *failures = 0;
+                self.period
+            }
+            Err(problem) => {
+                if *failures == 0 {
+                    tracing::warn!(source, %problem, "a repository could not be looked at");
+                }
+                *failures = failures.saturating_add(1);
+                let longer = self.period * 2_u32.saturating_pow((*failures).min(8));
+                longer.min(LONGEST_PAUSE).max(self.period)
+            }
+        };
+        self.note(source, looked.err());
+        pause
     }
 
     fn note(&self, source: &str, problem: Option<Problem>) {

@@ -198,12 +198,25 @@ impl<S: Store, C: Clock> Api<S, C> {
     }
 
     /// The present state, then what is told; a reader that falls behind is given the state again.
-    async fn stream(self, server: Option<ServerName>, to: mpsc::Sender<Result<WatchHealthResponse, Status>>) {
+    async fn stream(
+        self,
+        server: Option<ServerName>,
+        own: bool,
+        to: mpsc::Sender<Result<WatchHealthResponse, Status>>,
+    ) {
         let send = |health: Health| to.send(Ok(WatchHealthResponse { health: Some(health) }));
-        let wanted = |health: &Health| server.as_ref().is_none_or(|server| health.server == server.as_str());
+        let is_own = |health: &Health| health.instance.parse().is_ok_and(|id| self.watcher.is_mine(&id));
+        let wanted = |health: &Health| {
+            server.as_ref().is_none_or(|server| health.server == server.as_str()) && (!own || is_own(health))
+        };
         let mut stop = self.stop.clone();
         let mut told = self.watcher.listen();
-        let mut state = self.watcher.health(server.as_ref());
+        let present = || {
+            let mut state = self.watcher.health(server.as_ref());
+            state.retain(&wanted);
+            state
+        };
+        let mut state = present();
         loop {
             for health in state.drain(..) {
                 if send(health).await.is_err() {
@@ -219,7 +232,7 @@ impl<S: Store, C: Clock> Api<S, C> {
             match news {
                 Ok(news) if wanted(&news.0) => state.push((*news.0).clone()),
                 Ok(_) => {}
-                Err(RecvError::Lagged(_)) => state = self.watcher.health(server.as_ref()),
+                Err(RecvError::Lagged(_)) => state = present(),
                 Err(RecvError::Closed) => return,
             }
         }
@@ -271,9 +284,10 @@ impl<S: Store, C: Clock> MonitorService for Api<S, C> {
         &self,
         request: Request<WatchHealthRequest>,
     ) -> Result<Response<Self::WatchHealthStream>, Status> {
-        let server = server_filter(&request.get_ref().server)?;
+        let WatchHealthRequest { server, own } = request.get_ref();
+        let server = server_filter(server)?;
         let (to, from) = mpsc::channel(STREAM);
-        tokio::spawn(self.clone().stream(server, to));
+        tokio::spawn(self.clone().stream(server, *own, to));
         Ok(Response::new(Box::pin(ReceiverStream::new(from))))
     }
 }

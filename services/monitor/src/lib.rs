@@ -13,6 +13,7 @@ pub mod packages;
 pub mod peers;
 pub mod ports;
 pub mod remote;
+pub mod replicas;
 pub mod reports;
 pub mod resync;
 mod run;

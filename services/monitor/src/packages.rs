@@ -17,6 +17,7 @@ use kiln_model::signal::Remedy;
 use kiln_monitor_core::release::ReleaseFile;
 use kiln_monitor_core::signal::Observation;
 use kiln_service::clock::Clock;
+use kiln_service::members::Members;
 use kiln_service::shutdown;
 use kiln_store::{Error, Store};
 use tokio::sync::watch;
@@ -67,6 +68,7 @@ pub struct Packages<S, C> {
     servers: Servers<S>,
     signals: Signals<S, C>,
     clock: C,
+    members: Members,
     period: Duration,
     seen: Arc<Mutex<Seen>>,
 }
@@ -78,9 +80,10 @@ impl<S: Store, C: Clock> Packages<S, C> {
         servers: Servers<S>,
         signals: Signals<S, C>,
         clock: C,
+        members: Members,
         period: Duration,
     ) -> Self {
-        Self { archive, builder, servers, signals, clock, period, seen: Arc::default() }
+        Self { archive, builder, servers, signals, clock, members, period, seen: Arc::default() }
     }
 
     pub fn status(&self, server: &KnownServer) -> Status {
@@ -157,7 +160,9 @@ impl<S: Store, C: Clock> Packages<S, C> {
         let servers = self.servers.all();
         let names: BTreeSet<&ServerName> = servers.iter().map(|server| &server.name).collect();
         self.seen().plans.retain(|name, _| names.contains(name));
-        let judgements = servers.iter().map(|server| async move {
+        let now = self.clock.now().monotonic;
+        let mine = servers.iter().filter(|server| self.members.is_mine(server.name.as_str(), now));
+        let judgements = mine.map(|server| async move {
             if let Err(error) = self.judge_one(server).await {
                 tracing::warn!(server = %server.name, %error, "the signals of a server could not be written");
             }

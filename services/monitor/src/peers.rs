@@ -8,15 +8,18 @@ use futures::stream::BoxStream;
 use kiln_api::builder::builder_service_client::BuilderServiceClient;
 use kiln_api::deployer::deployer_service_client::DeployerServiceClient;
 use kiln_api::engine::engine_service_client::EngineServiceClient;
-use kiln_api::{builder, convert, deployer, engine, types};
+use kiln_api::monitor::monitor_service_client::MonitorServiceClient;
+use kiln_api::{builder, convert, deployer, engine, monitor, types};
 use kiln_model::check::{Check, CheckResult};
+use kiln_model::event::Service;
 use kiln_model::name::{InstanceId, ServerName};
 use kiln_model::time::Millis;
-use kiln_service::client::Channel;
+use kiln_service::client::{self, Channel};
 use kiln_service::error::describe;
+use kiln_service::tls::TlsFiles;
 use tonic::{Request, Status};
 
-use crate::ports::{Builder, Deployer, Engine, Listing, Problem};
+use crate::ports::{Builder, Deployer, Engine, Listing, Others, Problem};
 
 const PAGE: u32 = 500;
 /// A page that changes under the listing begins it anew; a peer that does so without end is wrong.
@@ -183,4 +186,36 @@ impl Engine for EnginePeer {
         convert::required("result", answer.result)
             .map_err(|invalid| Problem(format!("the node's answer can't be read: {invalid}")))
     }
+}
+
+/// The other monitors, each where it says that it is.
+#[derive(Debug, Clone)]
+pub struct OtherMonitors(TlsFiles);
+
+impl OtherMonitors {
+    /// `files` show a monitor who calls from another machine.
+    pub const fn new(files: TlsFiles) -> Self {
+        Self(files)
+    }
+}
+
+#[async_trait]
+impl Others for OtherMonitors {
+    async fn watch(&self, address: &str) -> Result<BoxStream<'static, monitor::Health>, Problem> {
+        let channel = client::at(address, &self.0, Service::Monitor).map_err(Problem)?;
+        watch(channel).await
+    }
+}
+
+/// What a monitor sees of the instances that it looks at.
+///
+/// # Errors
+/// Where it can't be reached, or refuses.
+pub async fn watch(channel: Channel) -> Result<BoxStream<'static, monitor::Health>, Problem> {
+    let message = monitor::WatchHealthRequest { own: true, ..monitor::WatchHealthRequest::default() };
+    let watched = MonitorServiceClient::new(channel).watch_health(message).await;
+    let stream = watched.map_err(problem("other monitor"))?.into_inner();
+    // An error ends the stream as its end does: it is begun anew either way.
+    let told = tokio_stream::StreamExt::map_while(stream, Result::ok);
+    Ok(told.filter_map(|answer| async { answer.health }).boxed())
 }

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use async_trait::async_trait;
 use futures::stream::BoxStream;
-use kiln_api::{builder, deployer, engine};
+use kiln_api::{builder, deployer, engine, monitor};
 use kiln_model::check::{Check, CheckResult};
 use kiln_model::digest::Digest;
 use kiln_model::name::{InstanceId, ServerName};
@@ -52,6 +52,14 @@ pub trait Engine: Send + Sync + 'static {
         check: &Check,
         timeout: Millis,
     ) -> Result<CheckResult, Problem>;
+}
+
+/// The other replicas of the monitor.
+#[async_trait]
+pub trait Others: Send + Sync + 'static {
+    /// What the replica at an address sees of the instances that it looks at, as it is now, then each answer. It ends when
+    /// that replica does.
+    async fn watch(&self, address: &str) -> Result<BoxStream<'static, monitor::Health>, Problem>;
 }
 
 #[async_trait]

@@ -7,9 +7,10 @@ use kiln_bus::{Bus, NatsBus, User};
 use kiln_model::event::Service;
 use kiln_service::clock::{Clock, SystemClock};
 use kiln_service::config::Poll;
+use kiln_service::members::Members;
 use kiln_service::run::{Failure, Start};
 use kiln_service::server::{self, ServerOptions};
-use kiln_service::{client, follow, relay, resync as loops};
+use kiln_service::{client, follow, members, relay, resync as loops};
 use kiln_store::{Error, SqlStore, Store};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::sync::{Notify, watch};
@@ -22,9 +23,10 @@ use crate::events::{Events, INTERESTS};
 use crate::eyes::Probes;
 use crate::grpc::Api;
 use crate::packages::Packages;
-use crate::peers::{BuilderPeer, DeployerPeer, EnginePeer};
-use crate::ports::{Archive, Builder, Deployer, Engine, Eyes, Git};
+use crate::peers::{BuilderPeer, DeployerPeer, EnginePeer, OtherMonitors};
+use crate::ports::{Archive, Builder, Deployer, Engine, Eyes, Git, Others};
 use crate::remote::LocalGit;
+use crate::replicas::Replicas;
 use crate::resync::{self, Answers};
 use crate::servers::Servers;
 use crate::signals::Signals;
@@ -41,6 +43,7 @@ pub struct Ports {
     pub engine: Arc<dyn Engine>,
     pub git: Arc<dyn Git>,
     pub archive: Arc<dyn Archive>,
+    pub others: Arc<dyn Others>,
 }
 
 /// A monitor whose state was read, and whose instances are looked at; the other loops begin with [`Monitor::run`].
@@ -53,23 +56,26 @@ pub struct Monitor<S, C> {
     events: Events<S, C>,
     definitions: Definitions<S, C>,
     packages: Packages<S, C>,
+    replicas: Replicas<S, C>,
 }
 
 impl<S: Store, C: Clock> Monitor<S, C> {
     /// # Errors
     /// Where the store can't be read.
-    pub async fn load(store: S, clock: C, ports: Ports, poll: Poll) -> Result<Self, Error> {
+    pub async fn load(store: S, clock: C, members: Members, ports: Ports, poll: Poll) -> Result<Self, Error> {
         let view = Arc::new(View::default());
         let eyes: Arc<dyn Eyes> = Arc::new(Probes::new(ports.engine.clone(), view.clone(), clock.clone()));
         let servers = Servers::load(store.clone()).await?;
         let signals = Signals::load(store.clone(), clock.clone(), servers.clone()).await?;
-        let watcher = Watcher::load(store.clone(), clock.clone(), eyes, signals.clone()).await?;
+        let watcher =
+            Watcher::load(store.clone(), clock.clone(), members.clone(), eyes, signals.clone()).await?;
         let definitions = Definitions::new(
             ports.git.clone(),
             ports.builder.clone(),
             servers.clone(),
             signals.clone(),
             clock.clone(),
+            members.clone(),
             poll.git,
         );
         let packages = Packages::new(
@@ -78,11 +84,21 @@ impl<S: Store, C: Clock> Monitor<S, C> {
             servers.clone(),
             signals.clone(),
             clock.clone(),
+            members.clone(),
             poll.archive,
+        );
+        let replicas = Replicas::new(
+            store.clone(),
+            clock.clone(),
+            members,
+            ports.others.clone(),
+            watcher.clone(),
+            servers.clone(),
+            signals.clone(),
         );
         let events =
             Events { watcher, servers, signals, clock: clock.clone(), builder_changed: Arc::default() };
-        Ok(Self { store, clock, ports, poll, view, events, definitions, packages })
+        Ok(Self { store, clock, ports, poll, view, events, definitions, packages, replicas })
     }
 
     pub fn api(&self, stop: watch::Receiver<bool>) -> Api<S, C> {
@@ -123,6 +139,7 @@ impl<S: Store, C: Clock> Monitor<S, C> {
             engine::follow(engine, self.view.clone(), watcher.clone(), self.clock.clone(), stop.clone()),
             self.definitions.run(stop.clone()),
             self.packages.run(stop.clone()),
+            self.replicas.run(stop.clone()),
             signals.run(stop.clone()),
             relay::run(self.store.clone(), bus.clone(), stop.clone()),
         );
@@ -149,12 +166,15 @@ pub async fn run(start: Start) -> Result<(), Failure> {
         engine: Arc::new(EnginePeer::new(peer(Service::Node)?)),
         git: Arc::new(LocalGit::new(&folder)?),
         archive: Arc::new(AptHelper::new(&folder)),
+        others: Arc::new(OtherMonitors::new(site.tls(Service::Monitor))),
     };
-    let monitor = Monitor::load(store, SystemClock::new(), ports, site.poll).await?;
+    let clock = SystemClock::new();
+    let (members, heart) = members::of_site(&site, Service::Monitor, store.clone(), clock).await?;
+    let monitor = Monitor::load(store, clock, members, ports, site.poll).await?;
     let routes = Routes::new(MonitorServiceServer::new(monitor.api(stop.clone())));
     let served = server::serve(ServerOptions::new(Service::Monitor, &site), routes, stop.clone());
     tokio::try_join!(served, async {
-        Box::pin(monitor.run(&bus, stop)).await;
+        tokio::join!(Box::pin(monitor.run(&bus, stop.clone())), members::stay(heart, stop));
         Ok(())
     })?;
     Ok(())

@@ -83,6 +83,21 @@ impl<S: Store> Servers<S> {
         Ok(())
     }
 
+    /// Takes over what another replica wrote.
+    pub fn adopt(&self, server: KnownServer) {
+        let name = server.name.clone();
+        if self.kept().insert(name, server.clone()) != Some(server) {
+            self.changed.send_modify(|count| *count += 1);
+        }
+    }
+
+    /// Another replica was told that it does not exist.
+    pub fn adopt_end(&self, name: &ServerName) {
+        if self.kept().remove(name).is_some() {
+            self.changed.send_modify(|count| *count += 1);
+        }
+    }
+
     async fn keep(&self, server: KnownServer) -> Result<(), Error> {
         let old = self.kept().get(&server.name).is_some_and(|kept| !server.seen.is_newer_than(&kept.seen));
         if old {

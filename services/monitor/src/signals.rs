@@ -86,6 +86,21 @@ impl<S: Store, C: Clock> Signals<S, C> {
         Ok(Self { store, clock, servers, shared: Arc::new(shared) })
     }
 
+    /// Takes over what another replica wrote.
+    pub fn adopt(&self, record: Record, version: u64) {
+        let mut kept = self.kept();
+        let id = record.signal.id;
+        if kept.get(&id).is_none_or(|kept| kept.version < version) {
+            kept.insert(id, Kept { version, record });
+            self.shared.due_changed.notify_one();
+        }
+    }
+
+    /// Another replica forgot one that was resolved long ago.
+    pub fn adopt_end(&self, document: &str) {
+        self.kept().retain(|id, _| id.0.hex() != document);
+    }
+
     /// Signals that are not resolved.
     pub fn live(&self) -> Vec<Record> {
         self.kept().values().filter(|kept| kept.record.is_live()).map(|kept| kept.record.clone()).collect()

@@ -7,10 +7,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::{StreamExt, TryStreamExt, stream};
+use kiln_api::convert::{Invalid, text};
 use kiln_api::{deployer, monitor};
 use kiln_model::name::{InstanceId, ServerName};
 use kiln_monitor_core::health::Fact;
 use kiln_service::clock::Clock;
+use kiln_service::members::Members;
 use kiln_service::trace;
 use kiln_store::{Batch, Change, Error, Store, Watermark};
 use tokio::sync::{Semaphore, broadcast};
@@ -47,6 +49,7 @@ const SOURCE: &str = "deployer.instance";
 pub struct Watcher<S, C> {
     store: S,
     clock: C,
+    members: Members,
     eyes: Arc<dyn Eyes>,
     signals: Signals<S, C>,
     shared: Arc<Shared>,
@@ -66,6 +69,7 @@ impl<S: Store, C: Clock> Watcher<S, C> {
     pub async fn load(
         store: S,
         clock: C,
+        members: Members,
         eyes: Arc<dyn Eyes>,
         signals: Signals<S, C>,
     ) -> Result<Self, Error> {
@@ -75,15 +79,15 @@ impl<S: Store, C: Clock> Watcher<S, C> {
             told: broadcast::Sender::new(LAG),
             looks: Semaphore::new(LOOKS),
         };
-        let watcher = Self { store, clock, eyes, signals, shared: Arc::new(shared) };
+        let watcher = Self { store, clock, members, eyes, signals, shared: Arc::new(shared) };
         for (version, watched) in watched {
-            watcher.resume(watched, version);
+            watcher.resume(watched, version, Tracked::first_after_restart);
         }
         Ok(watcher)
     }
 
     /// Goes on with an instance that a process before this one, or beside it, began to watch.
-    fn resume(&self, watched: Watched, version: u64) {
+    fn resume(&self, watched: Watched, version: u64, first: impl FnOnce(&Tracked) -> Duration) {
         let tracked = Arc::new(Tracked::resume(watched, version, self.clock.now()));
         {
             let mut all = self.tracked();
@@ -92,8 +96,63 @@ impl<S: Store, C: Clock> Watcher<S, C> {
             }
             all.insert(tracked.id.clone(), tracked.clone());
         }
-        let first = tracked.first_after_restart();
+        let first = first(&tracked);
         self.attend(tracked, first);
+    }
+
+    /// Takes over what another replica wrote of an instance.
+    pub fn adopt(&self, watched: Watched, version: u64) {
+        let Some(tracked) = self.find(&watched.id) else {
+            // It may have been launched just now.
+            return self.resume(watched, version, |_| Duration::ZERO);
+        };
+        if tracked.adopt(watched, version, self.is_mine(&tracked.id), self.clock.now()) {
+            tracked.wake.notify_one();
+            self.tell_listeners(&tracked);
+        }
+    }
+
+    /// Another replica was told that it is retired.
+    pub fn adopt_end(&self, id: &InstanceId) {
+        if let Some(tracked) = self.tracked().remove(id) {
+            tracked.ended.cancel();
+        }
+    }
+
+    /// Takes over an answer that another replica had from an instance that it looks at.
+    ///
+    /// # Errors
+    /// Where it makes no sense.
+    pub fn hear(&self, heard: monitor::Health) -> Result<(), Invalid> {
+        let id: InstanceId = text("instance", &heard.instance)?;
+        if let Some(tracked) = self.find(&id).filter(|_| !self.is_mine(&id))
+            && tracked.hear(heard)?
+        {
+            self.tell_listeners(&tracked);
+        }
+        Ok(())
+    }
+
+    /// Another replica came or went: looks at what is this one's to look at now.
+    pub fn share_anew(&self) {
+        let all: Vec<_> = self.tracked().values().cloned().collect();
+        for tracked in all {
+            if tracked.share(self.is_mine(&tracked.id)) {
+                tracked.wake.notify_one();
+            }
+        }
+    }
+
+    /// Whether an instance is looked at here.
+    pub fn is_mine(&self, id: &InstanceId) -> bool {
+        self.members.is_alone() || self.members.is_mine(&id.to_string(), self.clock.now().monotonic)
+    }
+
+    fn tell_listeners(&self, tracked: &Tracked) {
+        if self.shared.told.receiver_count() > 0 {
+            // Nobody may listen any more by now.
+            let _ = self.shared.told.send(Told::new(tracked.message()));
+        }
     }
 
     /// Each change and each answer from now on.
@@ -214,7 +273,7 @@ impl<S: Store, C: Clock> Watcher<S, C> {
             if let Some((version, watched)) =
                 documents::one(&self.store, HEALTH, &facts.id.to_string()).await?
             {
-                self.resume(watched, version);
+                self.resume(watched, version, Tracked::first_after_restart);
             }
             return Ok(());
         }
@@ -287,7 +346,9 @@ impl<S: Store, C: Clock> Watcher<S, C> {
         if let Err(error) = &written {
             tracing::warn!(instance = %tracked.id, %error, "the health of an instance could not be written");
         }
-        let Some((target, interval)) = tracked.target() else {
+        let mine = self.is_mine(&tracked.id);
+        tracked.share(mine);
+        let Some((target, interval)) = tracked.target().filter(|_| mine) else {
             return if written.is_ok() { IDLE } else { RETRY };
         };
         let look = async {
@@ -310,9 +371,8 @@ impl<S: Store, C: Clock> Watcher<S, C> {
             tracing::warn!(instance = %tracked.id, %error, "the health of an instance could not be written");
             return interval.min(RETRY);
         }
-        if !changed && self.shared.told.receiver_count() > 0 {
-            // Nobody may listen any more by now.
-            let _ = self.shared.told.send(Told::new(tracked.message()));
+        if !changed {
+            self.tell_listeners(tracked);
         }
         tracked.gap(now.monotonic)
     }
@@ -346,12 +406,17 @@ impl<S: Store, C: Clock> Watcher<S, C> {
                     if draft.changed {
                         tracing::info!(instance = id, state = ?draft.watched.state, "an instance's health changed");
                     }
-                    // Nobody may listen.
-                    let _ = self.shared.told.send(Told::new(tracked.message()));
+                    self.tell_listeners(tracked);
                 }
                 // Handled before a restart that forgot it, or by another replica.
                 Err(Error::Stale { .. }) => tracked.no_news(&draft),
-                Err(Error::Conflict { .. }) => tracked.found(self.document_version(&tracked.id).await?),
+                Err(Error::Conflict { .. }) => match documents::one(&self.store, HEALTH, &id).await? {
+                    // Another replica may have written the same.
+                    Some((version, watched)) => {
+                        tracked.adopt(watched, version, self.is_mine(&tracked.id), self.clock.now());
+                    }
+                    None => tracked.found(0),
+                },
                 Err(error) => return Err(error),
             }
         }
@@ -362,6 +427,10 @@ impl<S: Store, C: Clock> Watcher<S, C> {
     }
 
     async fn judge(&self, tracked: &Arc<Tracked>) -> Result<(), Error> {
+        // What another replica looks at is known here a little later.
+        if !self.is_mine(&tracked.id) {
+            return Ok(());
+        }
         let observed = tracked.observations();
         self.signals.see(&Scope::Health(tracked.id.clone()), &observed).await
     }

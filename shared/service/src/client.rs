@@ -94,6 +94,27 @@ pub fn to(site: &Site, own: ServiceName, service: ServiceName) -> Result<Channel
     }
 }
 
+/// Where the other replicas of a service reach this one.
+pub fn own_address(site: &Site, service: ServiceName) -> String {
+    match site.listen.get(&service) {
+        Some(address) => format!("https://{address}"),
+        None => format!("{SOCKET}{}", site.paths().socket(service).display()),
+    }
+}
+
+const SOCKET: &str = "unix:";
+
+/// A channel to a replica of a service where it said that it is, as [`own_address`] does.
+///
+/// # Errors
+/// What is wrong with the address, or with the files for TLS.
+pub fn at(address: &str, files: &TlsFiles, service: ServiceName) -> Result<Channel, String> {
+    match address.strip_prefix(SOCKET) {
+        Some(socket) => Ok(channel(Path::new(socket))),
+        None => remote(address.parse()?, files, service, None).map_err(|error| error.to_string()),
+    }
+}
+
 /// A channel to a service at a TCP port, with a certificate or a token. Nothing is connected yet.
 ///
 /// # Errors

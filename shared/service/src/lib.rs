@@ -4,6 +4,7 @@
 pub mod access;
 pub mod aside;
 pub mod certificate;
+pub mod changes;
 pub mod client;
 pub mod clock;
 pub mod config;
@@ -12,6 +13,7 @@ pub mod follow;
 pub mod guard;
 pub mod list;
 pub mod machine;
+pub mod members;
 pub mod metrics;
 mod observe;
 pub mod pki;

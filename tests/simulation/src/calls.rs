@@ -27,15 +27,26 @@ pub(crate) type Server = BoxCloneSyncService<Request<Body>, Response<Body>, Infa
 /// A peer that stands still is found out by then.
 const ALIVE: Duration = Duration::from_secs(20);
 
-/// Who answers at the address of each service now.
+/// Of a replica of a service.
+type Address = (Service, u64);
+
+/// Who answers at the address of each replica of each service now.
 #[derive(Clone, Default)]
 pub(crate) struct Directory {
-    servers: Arc<Mutex<BTreeMap<Service, (Life, Server)>>>,
+    servers: Arc<Mutex<BTreeMap<Address, (Life, Server)>>>,
+}
+
+#[derive(Clone)]
+pub(crate) enum To {
+    /// Any replica.
+    Service(Service),
+    /// The process of this name.
+    Process(String),
 }
 
 impl Directory {
     pub(crate) fn serve(&self, life: &Life, server: Server) {
-        self.servers.lock().unwrap().insert(life.service, (life.clone(), server));
+        self.servers.lock().unwrap().insert((life.service, life.replica), (life.clone(), server));
     }
 
     /// Nobody answers any more. Servers hold channels, and those this directory: it would never be freed.
@@ -43,13 +54,20 @@ impl Directory {
         self.servers.lock().unwrap().clear();
     }
 
-    fn find(&self, service: Service) -> Option<(Life, Server)> {
-        let found = self.servers.lock().unwrap().get(&service).cloned();
-        found.filter(|(life, _)| !life.is_dead())
+    fn find(&self, to: &To, world: &World) -> Option<(Life, Server)> {
+        let is_meant = |life: &Life| match to {
+            To::Service(service) => life.service == *service,
+            To::Process(name) => life.name() == name,
+        };
+        let servers = self.servers.lock().unwrap();
+        let found: Vec<_> =
+            servers.values().filter(|(life, _)| is_meant(life) && !life.is_dead()).cloned().collect();
+        // One has no choice, and takes nothing from the random numbers.
+        if found.len() > 1 { world.pick(&found).cloned() } else { found.into_iter().next() }
     }
 
     /// The way of a process to a service; of a person where there is none.
-    pub(crate) fn channel(&self, caller: Option<&Life>, to: Service, world: &World) -> Channel {
+    pub(crate) fn channel(&self, caller: Option<&Life>, to: To, world: &World) -> Channel {
         let (directory, caller, world) = (self.clone(), caller.cloned(), world.clone());
         Channel::over(Wire { directory, caller, to, world })
     }
@@ -59,7 +77,7 @@ impl Directory {
 struct Wire {
     directory: Directory,
     caller: Option<Life>,
-    to: Service,
+    to: To,
     world: World,
 }
 
@@ -125,7 +143,7 @@ impl Wire {
         request.extensions_mut().insert(Caller::local(name, 0));
         let faults = self.world.faults();
         self.world.slowly().await;
-        let Some((life, mut server)) = self.directory.find(self.to) else {
+        let Some((life, mut server)) = self.directory.find(&self.to, &self.world) else {
             return failed(Code::Unavailable, "nobody is there");
         };
         if self.world.chance(faults.call_lost) {

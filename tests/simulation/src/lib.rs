@@ -18,5 +18,6 @@ mod settled;
 mod site;
 mod store;
 mod story;
+mod takeover;
 mod tests;
 mod world;

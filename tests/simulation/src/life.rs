@@ -17,6 +17,8 @@ enum Being {
 #[derive(Clone)]
 pub(crate) struct Life {
     pub(crate) service: Service,
+    /// Which of the service's replicas it is a run of.
+    pub(crate) replica: u64,
     /// `deployer 3`
     name: Arc<str>,
     being: Arc<watch::Sender<Being>>,
@@ -24,9 +26,15 @@ pub(crate) struct Life {
 }
 
 impl Life {
-    pub(crate) fn new(service: Service, number: u64, world: &World) -> Self {
+    pub(crate) fn new(service: Service, replica: u64, number: u64, world: &World) -> Self {
         let name = format!("{service} {number}").into();
-        Self { service, name, being: Arc::new(watch::Sender::new(Being::Alive)), world: world.clone() }
+        Self {
+            service,
+            replica,
+            name,
+            being: Arc::new(watch::Sender::new(Being::Alive)),
+            world: world.clone(),
+        }
     }
 
     pub(crate) fn name(&self) -> &str {

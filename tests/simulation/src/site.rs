@@ -5,8 +5,11 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use async_trait::async_trait;
+use futures::stream::BoxStream;
 use kiln_api::builder::builder_service_server::BuilderServiceServer;
 use kiln_api::engine::engine_service_server::EngineServiceServer;
+use kiln_api::monitor::Health;
 use kiln_api::monitor::monitor_service_server::MonitorServiceServer;
 use kiln_builder::builder::Builder;
 use kiln_builder::context::Contexts;
@@ -19,15 +22,17 @@ use kiln_builder::workers::{self, WorkerOptions};
 use kiln_image::ImageStore;
 use kiln_model::event::Service;
 use kiln_monitor::peers::{BuilderPeer, DeployerPeer, EnginePeer};
+use kiln_monitor::ports::{Others, Problem};
 use kiln_monitor::{Monitor, Ports};
 use kiln_service::client::Channel;
 use kiln_service::config::Poll;
+use kiln_service::members::{Member, Members};
 use tokio::sync::watch;
 use tower::util::BoxCloneSyncService;
 
 use crate::bakery::SimBakery;
 use crate::bus::{Broker, SimBus};
-use crate::calls::Directory;
+use crate::calls::{Directory, To};
 use crate::invariants::Invariants;
 use crate::life::Life;
 use crate::node::SimNode;
@@ -47,7 +52,10 @@ pub(crate) struct Site {
     pub(crate) invariants: Invariants,
     pub(crate) node: SimNode,
     disks: Arc<BTreeMap<Service, Disk>>,
-    lives: Arc<Mutex<BTreeMap<Service, Life>>>,
+    /// Of each replica of each service.
+    lives: Arc<Mutex<BTreeMap<(Service, u64), Life>>>,
+    /// Services that several processes share for good.
+    shared: Arc<BTreeMap<Service, u64>>,
     numbers: Arc<Mutex<BTreeMap<Service, u64>>>,
     folder: Arc<PathBuf>,
 }
@@ -58,7 +66,7 @@ impl Site {
         let outside = Outside::default();
         let invariants = Invariants::new(world, &outside);
         let disk = |service: Service| (service, Disk::new(service.as_str()));
-        let first = Life::new(Service::Node, 0, world);
+        let first = Life::new(Service::Node, 0, 0, world);
         let machine = invariants.machine.clone();
         let node = SimNode::new(first, machine, outside.clone(), world.clone(), invariants.clone());
         let site = Self {
@@ -70,11 +78,14 @@ impl Site {
             node,
             disks: Arc::new(Service::ALL.map(disk).into()),
             lives: Arc::default(),
+            shared: Arc::new(world.replicas()),
             numbers: Arc::default(),
             folder: Arc::new(folder),
         };
         for service in Service::ALL {
-            site.start(service);
+            for replica in 0..site.shared.get(&service).copied().unwrap_or(1) {
+                site.start(service, replica);
+            }
         }
         site
     }
@@ -83,13 +94,25 @@ impl Site {
         self.disks.get(&service).unwrap()
     }
 
-    pub(crate) fn life(&self, service: Service) -> Option<Life> {
-        self.lives.lock().unwrap().get(&service).cloned()
+    /// The newest process of a replica.
+    pub(crate) fn life(&self, service: Service, replica: u64) -> Option<Life> {
+        self.lives.lock().unwrap().get(&(service, replica)).cloned()
+    }
+
+    pub(crate) fn lives(&self) -> Vec<Life> {
+        self.lives.lock().unwrap().values().cloned().collect()
+    }
+
+    /// A service's process: one of several where it has them.
+    pub(crate) fn any_life(&self, service: Service) -> Option<Life> {
+        let replicas = self.shared.get(&service).copied().unwrap_or(1);
+        let replica = if replicas > 1 { self.world.between(0, replicas - 1) } else { 0 };
+        self.life(service, replica)
     }
 
     /// A person's way to a service.
     pub(crate) fn channel(&self, to: Service) -> Channel {
-        self.directory.channel(None, to, &self.world)
+        self.directory.channel(None, To::Service(to), &self.world)
     }
 
     /// Starts a service again when its newest process has died.
@@ -97,22 +120,22 @@ impl Site {
         life.died().await;
         tokio::time::sleep(Duration::from_millis(self.world.between(100, 8_000))).await;
         let is_gone = |newest: Life| newest.is_dead() && newest.name() == life.name();
-        if self.life(life.service).is_some_and(is_gone) {
-            self.start(life.service);
+        if self.life(life.service, life.replica).is_some_and(is_gone) {
+            self.start(life.service, life.replica);
         }
     }
 
-    /// Starts one more process of a service; from now on it is the one that answers.
-    pub(crate) fn start(&self, service: Service) -> Life {
+    /// Starts one more process of a replica; from now on it is the one that answers.
+    pub(crate) fn start(&self, service: Service, replica: u64) -> Life {
         let number = {
             let mut numbers = self.numbers.lock().unwrap();
             let number = numbers.entry(service).or_default();
             *number += 1;
             *number
         };
-        let life = Life::new(service, number, &self.world);
+        let life = Life::new(service, replica, number, &self.world);
         self.world.tell(format!("{} starts", life.name()));
-        self.lives.lock().unwrap().insert(service, life.clone());
+        self.lives.lock().unwrap().insert((service, replica), life.clone());
         let (site, process) = (self.clone(), life.clone());
         tokio::spawn(async move {
             tokio::select! {
@@ -161,8 +184,32 @@ impl Site {
         Arc::new(Reach { outside: self.outside.clone(), life: life.clone() })
     }
 
+    /// Those that share a service with a process, which stays among them for as long as it lives.
+    async fn members(&self, life: &Life) -> Result<Members, kiln_store::Error> {
+        let id = life.name().to_owned();
+        if !self.shared.contains_key(&life.service) {
+            return Ok(Members::alone(&id));
+        }
+        let me = Member { address: id.clone(), id };
+        let (members, heart) = Members::join(self.store(life), self.world.clock(), me).await?;
+        let life = life.clone();
+        tokio::spawn(async move {
+            let (_stop, stopped) = watch::channel(false);
+            tokio::select! {
+                biased;
+                () = life.died() => {}
+                () = heart.run(stopped) => {}
+            }
+        });
+        Ok(members)
+    }
+
+    fn to(&self, life: &Life, service: Service) -> Channel {
+        self.directory.channel(Some(life), To::Service(service), &self.world)
+    }
+
     async fn builder(&self, life: &Life) -> String {
-        let to = |service| self.directory.channel(Some(life), service, &self.world);
+        let to = |service| self.to(life, service);
         let documents = Documents::new(self.store(life));
         let contexts = Contexts::new(self.folder.join("contexts"));
         let bakery =
@@ -174,8 +221,11 @@ impl Site {
             logs: Logs::open(self.folder.join("logs")).unwrap(),
             clock: self.world.clock(),
         };
-        let owner = life.name().to_owned();
-        if let Err(error) = workers::recover(&builder, &owner).await {
+        let members = match self.members(life).await {
+            Ok(members) => members,
+            Err(error) => return error.to_string(),
+        };
+        if let Err(error) = workers::recover(&builder, &members).await {
             return error.to_string();
         }
         let images = ImageStore::open(&self.folder.join("images")).unwrap();
@@ -187,7 +237,7 @@ impl Site {
             tester: EngineTester::new(to(Service::Node)),
             peers: SitePeers::new(to(Service::Deployer), to(Service::Monitor)),
             images,
-            options: WorkerOptions { owner, workers: 2 },
+            options: WorkerOptions { members, workers: 2 },
             resync: RESYNC,
         };
         let (_stop, stopped) = watch::channel(false);
@@ -196,30 +246,40 @@ impl Site {
     }
 
     async fn deployer(&self, life: &Life) -> String {
-        let to = |service| self.directory.channel(Some(life), service, &self.world);
+        let to = |service| self.to(life, service);
         let peers = kiln_deployer::Peers {
             engine: Arc::new(kiln_deployer::peers::Node::new(to(Service::Node))),
             monitor: Arc::new(kiln_deployer::peers::Watcher::new(to(Service::Monitor))),
             builder: Arc::new(kiln_deployer::peers::Bakery::new(to(Service::Builder))),
         };
+        let members = match self.members(life).await {
+            Ok(members) => members,
+            Err(error) => return error.to_string(),
+        };
         let (_stop, stopped) = watch::channel(false);
-        let loops = kiln_deployer::Loops::new(self.store(life), self.world.clock(), peers, RESYNC, stopped);
+        let clock = self.world.clock();
+        let loops = kiln_deployer::Loops::new(self.store(life), clock, members, peers, RESYNC, stopped);
         self.directory.serve(life, BoxCloneSyncService::new(loops.service()));
         loops.run(self.bus(life)).await;
         "the end of its loops".to_owned()
     }
 
     async fn monitor(&self, life: &Life) -> String {
-        let to = |service| self.directory.channel(Some(life), service, &self.world);
+        let to = |service| self.to(life, service);
         let ports = Ports {
             deployer: Arc::new(DeployerPeer::new(to(Service::Deployer))),
             builder: Arc::new(BuilderPeer::new(to(Service::Builder))),
             engine: Arc::new(EnginePeer::new(to(Service::Node))),
             git: self.reach(life),
             archive: self.reach(life),
+            others: Arc::new(SimOthers { site: self.clone(), life: life.clone() }),
+        };
+        let members = match self.members(life).await {
+            Ok(members) => members,
+            Err(error) => return error.to_string(),
         };
         let poll = Poll { git: Duration::from_secs(5), archive: Duration::from_secs(20), resync: RESYNC };
-        let loaded = Monitor::load(self.store(life), self.world.clock(), ports, poll).await;
+        let loaded = Monitor::load(self.store(life), self.world.clock(), members, ports, poll).await;
         let monitor = match loaded {
             Ok(monitor) => monitor,
             Err(error) => return error.to_string(),
@@ -229,5 +289,20 @@ impl Site {
         self.directory.serve(life, BoxCloneSyncService::new(server));
         Box::pin(monitor.run(&self.bus(life), stopped)).await;
         "the end of its loops".to_owned()
+    }
+}
+
+/// A monitor's way to the others, which say by what name they are reached.
+struct SimOthers {
+    site: Site,
+    life: Life,
+}
+
+#[async_trait]
+impl Others for SimOthers {
+    async fn watch(&self, address: &str) -> Result<BoxStream<'static, Health>, Problem> {
+        let Site { directory, world, .. } = &self.site;
+        let channel = directory.channel(Some(&self.life), To::Process(address.to_owned()), world);
+        kiln_monitor::peers::watch(channel).await
     }
 }

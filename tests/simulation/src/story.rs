@@ -305,7 +305,7 @@ impl Story {
 
     fn kill(&self) {
         let service = *self.world().pick(&Service::ALL).unwrap();
-        if let Some(life) = self.site.life(service) {
+        if let Some(life) = self.site.any_life(service) {
             life.kill("by SIGKILL");
         }
     }
@@ -315,18 +315,19 @@ impl Story {
         let site = self.site.clone();
         let world = self.world().clone();
         let service = *world.pick(&Service::ALL).unwrap();
-        let Some(life) = site.life(service).filter(|life| !life.is_dead()) else { return };
+        let Some(life) = site.any_life(service).filter(|life| !life.is_dead()) else { return };
         tokio::spawn(async move {
             life.freeze();
             if service != Service::Node && world.chance(0.7) {
                 tokio::time::sleep(Duration::from_millis(world.between(0, 10_000))).await;
                 if !life.is_dead() {
-                    site.start(service);
+                    site.start(service, life.replica);
                 }
             }
             tokio::time::sleep(Duration::from_millis(world.between(100, 90_000))).await;
             life.thaw();
-            let replaced = site.life(service).is_some_and(|newest| newest.name() != life.name());
+            let replaced =
+                site.life(service, life.replica).is_some_and(|newest| newest.name() != life.name());
             if replaced {
                 tokio::time::sleep(Duration::from_millis(world.between(100, 30_000))).await;
                 life.kill("since it was replaced");
@@ -337,10 +338,8 @@ impl Story {
     /// The machine goes down with everything on it.
     fn reboot(&self) {
         self.world().tell("the machine goes down");
-        for service in Service::ALL {
-            if let Some(life) = self.site.life(service) {
-                life.kill("with the machine");
-            }
+        for life in self.site.lives() {
+            life.kill("with the machine");
         }
         let ids: Vec<InstanceId> =
             self.site.invariants.machine.lock().unwrap().instances.keys().cloned().collect();

@@ -1,3 +1,4 @@
+use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -16,6 +17,14 @@ const MOST_FAILURES: u64 = 20;
 
 /// What does not hold in the story of a seed, and the story.
 fn play(seed: u64) -> Result<String, (Vec<String>, String)> {
+    played(seed, story::tell)
+}
+
+/// The same of a story that is told otherwise.
+pub(crate) fn played(
+    seed: u64,
+    tell: impl AsyncFnOnce(&World, PathBuf) -> Result<(), Vec<String>>,
+) -> Result<String, (Vec<String>, String)> {
     let folder = tempfile::Builder::new().prefix("kiln-simulation").tempdir_in(memory()).unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
@@ -25,7 +34,7 @@ fn play(seed: u64) -> Result<String, (Vec<String>, String)> {
         .unwrap();
     runtime.block_on(async {
         let world = World::new(seed);
-        let told = story::tell(&world, folder.path().to_owned()).await;
+        let told = tell(&world, folder.path().to_owned()).await;
         told.map(|()| world.story()).map_err(|broken| (broken, world.story()))
     })
 }
@@ -116,4 +125,16 @@ fn a_deployer_that_stood_still_convicts_nothing_that_it_was_not_told_of() {
 #[test]
 fn a_soak_ends_with_the_newest_answer() {
     holds(1388);
+}
+
+/// Whether an instance leaves was known to one of two monitors, and they wrote over each other without end.
+#[test]
+fn two_monitors_that_know_different_things_come_to_rest() {
+    holds(95);
+}
+
+/// A replica whose store was slow owned nothing for a moment between two beats, and was not told when it did again.
+#[test]
+fn a_replica_that_was_slow_takes_its_work_up_again() {
+    holds(1107);
 }

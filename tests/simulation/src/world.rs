@@ -1,10 +1,12 @@
 //! What a seed decides, the clocks, and the story so far.
 
+use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
+use kiln_model::event::Service;
 use kiln_model::time::Now;
 use kiln_service::clock::Clock;
 use rand::rngs::StdRng;
@@ -67,6 +69,7 @@ pub(crate) struct World {
 }
 
 struct Inner {
+    seed: u64,
     random: Mutex<StdRng>,
     faults: Mutex<Faults>,
     /// Each line is printed at once: for a story that never ends.
@@ -85,6 +88,7 @@ fn held<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl World {
     pub(crate) fn new(seed: u64) -> Self {
         let inner = Inner {
+            seed,
             random: Mutex::new(StdRng::seed_from_u64(seed)),
             faults: Mutex::default(),
             aloud: std::env::var_os("KILN_ALOUD").is_some(),
@@ -94,6 +98,16 @@ impl World {
             broken: Mutex::default(),
         };
         Self { inner: Arc::new(inner) }
+    }
+
+    /// In every fourth story each service but the node is shared by two or three processes for good.
+    pub(crate) fn replicas(&self) -> BTreeMap<Service, u64> {
+        if self.inner.seed % 4 != 3 {
+            return BTreeMap::new();
+        }
+        [Service::Builder, Service::Deployer, Service::Monitor]
+            .map(|service| (service, self.between(2, 3)))
+            .into()
     }
 
     pub(crate) fn chance(&self, probability: f64) -> bool {

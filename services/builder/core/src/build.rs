@@ -270,11 +270,11 @@ impl Build {
         }
     }
 
-    /// A builder process starts and finds a build of a process that is gone (the lock on the run folder says so). True
-    /// where that changed the build.
-    pub fn abandoned(&mut self, alive: &str, now: Timestamp) -> bool {
+    /// A builder process finds a build of a process that is gone, as far as it knows who is there. True where that changed
+    /// the build.
+    pub fn abandoned(&mut self, is_there: impl FnOnce(&str) -> bool, now: Timestamp) -> bool {
         match &self.state {
-            State::Running { lease } if lease.owner != alive => {
+            State::Running { lease } if !is_there(&lease.owner) => {
                 self.interrupted(now, now);
                 true
             }

@@ -280,7 +280,9 @@ async fn what_a_killed_builder_left_is_retired_and_what_runs_is_not() {
     assert_eq!(running.iter().map(|(id, _)| id.as_str()).collect::<Vec<_>>(), ["web-r0-1-a1", "web-r3-0-a1"]);
 
     // The next process takes the build up anew.
-    crate::workers::recover(&world.builder, "the next").await.unwrap();
+    crate::workers::recover(&world.builder, &kiln_service::members::Members::alone("the next"))
+        .await
+        .unwrap();
     assert_eq!(bench.tester.retire_leftovers(&world.builder).await, Ok(1));
     assert_eq!(bench.tester.retire_leftovers(&world.builder).await, Ok(0));
 }

@@ -26,6 +26,7 @@ use kiln_model::revision::Revision;
 use kiln_model::signal::{Remedy, Signal, SignalId, SignalState};
 use kiln_service::access::from_local;
 use kiln_service::clock::SystemClock;
+use kiln_service::members::Members;
 use kiln_store::{Batch, Change, Store as _};
 use tokio::sync::watch;
 use tokio_stream::StreamExt as _;
@@ -275,12 +276,13 @@ impl World {
             *processes += 1;
             format!("process-{processes}")
         };
-        workers::recover(&self.builder, &owner).await.unwrap();
+        let members = Members::alone(&owner);
+        workers::recover(&self.builder, &members).await.unwrap();
         let (_stop, stopped) = watch::channel(false);
-        let options = WorkerOptions { owner, workers: 2 };
+        let options = WorkerOptions { members: members.clone(), workers: 2 };
         tokio::select! {
             done = work => done,
-            () = reconcile::run(self.builder.clone(), stopped.clone()) => panic!("the loop ended"),
+            () = reconcile::run(self.builder.clone(), members, stopped.clone()) => panic!("the loop ended"),
             () = workers::run(self.builder.clone(), self.tester.clone(), options, stopped.clone()) => {
                 panic!("the workers ended")
             }
@@ -290,9 +292,10 @@ impl World {
     /// Does `work` while the workers run; then they are told to stop, and end in order.
     pub(crate) async fn until_stopped<T>(&self, work: impl Future<Output = T>) -> T {
         let (stop, stopped) = watch::channel(false);
-        let options = WorkerOptions { owner: "orderly".to_owned(), workers: 2 };
+        let members = Members::alone("orderly");
+        let options = WorkerOptions { members: members.clone(), workers: 2 };
         let tester = self.tester.clone();
-        let reconciling = reconcile::run(self.builder.clone(), stopped.clone());
+        let reconciling = reconcile::run(self.builder.clone(), members, stopped.clone());
         let working = workers::run(self.builder.clone(), tester, options, stopped);
         let work = async {
             let done = work.await;

@@ -66,7 +66,14 @@ impl Site {
         };
         let store = Mortal { inner: self.store.clone(), life: life.clone() };
         let (never, stop) = watch::channel(false);
-        let loops = Loops::new(store, SystemClock::new(), peers, resync, stop);
+        let loops = Loops::new(
+            store,
+            SystemClock::new(),
+            kiln_service::members::Members::alone("deployer-1"),
+            peers,
+            resync,
+            stop,
+        );
         let deployer = loops.deployer.clone();
         let loops = loops.run(self.bus.clone());
         tokio::spawn(async move {

@@ -42,6 +42,24 @@ pub(super) struct Facts {
     traceparent: String,
 }
 
+impl Facts {
+    /// What another replica was told.
+    fn of(document: &Watched) -> Self {
+        let ended = document.state == HealthState::Gone && !document.absent;
+        Self {
+            id: document.id.clone(),
+            seen: document.seen.clone(),
+            retired: false,
+            leaving: document.leaving,
+            ended: ended.then(|| document.detail.clone()),
+            address: document.address,
+            policy: document.policy.clone(),
+            launched: document.launched,
+            traceparent: document.traceparent.clone(),
+        }
+    }
+}
+
 /// Reads the deployer's message.
 pub(super) fn read(epoch: &str, message: deployer::Instance, now: Timestamp) -> Result<Facts, Invalid> {
     use deployer::InstanceState as State;
@@ -101,6 +119,8 @@ struct Live {
     written: Option<(HealthState, bool)>,
     /// What of the deployer's is known to the store as handled.
     handled: Option<Seen>,
+    /// Whether this replica looked at it, the last time that was asked.
+    mine: bool,
 }
 
 /// A document to be written, as it was decided on.
@@ -159,6 +179,7 @@ impl Tracked {
             began: now.monotonic,
             looks: 0,
             version,
+            mine: false,
         };
         Self {
             id,
@@ -325,7 +346,7 @@ impl Tracked {
 
     pub(super) fn written(&self, draft: &Draft) {
         let mut live = self.live();
-        live.version = draft.expected + 1;
+        live.version = live.version.max(draft.expected + 1);
         live.written = Some((draft.watched.state, draft.watched.leaving));
         live.handled = Some(draft.watched.seen.clone());
     }
@@ -338,6 +359,50 @@ impl Tracked {
     /// The document's version, where it is not as it was thought to be.
     pub(super) fn found(&self, version: u64) {
         self.live().version = version;
+    }
+
+    /// Takes over what another replica wrote: what it was told, and the state, where that is not this replica's to find or
+    /// is an end. True where it was news.
+    pub(super) fn adopt(&self, document: Watched, version: u64, mine: bool, now: Now) -> bool {
+        if version <= self.version() {
+            return false;
+        }
+        let Watched { state, absent, leaving, .. } = document;
+        if document.seen.is_newer_than(&self.seen()) {
+            self.update(Facts::of(&document), now);
+            self.live().handled = Some(document.seen.clone());
+        }
+        let mut live = self.live();
+        live.version = version;
+        live.written = Some((state, leaving));
+        // Nobody who leaves comes back. Taken from whoever knows: two that kept to what they know would write without end.
+        live.watched.leaving |= leaving;
+        if state != live.watched.state && (!mine || state == HealthState::Gone) {
+            live.track = Track::resume(state, absent, &live.terms, document.launched, now);
+            let Watched { changed, detail, observed, checks, .. } = document;
+            let before = live.watched.clone();
+            live.watched = Watched { state, absent, changed, detail, observed, checks, ..before };
+        }
+        true
+    }
+
+    /// Takes over an answer that another replica had. False where it is of another state than the one known here, which its
+    /// document tells.
+    pub(super) fn hear(&self, heard: monitor::Health) -> Result<bool, Invalid> {
+        let observed = from_optional_timestamp("observed", heard.observed)?;
+        let checks = heard.last_checks.into_iter().map(CheckResult::try_from).collect::<Result<_, _>>()?;
+        let mut live = self.live();
+        let fits = heard.version == live.version && observed > live.watched.observed;
+        if fits {
+            live.watched.observed = observed;
+            live.watched.checks = checks;
+        }
+        Ok(fits)
+    }
+
+    /// Whether this replica looks at it from now on, and whether that is new.
+    pub(super) fn share(&self, mine: bool) -> bool {
+        std::mem::replace(&mut self.live().mine, mine) != mine
     }
 
     fn live(&self) -> MutexGuard<'_, Live> {

@@ -191,7 +191,7 @@ async fn bad_calls_are_refused_with_the_field() {
         assert_eq!(report(&monitor, request.clone()).await.unwrap_err().code(), code, "{request:?}");
     }
     assert!(signals(&monitor).await.is_empty());
-    let watch = Request::new(WatchHealthRequest { server: "../x".to_owned() });
+    let watch = Request::new(WatchHealthRequest { server: "../x".to_owned(), own: false });
     assert_eq!(monitor.api.watch_health(watch).await.err().unwrap().code(), Code::InvalidArgument);
     let token = types::ListOptions { page_token: "junk".to_owned(), ..types::ListOptions::default() };
     let list = Request::new(ListSignalsRequest { options: Some(token), server: String::new() });

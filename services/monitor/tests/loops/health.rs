@@ -311,7 +311,7 @@ async fn a_watch_begins_with_the_state_and_tells_every_answer() {
     world.tells(instance(A1, Some(policy(server.check(), 50, LONG)))).await;
     world.tells(instance("db-r1-0-a1", Some(policy(server.check(), 50, LONG)))).await;
     world.hears("healthy web-r1-0-a1").await;
-    let request = Request::new(WatchHealthRequest { server: "web".to_owned() });
+    let request = Request::new(WatchHealthRequest { server: "web".to_owned(), own: false });
     let mut stream = monitor.api.watch_health(request).await.unwrap().into_inner();
     let mut next = async || {
         let message = tokio::time::timeout(Duration::from_secs(20), stream.next()).await.unwrap();

@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use futures::StreamExt;
 use futures::stream::{self, BoxStream};
 use jiff::Timestamp;
-use kiln_api::{builder, convert, deployer, engine, events, types};
+use kiln_api::{builder, convert, deployer, engine, events, monitor, types};
 use kiln_bus::{Bus, MemoryBus};
 use kiln_model::check::{Check, CheckResult};
 use kiln_model::digest::Digest;
@@ -17,11 +17,12 @@ use kiln_model::event::{Event, EventType, NewEvent, Service};
 use kiln_model::name::{InstanceId, ServerName, SiteName};
 use kiln_model::run::HealthPolicy;
 use kiln_model::time::Millis;
-use kiln_monitor::ports::{Archive, Builder, Deployer, Engine, Git, Listing, Problem};
+use kiln_monitor::ports::{Archive, Builder, Deployer, Engine, Git, Listing, Others, Problem};
 use kiln_monitor::{Monitor, Ports};
 use kiln_monitor_core::release::ReleaseFile;
 use kiln_service::clock::SystemClock;
 use kiln_service::config::Poll;
+use kiln_service::members::Members;
 use kiln_store::SqlStore;
 use prost::Message;
 use tokio::sync::{broadcast, watch};
@@ -185,7 +186,7 @@ impl Engine for FakeEngine {
     }
 }
 
-/// No repository and no archive.
+/// No repository, no archive, and no other monitor.
 pub struct Nowhere;
 
 #[async_trait]
@@ -199,6 +200,13 @@ impl Git for Nowhere {
 impl Archive for Nowhere {
     async fn release_file(&self, _: &str) -> Result<ReleaseFile, Problem> {
         Err(Problem("there is no archive".to_owned()))
+    }
+}
+
+#[async_trait]
+impl Others for Nowhere {
+    async fn watch(&self, _: &str) -> Result<BoxStream<'static, monitor::Health>, Problem> {
+        Err(Problem("there is no other monitor".to_owned()))
     }
 }
 
@@ -242,8 +250,10 @@ impl World {
             engine: self.engine.clone(),
             git: self.git.clone(),
             archive: self.archive.clone(),
+            others: Arc::new(Nowhere),
         };
-        let monitor = Monitor::load(self.store.clone(), SystemClock::new(), ports, self.poll).await.unwrap();
+        let (store, members) = (self.store.clone(), Members::alone("monitor-1"));
+        let monitor = Monitor::load(store, SystemClock::new(), members, ports, self.poll).await.unwrap();
         let (stop, stopped) = watch::channel(false);
         let api = monitor.api(stopped.clone());
         let bus = self.bus.clone();

@@ -109,6 +109,9 @@ pub struct GetServerStatusResponse {
 pub struct WatchHealthRequest {
     #[prost(string, tag = "1")]
     pub server: ::prost::alloc::string::String,
+    /// Only instances that the replica that is asked looks at itself.
+    #[prost(bool, tag = "2")]
+    pub own: bool,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct WatchHealthResponse {

@@ -153,7 +153,7 @@ async fn a_reader_that_takes_nothing_fills_no_memory_and_is_cut_off() {
     let stream = site.tls(site.address, Some(&slow), b"h2", ELSEWHERE).await.unwrap();
     let (raw, mut connection) = h2::client::handshake(stream).await.unwrap();
     let mut raw = raw.ready().await.unwrap();
-    let flood = WatchHealthRequest { server: "flood".to_owned() }.encode_to_vec();
+    let flood = WatchHealthRequest { server: "flood".to_owned(), own: false }.encode_to_vec();
     let mut answers = Vec::new();
     for _ in 0..10 {
         let (answer, mut body) = raw.send_request(call("WatchHealth").body(()).unwrap(), false).unwrap();
@@ -183,7 +183,7 @@ async fn a_stream_that_is_read_slowly_waits_for_its_reader() {
     let site = Site::start().await;
     let client = site.as_role(Role::Viewer);
     // This one answers pings, and takes no message.
-    let request = WatchHealthRequest { server: "flood".to_owned() };
+    let request = WatchHealthRequest { server: "flood".to_owned(), own: false };
     let stream = site.as_role(Role::Operator).watch_health(request).await.unwrap().into_inner();
     let told = &site.running.told;
     let mut before = 0;

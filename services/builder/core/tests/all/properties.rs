@@ -112,7 +112,7 @@ impl Run {
             Fact::Restart => {
                 let now = world.now;
                 for build in world.builds.values_mut() {
-                    build.abandoned("builder-2", now);
+                    build.abandoned(|owner| owner == "builder-2", now);
                     assert!(!matches!(build.state, State::Running { .. }), "nothing runs without an owner");
                 }
             }

@@ -1,0 +1,147 @@
+//! Replicas that die or stand still: another one goes on with their work within five seconds.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use kiln_api::builder::apply_request::Source;
+use kiln_api::builder::builder_service_client::BuilderServiceClient;
+use kiln_api::builder::{ApplyRequest, GitSource};
+use kiln_builder_core::build::State;
+use kiln_model::event::Service;
+use kiln_store::Store as _;
+use tokio::time::Instant;
+
+use crate::nature::Nature;
+use crate::outside::{Definition, URL};
+use crate::settled::unsettled;
+use crate::site::Site;
+use crate::tests::played;
+use crate::world::World;
+
+const WITHIN: Duration = Duration::from_secs(5);
+/// Of a probe in the definitions here, with its timeout.
+const A_LOOK: Duration = Duration::from_secs(3);
+/// Stories with these numbers have two or three processes of each service.
+const SEEDS: [u64; 6] = [3, 7, 11, 15, 19, 23];
+
+fn each_holds(tell: impl AsyncFn(&Site) -> Result<(), String>) {
+    for seed in SEEDS {
+        let told = played(seed, async |world: &World, folder: PathBuf| {
+            let site = Site::new(world, folder);
+            let told = tell(&site).await;
+            site.directory.close();
+            told.map_err(|broken| vec![broken])?;
+            if world.broken().is_empty() { Ok(()) } else { Err(world.broken()) }
+        });
+        if let Err((broken, story)) = told {
+            panic!("seed {seed}\n{story}\n\nseed {seed}: {}", broken.join("\n"));
+        }
+    }
+}
+
+/// How long it took.
+async fn until<T>(
+    what: &str,
+    limit: Duration,
+    mut look: impl AsyncFnMut() -> Option<T>,
+) -> Result<T, String> {
+    let began = Instant::now();
+    loop {
+        if let Some(found) = look().await {
+            return Ok(found);
+        }
+        if began.elapsed() > limit {
+            return Err(format!("not within {limit:?}: {what}"));
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+async fn apply(site: &Site) -> Result<(), String> {
+    site.outside.publish(Nature::Good);
+    let definition = Definition { image: 0, nature: Nature::Good, run: 0, replicas: 3, tested: false };
+    site.outside.commit(Some(definition));
+    let git = GitSource { url: URL.to_owned(), branch: "main".to_owned() };
+    let request = ApplyRequest { request_id: "call-1".to_owned(), source: Some(Source::Git(git)) };
+    let mut client = BuilderServiceClient::new(site.channel(Service::Builder));
+    // They start at the same time as this.
+    until("an answer", Duration::from_secs(60), async || client.apply(request.clone()).await.ok()).await?;
+    Ok(())
+}
+
+/// Stops all processes of a service but one. Which one has the work differs from seed to seed.
+fn stand_still(site: &Site, service: Service) {
+    let lives: Vec<_> = site.lives().into_iter().filter(|life| life.service == service).collect();
+    lives.iter().skip(1).for_each(crate::life::Life::freeze);
+}
+
+#[test]
+fn a_build_goes_on_where_its_builder_died() {
+    each_holds(async |site| {
+        apply(site).await?;
+        let (id, token, owner) = until("a build", Duration::from_secs(60), async || {
+            site.invariants.builds().into_iter().find_map(|build| match &build.state {
+                State::Running { lease } => Some((build.id, build.token, lease.owner.clone())),
+                _ => None,
+            })
+        })
+        .await?;
+        let lives = site.lives();
+        lives.iter().find(|life| life.name() == owner).ok_or("nobody builds it")?.kill("while it bakes");
+        until("the build is another's", WITHIN, async || {
+            site.invariants.builds().into_iter().find(|build| build.id == id && build.token > token)
+        })
+        .await?;
+        Ok(())
+    });
+}
+
+#[test]
+fn a_rollout_goes_on_where_its_deployer_stands_still() {
+    each_holds(async |site| {
+        apply(site).await?;
+        let fleet = || async { site.disk(Service::Deployer).store.get("fleet", "web").await.unwrap() };
+        until("a rollout", Duration::from_secs(120), async || {
+            let fleet = site.invariants.fleet()?;
+            (fleet.rollout.is_some() && !fleet.instances.is_empty()).then_some(())
+        })
+        .await?;
+        stand_still(site, Service::Deployer);
+        let before = fleet().await.map(|document| document.version);
+        until("the fleet goes on", WITHIN + A_LOOK, async || {
+            (fleet().await.map(|document| document.version) > before).then_some(())
+        })
+        .await?;
+        until("rest", Duration::from_secs(300), async || unsettled(site).await.is_none().then_some(())).await
+    });
+}
+
+#[test]
+fn an_instance_that_hangs_is_seen_where_its_monitor_stands_still() {
+    each_holds(async |site| {
+        apply(site).await?;
+        until("rest", Duration::from_secs(300), async || unsettled(site).await.is_none().then_some(()))
+            .await?;
+        stand_still(site, Service::Monitor);
+        let hung = {
+            let mut machine = site.invariants.machine.lock().unwrap();
+            let running = machine.instances.iter_mut().filter(|(_, held)| held.takes_room());
+            running
+                .map(|(id, held)| {
+                    site.invariants.excuse(id.release);
+                    held.course.hangs = true;
+                    id.to_string()
+                })
+                .collect::<Vec<_>>()
+        };
+        for id in hung {
+            until(&format!("{id} is unhealthy"), WITHIN + A_LOOK * 2, async || {
+                let document = site.disk(Service::Monitor).store.get("health", &id).await.unwrap();
+                // Forgotten: another one has taken its place already.
+                document.is_none_or(|document| document.body["state"] != "healthy").then_some(())
+            })
+            .await?;
+        }
+        Ok(())
+    });
+}
