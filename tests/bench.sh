@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Runs one benchmark against its peer, both on the same work in turn, and prints one JSON line last.
 #
-#   tests/bench.sh launch | replace | cold-bake | rebake-nothing
+#   tests/bench.sh launch | replace | cold-bake | rebake-nothing | replicas
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 case "${1:-}" in
-    launch | replace | cold-bake | rebake-nothing) ;;
+    launch | replace | cold-bake | rebake-nothing | replicas) ;;
     *)
-        echo "usage: tests/bench.sh launch | replace | cold-bake | rebake-nothing" >&2
+        echo "usage: tests/bench.sh launch | replace | cold-bake | rebake-nothing | replicas" >&2
         exit 2
         ;;
 esac

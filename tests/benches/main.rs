@@ -5,6 +5,7 @@ mod cold_bake;
 mod launch;
 mod rebake_nothing;
 mod replace;
+mod replicas;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -13,15 +14,16 @@ use std::time::Duration;
 async fn main() -> ExitCode {
     let name = std::env::args().nth(1).unwrap_or_default();
     let measured = match name.as_str() {
-        "launch" => launch::run().await,
-        "replace" => replace::run().await,
-        "cold-bake" => cold_bake::run().await,
-        "rebake-nothing" => rebake_nothing::run().await,
-        _ => Err("usage: kiln-bench launch | replace | cold-bake | rebake-nothing".into()),
+        "launch" => launch::run().await.map(|pairs| pairs.json(&name)),
+        "replace" => replace::run().await.map(|pairs| pairs.json(&name)),
+        "cold-bake" => cold_bake::run().await.map(|pairs| pairs.json(&name)),
+        "rebake-nothing" => rebake_nothing::run().await.map(|pairs| pairs.json(&name)),
+        "replicas" => replicas::run().await,
+        _ => Err("usage: kiln-bench launch | replace | cold-bake | rebake-nothing | replicas".into()),
     };
     match measured {
-        Ok(pairs) => {
-            println!("{}", pairs.json(&name));
+        Ok(line) => {
+            println!("{line}");
             ExitCode::SUCCESS
         }
         Err(error) => {
