@@ -22,6 +22,8 @@ pub(crate) struct Migration {
 pub(crate) struct Identity {
     pub(crate) epoch: String,
     pub(crate) sequence: u64,
+    /// Where it went on at its last restore; 0 for none.
+    pub(crate) restored: u64,
 }
 
 /// Brings the tables to the newest layout that this program knows, in one transaction and behind the lock of writers.
@@ -52,16 +54,51 @@ pub(crate) async fn prepare(session: &mut Session<'_>, backend: &dyn Backend) ->
         session.set_meta("layout", &step.layout.to_string()).await?;
         session.set_meta("readable_from", &step.readable_from.to_string()).await?;
     }
-    let epoch = match session.meta("epoch").await? {
-        Some(epoch) => epoch,
+    let identity = identify(session, backend).await?;
+    session.script("COMMIT").await?;
+    Ok(identity)
+}
+
+/// A new store, and one that was restored, begins an epoch.
+async fn identify(session: &mut Session<'_>, backend: &dyn Backend) -> Result<Identity, Error> {
+    let known = session.meta("epoch").await?;
+    let mut sequence = session.meta_number("sequence").await?;
+    let mut restored = session.meta_number("restored").await?;
+    let now = u64::try_from(jiff::Timestamp::now().as_second()).unwrap_or_default();
+    let epoch = match known {
+        Some(epoch) => {
+            let witness = backend.witness();
+            match witness.and_then(|witness| witness.goes_on_from(&epoch, sequence, now)) {
+                None => return Ok(Identity { epoch, sequence, restored }),
+                Some(from) => {
+                    tracing::warn!(
+                        store = backend.place(),
+                        old = epoch,
+                        at = sequence,
+                        goes_on_from = from,
+                        "the store is not the one that was here last: it was restored, and begins a new epoch"
+                    );
+                    (sequence, restored) = (from, from);
+                    session.set_meta("restored", &restored.to_string()).await?;
+                }
+            }
+            ulid::Ulid::generate().to_string()
+        }
         None => {
-            let epoch = ulid::Ulid::generate().to_string();
-            session.set_meta("epoch", &epoch).await?;
-            session.set_meta("sequence", "0").await?;
-            epoch
+            let seen = backend.witness().and_then(|witness| Some((witness.seen()?, &witness.path)));
+            if let Some((seen, path)) = seen {
+                let reason = format!(
+                    "it is empty, and stood at {} when it was here last: it was truncated or deleted; put a copy of it \
+                     in its place, or remove {} to begin with nothing",
+                    seen.sequence,
+                    path.display()
+                );
+                return Err(Error::Unavailable { what: "open", place: backend.place().to_owned(), reason });
+            }
+            ulid::Ulid::generate().to_string()
         }
     };
-    let sequence = session.meta_number("sequence").await?;
-    session.script("COMMIT").await?;
-    Ok(Identity { epoch, sequence })
+    session.set_meta("epoch", &epoch).await?;
+    session.set_meta("sequence", &sequence.to_string()).await?;
+    Ok(Identity { epoch, sequence, restored })
 }

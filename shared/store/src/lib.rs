@@ -16,6 +16,7 @@ mod memory;
 mod place;
 mod postgres;
 mod rows;
+mod seen;
 mod session;
 mod sql;
 mod sqlite;
@@ -96,6 +97,12 @@ impl Error {
 pub trait Store: Clone + Send + Sync + 'static {
     /// New at creation and at each restore.
     fn epoch(&self) -> &str;
+
+    /// Numbers that others remember, such as a release's, go on above this: what a store that was restored has forgotten
+    /// gave out lower ones. 0 for one that never was.
+    fn numbers_above(&self) -> u64 {
+        0
+    }
 
     /// The newest committed sequence, as a watch: changes wake reconcile loops, relays and streams.
     fn sequence(&self) -> tokio::sync::watch::Receiver<u64>;

@@ -25,6 +25,8 @@ pub struct Database {
     pub schema: String,
     /// Else it comes from where libpq's programs have it: `PGPASSWORD`, or the file that `PGPASSFILE` names.
     pub password: Option<Password>,
+    /// The file on this machine that notes what was seen of the store, so that a restored one is known.
+    pub seen: PathBuf,
 }
 
 /// Never shown.

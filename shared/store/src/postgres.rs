@@ -20,6 +20,7 @@ use crate::Error;
 use crate::connection::{Connection, Link, Value};
 use crate::layout::Migration;
 use crate::place::Database;
+use crate::seen::Witness;
 use crate::session::Backend;
 use crate::store::SqlStore;
 
@@ -94,6 +95,7 @@ struct Server {
     options: PgConnectOptions,
     readers: PgPool,
     migrations: &'static [Migration],
+    witness: Witness,
 }
 
 pub(crate) async fn open(database: &Database) -> Result<SqlStore, Error> {
@@ -114,7 +116,8 @@ async fn start(database: &Database, migrations: &'static [Migration]) -> Result<
         .max_lifetime(None)
         .connect_lazy_with(options.clone());
     let schema = database.schema.clone();
-    let server = Arc::new(Server { place, schema, options, readers, migrations });
+    let witness = Witness { path: database.seen.clone(), alone: false };
+    let server = Arc::new(Server { place, schema, options, readers, migrations, witness });
     let (announce, _) = watch::channel(0);
     let announce = Arc::new(announce);
     let store = SqlStore::start(server.clone(), announce.clone(), None).await?;
@@ -211,6 +214,10 @@ impl Backend for Server {
 
     fn migrations(&self) -> &'static [Migration] {
         self.migrations
+    }
+
+    fn witness(&self) -> Option<&Witness> {
+        Some(&self.witness)
     }
 
     /// Outside of the commit: NOTIFY within one makes it wait for all other commits of the server that notify.

@@ -6,6 +6,7 @@ use async_trait::async_trait;
 
 use crate::connection::{Connection, Row, Value};
 use crate::layout::Migration;
+use crate::seen::Witness;
 use crate::{Error, sql};
 
 /// A database that can hold a store.
@@ -30,6 +31,9 @@ pub(crate) trait Backend: Send + Sync + 'static {
     fn foundation(&self) -> &'static str;
 
     fn migrations(&self) -> &'static [Migration];
+
+    /// What was seen of the store before; none for one that ends with its handles.
+    fn witness(&self) -> Option<&Witness>;
 
     /// Tells the other replicas of a store where it stands now, after a commit.
     async fn tell(&self, connection: &mut dyn Connection, sequence: u64) -> Result<(), sqlx::Error>;
@@ -84,10 +88,20 @@ impl<'a> Session<'a> {
         })
     }
 
-    /// Begins a transaction behind whoever writes, and reads the sequence that stands then.
-    pub(crate) async fn begin(&mut self) -> Result<u64, Error> {
+    /// Begins a transaction behind whoever writes, and reads the epoch and the sequence that stand then.
+    pub(crate) async fn begin(&mut self) -> Result<(String, u64), Error> {
         self.script(self.backend.begin()).await?;
-        self.meta_number("sequence").await
+        let mut epoch = String::new();
+        let mut sequence = 0;
+        self.each(sql::META_IDENTITY, &[], |row| {
+            match crate::rows::text(row, "name")? {
+                "epoch" => crate::rows::text(row, "value")?.clone_into(&mut epoch),
+                name => sequence = number(name, crate::rows::text(row, "value")?)?,
+            }
+            Ok(ControlFlow::Continue(()))
+        })
+        .await?;
+        Ok((epoch, sequence))
     }
 
     /// Whether the connection can be used again. A full disk makes SQLite roll back by itself, and then there is nothing
@@ -172,15 +186,19 @@ impl<'a> Session<'a> {
 
     /// A number of the table `meta`; 0 where it is not there.
     pub(crate) async fn meta_number(&mut self, name: &'static str) -> Result<u64, Error> {
-        let Some(text) = self.meta(name).await? else { return Ok(0) };
-        text.parse().map_err(|_| Error::Unreadable {
-            kind: "meta".to_owned(),
-            id: name.to_owned(),
-            reason: format!("`{text}` is not a number: restore the store from a copy"),
-        })
+        let text = self.meta(name).await?;
+        text.map_or(Ok(0), |text| number(name, &text))
     }
 
     pub(crate) async fn set_meta(&mut self, name: &'static str, value: &str) -> Result<(), Error> {
         self.execute(sql::META_SET, &[Value::Text(name), Value::Text(value)]).await.map(drop)
     }
+}
+
+fn number(name: &str, text: &str) -> Result<u64, Error> {
+    text.parse().map_err(|_| Error::Unreadable {
+        kind: "meta".to_owned(),
+        id: name.to_owned(),
+        reason: format!("`{text}` is not a number: restore the store from a copy"),
+    })
 }

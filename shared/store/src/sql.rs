@@ -2,6 +2,7 @@
 //! the columns, is in each backend's schema.
 
 pub(crate) const META_GET: &str = "SELECT value FROM meta WHERE name = $1";
+pub(crate) const META_IDENTITY: &str = "SELECT name, value FROM meta WHERE name IN ('epoch', 'sequence')";
 pub(crate) const META_SET: &str =
     "INSERT INTO meta (name, value) VALUES ($1, $2) ON CONFLICT (name) DO UPDATE SET value = excluded.value";
 

@@ -20,6 +20,7 @@ use tokio::sync::watch;
 use crate::Error;
 use crate::connection::{Connection, Link};
 use crate::layout::Migration;
+use crate::seen::{Witness, beside};
 use crate::session::Backend;
 use crate::store::{Scratch, SqlStore};
 
@@ -63,6 +64,7 @@ struct File {
     options: SqliteConnectOptions,
     readers: SqlitePool,
     migrations: &'static [Migration],
+    witness: Option<Witness>,
 }
 
 pub(crate) async fn open(path: &Path) -> Result<SqlStore, Error> {
@@ -105,8 +107,14 @@ async fn start(
         .max_lifetime(None)
         .connect_lazy_with(options.clone());
     let place = path.display().to_string();
+    let witness = scratch.is_none().then(|| Witness { path: beside(path), alone: true });
     let (announce, _) = watch::channel(0);
-    SqlStore::start(Arc::new(File { place, options, readers, migrations }), Arc::new(announce), scratch).await
+    SqlStore::start(
+        Arc::new(File { place, options, readers, migrations, witness }),
+        Arc::new(announce),
+        scratch,
+    )
+    .await
 }
 
 #[async_trait]
@@ -149,6 +157,10 @@ impl Backend for File {
 
     fn migrations(&self) -> &'static [Migration] {
         self.migrations
+    }
+
+    fn witness(&self) -> Option<&Witness> {
+        self.witness.as_ref()
     }
 
     /// A file has one process that writes: there is nobody to tell.

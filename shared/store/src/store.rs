@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::batch::{AuditRecord, Batch, StoredAnswer};
 use crate::connection::{Connection, Row, Value};
 use crate::document::{Cursor, Document, Page};
-use crate::layout::prepare;
+use crate::layout::{Identity, prepare};
 use crate::rows::{self, number};
 use crate::session::{Backend, Session, failure};
 use crate::token::Position;
@@ -30,6 +30,7 @@ pub struct SqlStore {
 
 struct Inner {
     epoch: String,
+    restored: u64,
     jobs: mpsc::Sender<Job>,
     sequence: watch::Receiver<u64>,
     backend: Arc<dyn Backend>,
@@ -92,9 +93,16 @@ impl SqlStore {
         announce.send_replace(identity.sequence);
         let (jobs, queue) = mpsc::channel(QUEUE);
         let sequence = announce.subscribe();
-        let epoch = identity.epoch;
-        tokio::spawn(Writer::new(connection, backend.clone(), epoch.clone(), announce).run(queue));
-        Ok(Self { inner: Arc::new(Inner { epoch, jobs, sequence, backend, _scratch: scratch }) })
+        let Identity { epoch, sequence: at, restored } = identity;
+        let keeper = backend.witness().map(|witness| witness.keep(&epoch, at)).transpose();
+        let keeper = keeper.unwrap_or_else(|error| {
+            // The next time the store is taken for a restored one, which does no harm.
+            tracing::warn!(store = backend.place(), %error, "what is committed can't be noted beside the store");
+            None
+        });
+        let writer = Writer::new(connection, backend.clone(), epoch.clone(), announce, keeper);
+        tokio::spawn(writer.run(queue));
+        Ok(Self { inner: Arc::new(Inner { epoch, restored, jobs, sequence, backend, _scratch: scratch }) })
     }
 
     /// Hands a job to the writer and waits for its end. The job is carried out even where the caller goes away.
@@ -142,6 +150,10 @@ impl SqlStore {
 impl Store for SqlStore {
     fn epoch(&self) -> &str {
         &self.inner.epoch
+    }
+
+    fn numbers_above(&self) -> u64 {
+        self.inner.restored
     }
 
     fn sequence(&self) -> watch::Receiver<u64> {

@@ -8,6 +8,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::batch::Batch;
 use crate::connection::Connection;
+use crate::seen::Keeper;
 use crate::session::{Backend, Session, failure};
 use crate::transaction::Transaction;
 use crate::{Committed, Error};
@@ -39,6 +40,7 @@ pub(crate) struct Writer {
     backend: Arc<dyn Backend>,
     epoch: String,
     announce: Arc<watch::Sender<u64>>,
+    keeper: Option<Keeper>,
 }
 
 impl Writer {
@@ -47,8 +49,9 @@ impl Writer {
         backend: Arc<dyn Backend>,
         epoch: String,
         announce: Arc<watch::Sender<u64>>,
+        keeper: Option<Keeper>,
     ) -> Self {
-        Self { connection: Some(connection), backend, epoch, announce }
+        Self { connection: Some(connection), backend, epoch, announce, keeper }
     }
 
     /// Ends when every handle of the store is gone.
@@ -86,6 +89,9 @@ impl Writer {
         let sequence = transaction.sequence();
         match ended {
             Ok(()) => {
+                if let Some(keeper) = self.keeper.as_ref().filter(|_| sequence > before) {
+                    keeper.advance(sequence);
+                }
                 advance(&self.announce, sequence);
                 for outcome in outcomes {
                     outcome.tell();
@@ -111,7 +117,10 @@ impl Writer {
         if let Some(mut kept) = self.connection.take() {
             let mut session = Session::new(&mut *kept, &*self.backend, WHAT);
             match session.begin().await {
-                Ok(sequence) => return Ok((kept, sequence)),
+                Ok(found) => {
+                    let sequence = self.same_store(found)?;
+                    return Ok((kept, sequence));
+                }
                 // The database went, and is back maybe. Nothing had begun that could be half done.
                 Err(_) if session.is_lost() => {}
                 Err(error) => return Err(error),
@@ -119,8 +128,23 @@ impl Writer {
         }
         let connected = self.backend.connect().await;
         let mut connection = connected.map_err(|error| failure(&*self.backend, WHAT, &error))?;
-        let sequence = Session::new(&mut *connection, &*self.backend, WHAT).begin().await?;
+        let found = Session::new(&mut *connection, &*self.backend, WHAT).begin().await?;
+        let sequence = self.same_store(found)?;
         Ok((connection, sequence))
+    }
+
+    /// The sequence of a store that is still the one that was opened: what was decided on another one must not be written
+    /// into this. A connection that is dropped with an error takes its transaction with it.
+    fn same_store(&self, (epoch, sequence): (String, u64)) -> Result<u64, Error> {
+        if epoch == self.epoch && sequence >= *self.announce.borrow() {
+            return Ok(sequence);
+        }
+        let reason = "it was restored while this service ran: restart the service, and stop all of them before a restore";
+        Err(Error::Unavailable {
+            what: WHAT,
+            place: self.backend.place().to_owned(),
+            reason: reason.to_owned(),
+        })
     }
 }
 

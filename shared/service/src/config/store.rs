@@ -47,7 +47,8 @@ impl Site {
         };
         let password = database.password_file.as_deref().map(read_password).transpose()?;
         let schema = format!("kiln_{}_{service}", self.id);
-        Ok(Place::Postgres(Database { url: database.url.clone(), schema, password }))
+        let seen = self.paths().service(service).join("store.seen");
+        Ok(Place::Postgres(Database { url: database.url.clone(), schema, password, seen }))
     }
 }
 

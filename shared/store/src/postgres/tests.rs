@@ -19,7 +19,9 @@ fn put(kind: &str, id: &str, expected: u64, body: serde_json::Value) -> Batch {
 
 fn database(server: &Private, schema: &str) -> Database {
     let url = server.database("kiln").unwrap().parse().unwrap();
-    Database { url, schema: format!("kiln_test_{schema}"), password: None }
+    let schema = format!("kiln_test_{schema}");
+    let seen = server.socket().join(format!("{schema}.seen"));
+    Database { url, schema, password: None, seen }
 }
 
 #[tokio::test]
@@ -41,4 +43,34 @@ async fn many_that_open_a_new_store_at_once_find_one() {
     let opened = futures::future::join_all((0..8).map(|_| open(&place))).await;
     let epochs: Vec<_> = opened.into_iter().map(|store| store.unwrap().epoch().to_owned()).collect();
     assert!(epochs.iter().all(|epoch| *epoch == epochs[0]), "{epochs:?}");
+}
+
+#[tokio::test]
+async fn a_database_that_was_put_back_begins_an_epoch_that_every_replica_has() {
+    let server = Private::start(&["fsync=off"]).unwrap();
+    let place = database(&server, "back");
+    let other = Database { seen: server.socket().join("other.seen"), ..place.clone() };
+    let store = open(&place).await.unwrap();
+    store.commit(put("a", "1", 0, json!({}))).await.unwrap();
+    let replica = open(&other).await.unwrap();
+    assert_eq!((replica.epoch(), replica.numbers_above()), (store.epoch(), 0), "a replica that is new here");
+    let first = store.epoch().to_owned();
+    let schema = &place.schema;
+    let copied = format!("CREATE TABLE {schema}.copy AS SELECT * FROM {schema}.meta");
+    server.psql("kiln", &copied).unwrap();
+    for version in 1..=5 {
+        store.commit(put("a", "1", version, json!({}))).await.unwrap();
+    }
+    let lost = *store.sequence().borrow();
+    let back = format!("DELETE FROM {schema}.meta; INSERT INTO {schema}.meta SELECT * FROM {schema}.copy");
+    server.psql("kiln", &back).unwrap();
+
+    let error = store.commit(put("a", "1", 6, json!({}))).await.unwrap_err().to_string();
+    assert!(error.contains("restored while this service ran"), "{error}");
+    drop((store, replica));
+    let store = open(&place).await.unwrap();
+    assert!(store.epoch() != first && store.numbers_above() > lost, "{} after {lost}", store.numbers_above());
+    let replica = open(&other).await.unwrap();
+    assert_eq!(replica.epoch(), store.epoch());
+    assert_eq!(replica.numbers_above(), store.numbers_above());
 }

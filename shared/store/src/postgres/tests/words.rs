@@ -81,6 +81,7 @@ async fn a_commit_waits_for_the_disk_whatever_the_server_says() {
         options: options(&place).unwrap(),
         readers: PgPoolOptions::new().connect_lazy_with(options(&place).unwrap()),
         migrations: MIGRATIONS,
+        witness: Witness { path: place.seen.clone(), alone: false },
     };
     let mut connection = backend.connect().await.unwrap();
     let mut session = crate::session::Session::new(&mut *connection, &backend, "read");
