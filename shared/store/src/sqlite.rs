@@ -3,6 +3,7 @@
 //! One task writes (see `writer`), a few connections read. The write-ahead log lets readers go on while a commit is
 //! under way; `synchronous=FULL` makes the commit wait for the disk.
 
+mod damage;
 #[cfg(test)]
 mod tests;
 
@@ -69,6 +70,7 @@ struct File {
 
 pub(crate) async fn open(path: &Path) -> Result<SqlStore, Error> {
     create_private(path)?;
+    damage::look_for(path).await?;
     start(path, SqliteSynchronous::Full, MIGRATIONS, None).await
 }
 
@@ -145,7 +147,7 @@ impl Backend for File {
             5 | 6 => "another process holds the store; find it with `fuser` on the file",
             8 => "the file, or its file system, is read-only",
             10 => "the disk failed to read or write; see `dmesg`",
-            11 | 26 => "the file is damaged; stop the service and restore its store from a copy",
+            11 | 26 => damage::ADVICE,
             14 => "the file can't be opened; check its folder and permissions",
             _ => return None,
         })

@@ -179,7 +179,7 @@ async fn a_damaged_file_is_refused_in_words() {
     let damaged = folder.path().join("damaged.db");
     std::fs::write(&damaged, "this is no database, and long enough to be looked at".repeat(100)).unwrap();
     let error = open(&damaged).await.unwrap_err().to_string();
-    assert!(error.contains("damaged") && error.contains("restore"), "{error}");
+    assert!(error.contains("damaged") && error.contains("put a copy"), "{error}");
 
     let nowhere = open(&folder.path().join("no/such/store.db")).await.unwrap_err().to_string();
     assert!(nowhere.contains("no/such/store.db"), "{nowhere}");
@@ -332,5 +332,49 @@ async fn close(store: SqlStore) {
     while wal.exists() {
         assert!(std::time::Instant::now() < limit, "the last connection takes its log with it");
         tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// Closed well, or left behind with its log as by SIGKILL.
+#[tokio::test]
+async fn a_file_that_was_cut_short_anywhere_is_refused_and_a_copy_of_it_opens() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, wal) = (folder.path().join("store.db"), folder.path().join("store.db-wal"));
+    let text = "x".repeat(3_000);
+    let store = open(&path).await.unwrap();
+    let mut commits = 0;
+    let mut left = None;
+    while commits < 60 {
+        store.commit(put("a", &commits.to_string(), 0, json!({"text": text}))).await.unwrap();
+        commits += 1;
+        if commits == 30 {
+            let mut other = SqliteConnectOptions::new().filename(&path).connect().await.unwrap();
+            sqlx::raw_sql("PRAGMA wal_checkpoint(TRUNCATE)").execute(&mut other).await.unwrap();
+        }
+        if commits == 45 {
+            left = Some((std::fs::read(&path).unwrap(), std::fs::read(&wal).unwrap()));
+        }
+    }
+    close(store).await;
+    let closed = (std::fs::read(&path).unwrap(), Vec::new());
+    for (name, (whole, log)) in [("closed", closed), ("left", left.unwrap())] {
+        let ends =
+            (0..16).map(|part| whole.len() * part / 16).chain([1, whole.len() - 1, whole.len() - 4096]);
+        for end in ends {
+            std::fs::write(&path, &whole[..end]).unwrap();
+            std::fs::write(&wal, &log).unwrap();
+            let _ = std::fs::remove_file(path.with_extension("db-shm"));
+            // An empty file with a whole log is refused too: most of it is missing.
+            let error = open(&path).await.err().map(|error| error.to_string());
+            let error = error.unwrap_or_else(|| panic!("{name}: opened with {end} of {} bytes", whole.len()));
+            assert!(error.contains("copy") && error.contains("in its place"), "{name}, {end}: {error}");
+        }
+        std::fs::write(&path, &whole).unwrap();
+        std::fs::write(&wal, &log).unwrap();
+        let _ = std::fs::remove_file(path.with_extension("db-shm"));
+        let store = open(&path).await.unwrap();
+        let count = if name == "closed" { 60 } else { 45 };
+        assert_eq!(store.list("a", "", None, 500).await.unwrap().len(), count, "{name}");
+        close(store).await;
     }
 }
