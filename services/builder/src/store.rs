@@ -98,7 +98,11 @@ impl<S: Store> Documents<S> {
     }
 
     pub async fn server(&self, name: &ServerName) -> Result<Option<Read<Server>>, Error> {
-        self.read(server::KIND, name.as_str(), server::SCHEMA).await
+        let read = self.read(server::KIND, name.as_str(), server::SCHEMA).await?;
+        Ok(read.map(|Read { version, value }: Read<Server>| Read {
+            version,
+            value: value.numbered_above(self.store.numbers_above()),
+        }))
     }
 
     pub async fn build(&self, id: &BuildId) -> Result<Option<Read<Build>>, Error> {

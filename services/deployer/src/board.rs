@@ -131,10 +131,17 @@ impl Board {
     /// Takes over one instance as the node has it. What is older than what is known is left out: answers and changes may
     /// overtake each other.
     pub(crate) fn engine(&self, instance: engine::Instance, at: Duration) -> Result<(), Invalid> {
+        // Nothing is known from before the beginning.
+        self.engine_since(instance, Duration::ZERO, at)
+    }
+
+    /// As it was asked for at `since`: what was known before that is older, whatever its version says. A node whose store
+    /// was restored counts anew.
+    fn engine_since(&self, instance: engine::Instance, since: Duration, at: Duration) -> Result<(), Invalid> {
         let version = instance.version;
         let Some((id, seen)) = wire::seen(instance)? else { return Ok(()) };
         self.change(&id.server.clone(), |server| {
-            if server.engine.get(&id).is_none_or(|held| held.version <= version) {
+            if server.engine.get(&id).is_none_or(|held| held.version <= version || held.at < since) {
                 server.engine.insert(id, Held { seen, version, at });
             }
         });
@@ -145,7 +152,7 @@ impl Board {
     /// told of since, is not there.
     pub(crate) fn listing(&self, listing: crate::ports::Listing, since: Duration, at: Duration) {
         for instance in listing.instances {
-            if let Err(invalid) = self.engine(instance, at) {
+            if let Err(invalid) = self.engine_since(instance, since, at) {
                 tracing::warn!(error = %invalid, "the node lists an instance that makes no sense");
             }
         }

@@ -42,6 +42,7 @@ pub(crate) async fn load<S: Store>(store: &S, server: &ServerName) -> Result<Loa
         Some(document) => (decode::<Fleet>(document, SCHEMA)?, document.version),
         None => (Fleet::new(server.clone()), 0),
     };
+    let fleet = fleet.numbered_above(store.numbers_above());
     let mut releases = Releases::new();
     for number in fleet.releases_needed() {
         if let Some(release) = read::<S, Release>(store, RELEASE, &release_id(server, number)).await? {

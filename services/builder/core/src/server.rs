@@ -109,6 +109,13 @@ pub struct Refused {
 }
 
 impl Server {
+    /// With numbers that go on above one: whoever knew a store that was restored since has seen those below it.
+    pub fn numbered_above(mut self, number: u64) -> Self {
+        self.generation = self.generation.max(number);
+        self.builds = self.builds.max(number);
+        self
+    }
+
     /// The definition that is planned and built: the head, or while that is convicted the last good one. None where
     /// nothing good has ever been.
     pub fn effective(&self) -> Option<&DefinitionRef> {

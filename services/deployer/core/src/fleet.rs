@@ -188,6 +188,15 @@ impl Fleet {
         }
     }
 
+    /// With numbers that go on above one: whoever knew a store that was restored since has seen those below it.
+    pub fn numbered_above(mut self, number: u64) -> Self {
+        if number > 0 {
+            self.next_release = self.next_release.max(number + 1);
+            self.next_attempt = self.next_attempt.max(number + 1);
+        }
+        self
+    }
+
     /// The last rollout failed, and its way back too: nothing is launched or torn down until someone acts.
     pub fn is_halted(&self) -> bool {
         self.rollout.is_none() && self.finished.as_ref().is_some_and(|r| r.state == RolloutState::Failed)

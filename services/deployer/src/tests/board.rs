@@ -1,11 +1,13 @@
-//! What the monitor says, in whatever order it comes.
+//! What the monitor and the node say, in whatever order it comes.
 
 use kiln_api::convert::to_timestamp;
-use kiln_api::{monitor, types};
+use kiln_api::{engine, monitor, types};
+use kiln_deployer_core::SeenState;
 use kiln_model::signal::HealthState;
 use kiln_model::time::Now;
 
 use super::*;
+use crate::Listing;
 use crate::board::{Board, How};
 
 const ID: &str = "web-r1-0-a1";
@@ -53,4 +55,41 @@ fn the_version_says_what_is_newer_and_not_a_clock_that_was_set_back() {
     assert_eq!(hear(&board, 5, How::Asked, 2, 800, Healthy).0, Unhealthy);
     // The monitor's store is new.
     assert_eq!(hear(&board, 6, How::Asked, 1, 2000, Healthy), (Healthy, second));
+}
+
+fn instance(state: engine::InstanceState, version: u64) -> engine::Instance {
+    let id: InstanceId = ID.parse().unwrap();
+    engine::Instance {
+        spec: Some(engine::InstanceSpec {
+            id: id.to_string(),
+            server: id.server.to_string(),
+            release: id.release,
+            ordinal: id.ordinal,
+            attempt: id.attempt,
+            ..engine::InstanceSpec::default()
+        }),
+        state: state.into(),
+        version,
+        ..engine::Instance::default()
+    }
+}
+
+#[test]
+fn what_the_node_lists_counts_although_its_store_was_restored_and_what_came_since_it_was_asked_counts_more() {
+    let board = Board::default();
+    let second = Duration::from_secs;
+    let list = |state, version, asked, answered| {
+        let listing = Listing { instances: vec![instance(state, version)], routes: Vec::new() };
+        board.listing(listing, second(asked), second(answered));
+        let view = board.view(&"web".parse().unwrap(), now(second(answered)), Duration::ZERO, Duration::ZERO);
+        view.engine.unwrap().get(&ID.parse().unwrap()).unwrap().state
+    };
+    assert_eq!(list(engine::InstanceState::Exited, 7, 1, 2), SeenState::Exited);
+    assert_eq!(list(engine::InstanceState::Launching, 3, 5, 6), SeenState::Launching, "it counts anew");
+    board.engine(instance(engine::InstanceState::Exited, 4), second(9)).unwrap();
+    assert_eq!(list(engine::InstanceState::Launching, 3, 8, 10), SeenState::Exited, "the watch was faster");
+}
+
+fn now(monotonic: Duration) -> Now {
+    Now { wall: Timestamp::UNIX_EPOCH, monotonic }
 }

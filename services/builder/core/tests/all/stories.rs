@@ -387,3 +387,17 @@ fn circles_and_missing_parents_are_refused() {
     assert!(missing.contains("`image.from.server` of d names e, and there is no such server"), "{missing}");
     assert_eq!(problem(&[("d", Some("e")), ("e", None)]), Ok(()));
 }
+
+#[test]
+fn a_server_that_was_restored_goes_on_above_the_numbers_that_it_forgot() {
+    let mut world = applied(&Content::new("a", 3));
+    let server = name("web");
+    let restored = world.servers[&server].clone().numbered_above(50);
+    world.servers.insert(server.clone(), restored);
+    commit(&mut world, &Content::new("b", 3), "commit-1");
+    world.advance(30);
+    world.work();
+    let in_force = world.servers[&server].in_force.as_ref().unwrap();
+    assert_eq!((in_force.generation, in_force.build.number), (51, 51));
+    assert_eq!(world.violations(), Vec::<String>::new());
+}

@@ -472,3 +472,19 @@ fn a_port_that_somebody_else_holds_turns_back() {
     assert_snapshot!(world.told());
     assert_eq!((world.fleet.release, world.outages), (1, 0));
 }
+
+#[test]
+fn a_fleet_that_was_restored_goes_on_above_the_numbers_that_it_forgot() {
+    let mut world = standing();
+    let (fleet, releases) = (world.fleet.clone(), world.releases.clone());
+    world.revise(&Made::new("second", "two"));
+    world.play(60_000);
+    // Those of the second release run, and their numbers were given out.
+    (world.fleet, world.releases) = (fleet.numbered_above(50), releases);
+    world.revise(&Made::new("third", "three"));
+    world.play(60_000);
+    assert_eq!((world.fleet.release, world.fleet.last_good), (51, 51));
+    let running = world.running();
+    assert_eq!(running.len(), 3, "{running:?}");
+    assert!(running.iter().all(|id| id.release == 51 && id.attempt > 50), "{running:?}");
+}
