@@ -171,6 +171,8 @@ fn advance(
         }
         (InstanceState::Running, None) => {
             take(instance, seen, InstanceState::Exited);
+            // Its store was restored, which is not the release's fault.
+            instance.cut_off = true;
             "the node does not know it any more".clone_into(&mut instance.detail);
             Some(InstanceVerb::Exited)
         }

@@ -488,3 +488,18 @@ fn a_fleet_that_was_restored_goes_on_above_the_numbers_that_it_forgot() {
     assert_eq!(running.len(), 3, "{running:?}");
     assert!(running.iter().all(|id| id.release == 51 && id.attempt > 50), "{running:?}");
 }
+
+#[test]
+fn a_release_is_not_blamed_for_what_a_restored_node_has_forgotten() {
+    for looks in 0..20 {
+        let mut world = standing();
+        world.revise(&Made::new("second", "two"));
+        for _ in 0..looks {
+            world.look();
+        }
+        world.forget_all();
+        world.play(60_000);
+        assert_eq!((world.fleet.last_good, world.running().len()), (2, 3), "{}", world.told());
+        assert!(world.fleet.quarantine.is_empty(), "{}", world.told());
+    }
+}

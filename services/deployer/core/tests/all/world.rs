@@ -319,6 +319,13 @@ impl World {
         self.relist();
     }
 
+    /// As when the node's store is put back from before: it knows of none of them, and removes what it finds.
+    pub(crate) fn forget_all(&mut self) {
+        self.node.clear();
+        self.edge.1.clear();
+        self.relist();
+    }
+
     pub(crate) fn running(&self) -> Vec<InstanceId> {
         let up = self.node.iter().filter(|(_, r)| r.seen.state == SeenState::Running);
         up.map(|(id, _)| id.clone()).collect()
