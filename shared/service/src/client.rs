@@ -26,8 +26,9 @@ use crate::tls::{self, ClientTls, TlsFiles};
 use crate::trace;
 
 const CONNECT: Duration = Duration::from_secs(2);
-/// A peer that stands still, stopped or hung, is found out within twice this time, also in the middle of a stream.
-const ALIVE: Duration = Duration::from_secs(10);
+/// A peer that stands still, stopped or hung, is found out within twice this time, also in the middle of a stream. Until
+/// then a rollout counts the node's silence as time in which nothing got better, so it is short against any deadline.
+const ALIVE: Duration = Duration::from_secs(3);
 
 #[derive(Debug, thiserror::Error)]
 #[error("can't call the {service} at {address} with TLS: {reason}")]

@@ -151,3 +151,15 @@ async fn a_client_finds_a_service_that_was_away() {
     client.list_health(ListHealthRequest::default()).await.unwrap();
     running.stop().await;
 }
+
+#[tokio::test]
+async fn a_peer_that_stands_still_is_found_out_soon_also_in_a_call_without_a_limit() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("still.sock");
+    // Connections to it are made, and nobody is there to answer.
+    let _still = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let mut client = MonitorServiceClient::new(client::channel(&socket));
+    let call = client.watch_health(WatchHealthRequest::default());
+    let answer = tokio::time::timeout(Duration::from_secs(8), call).await;
+    assert_eq!(answer.expect("it waits on").unwrap_err().code(), Code::Unavailable);
+}
