@@ -56,7 +56,8 @@ cargo nextest run --release --workspace --locked
 
 if [ "${1:-}" = --full ]; then
     step "scenarios on PostgreSQL"
-    KILN_TEST_STORE=postgres cargo nextest run --release --workspace --locked -E 'package(kiln-tests)'
+    KILN_TEST_STORE=postgres cargo nextest run --release --workspace --locked -E \
+        'package(kiln-tests) or test(traffic_flows_while_everything_of_kiln_is_down)'
 fi
 
 step "the quickstart's own check"

@@ -49,10 +49,18 @@ impl Site {
     /// What `kiln up` said.
     pub fn up_with(name: &str, settings: &[&str]) -> Result<Self> {
         match std::env::var("KILN_TEST_STORE").as_deref() {
-            Ok("postgres") => Self::start(name, settings, Some(Postgres::start(&[])?)),
+            Ok("postgres") => Self::start(name, settings, folder(), Some(Postgres::start(&[])?)),
             Ok(other) => Err(format!("KILN_TEST_STORE is `{other}`: there is postgres").into()),
-            Err(_) => Self::start(name, settings, None),
+            Err(_) => Self::start(name, settings, folder(), None),
         }
+    }
+
+    /// As [`Site::up`], with the home below a folder, and the state in files whatever `KILN_TEST_STORE` says.
+    ///
+    /// # Errors
+    /// What `kiln up` said.
+    pub fn up_in(name: &str, folder: &Path) -> Result<Self> {
+        Self::start(name, &[], Some(folder.to_owned()), None)
     }
 
     /// As [`Site::up`], with the services' state in a PostgreSQL server of the site's own.
@@ -60,14 +68,27 @@ impl Site {
     /// # Errors
     /// What `kiln up` said.
     pub fn up_on_postgres(name: &str) -> Result<Self> {
-        Self::start(name, &[], Some(Postgres::start(&[])?))
+        Self::start(name, &[], folder(), Some(Postgres::start(&[])?))
     }
 
-    fn start(name: &str, settings: &[&str], database: Option<Postgres>) -> Result<Self> {
+    /// As [`Site::up_on_postgres`], with the home below a folder.
+    ///
+    /// # Errors
+    /// What `kiln up` said.
+    pub fn up_on_postgres_in(name: &str, folder: &Path) -> Result<Self> {
+        Self::start(name, &[], Some(folder.to_owned()), Some(Postgres::start(&[])?))
+    }
+
+    fn start(
+        name: &str,
+        settings: &[&str],
+        folder: Option<PathBuf>,
+        database: Option<Postgres>,
+    ) -> Result<Self> {
         let cache = cache_folder()?;
         let mut home = tempfile::Builder::new();
         home.prefix("kiln-");
-        let home = match folder() {
+        let home = match folder {
             Some(folder) => home.tempdir_in(folder)?,
             None => home.tempdir()?,
         };
@@ -228,11 +249,29 @@ impl Site {
     /// # Errors
     /// Where there is none, or it does not come up.
     pub fn kill_database(&self, away: Duration) -> Result<()> {
+        self.with_database(|database| {
+            database.kill()?;
+            std::thread::sleep(away);
+            database.resume()
+        })
+    }
+
+    /// Lets every process of the site's PostgreSQL server stand still for a while.
+    ///
+    /// # Errors
+    /// Where there is none.
+    pub fn freeze_database(&self, still: Duration) -> Result<()> {
+        self.with_database(|database| {
+            database.signal(rustix::process::Signal::STOP)?;
+            std::thread::sleep(still);
+            database.signal(rustix::process::Signal::CONT)
+        })
+    }
+
+    fn with_database<T>(&self, act: impl FnOnce(&mut Postgres) -> Result<T>) -> Result<T> {
         let database = self.database.as_ref().ok_or("the site has no database")?;
         let mut database = database.lock().map_err(|_| "another thread broke off there")?;
-        database.kill()?;
-        std::thread::sleep(away);
-        database.resume()
+        act(&mut database)
     }
 
     /// The id that marks everything the site makes on this machine.

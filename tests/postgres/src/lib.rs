@@ -87,14 +87,29 @@ impl Server {
     /// Where it does not run.
     pub fn kill(&mut self) -> Result<()> {
         let mut postmaster = self.postmaster.take().ok_or("the server does not run")?;
-        let id = postmaster.id();
-        let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
+        let children = children(postmaster.id());
         postmaster.kill()?;
-        for child in children.split_whitespace().filter_map(|id| id.parse().ok()).filter_map(Pid::from_raw) {
+        for child in children {
             // One that has ended by itself meanwhile is as good.
             let _ = kill_process(child, Signal::KILL);
         }
         postmaster.wait()?;
+        Ok(())
+    }
+
+    /// Stops every process of it, or lets them go on.
+    ///
+    /// # Errors
+    /// Where it does not run.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let postmaster = self.postmaster.as_ref().ok_or("the server does not run")?;
+        let of = |id: u32| i32::try_from(id).ok().and_then(Pid::from_raw);
+        // The postmaster first: while it stands still there are no new ones.
+        kill_process(of(postmaster.id()).ok_or("no process id")?, signal)?;
+        for child in children(postmaster.id()) {
+            // One that has ended by itself meanwhile is as good.
+            let _ = kill_process(child, signal);
+        }
         Ok(())
     }
 
@@ -162,6 +177,11 @@ impl Drop for Server {
             let _ = self.kill();
         }
     }
+}
+
+fn children(id: u32) -> Vec<Pid> {
+    let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
+    children.split_whitespace().filter_map(|id| id.parse().ok()).filter_map(Pid::from_raw).collect()
 }
 
 /// Debian keeps the server's programs out of the path, by version.

@@ -7,7 +7,6 @@ mod definitions;
 mod doctor;
 mod down;
 mod events;
-mod faults;
 mod images;
 mod immutable;
 mod killed;

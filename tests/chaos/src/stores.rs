@@ -1,0 +1,121 @@
+//! Copies of a store's file, and damage to it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use kiln_model::event::Service;
+use kiln_tests::Result;
+use kiln_tests::site::Site;
+use kiln_tests::wait::until;
+use rustix::process::Signal;
+
+/// A store's files as they were at one moment.
+pub(crate) struct Copy {
+    service: Service,
+    folder: tempfile::TempDir,
+}
+
+const FILES: [&str; 2] = ["store.db", "store.db-wal"];
+
+fn store(site: &Site, service: Service) -> PathBuf {
+    site.home().join(service.as_str())
+}
+
+impl Copy {
+    /// Taken while the service stands still: between two of its writes, as a snapshot of a file system is.
+    ///
+    /// # Errors
+    /// Where the service does not run, or its files can't be read.
+    pub(crate) fn take(site: &Site, service: Service) -> Result<Self> {
+        site.signal(service.as_str(), Signal::STOP)?;
+        let taken = Self::of_files(site, service);
+        site.signal(service.as_str(), Signal::CONT)?;
+        taken
+    }
+
+    fn of_files(site: &Site, service: Service) -> Result<Self> {
+        let copy = Self { service, folder: tempfile::tempdir()? };
+        for name in FILES {
+            let from = store(site, service).join(name);
+            if from.exists() {
+                fs::copy(&from, copy.folder.path().join(name))?;
+            }
+        }
+        Ok(copy)
+    }
+
+    /// Puts it in the place of what is there, with all services down meanwhile; the instances serve on.
+    ///
+    /// # Errors
+    /// What `kiln down` or `kiln up` said.
+    pub(crate) fn put_back(&self, site: &Site) -> Result<()> {
+        site.kiln(&["down", "--keep-instances"])?;
+        let place = store(site, self.service);
+        for name in ["store.db", "store.db-wal", "store.db-shm"] {
+            remove(&place.join(name))?;
+            let from = self.folder.path().join(name);
+            if from.exists() {
+                fs::copy(&from, place.join(name))?;
+            }
+        }
+        site.kiln(&["up"]).map(drop)
+    }
+}
+
+/// Cuts a store's file short, with a part out of a thousand left and its log gone, while its service is killed: with a
+/// whole log all might be there still. Gives what it was.
+///
+/// # Errors
+/// Where the service does not run, or its files can't be written.
+pub(crate) fn cut_short(site: &Site, service: Service, part: u64) -> Result<Copy> {
+    // It would start the service again in between.
+    site.signal("supervisor", Signal::STOP)?;
+    let cut = || {
+        site.signal(service.as_str(), Signal::KILL)?;
+        let copy = Copy::of_files(site, service)?;
+        let place = store(site, service);
+        let file = fs::File::options().write(true).open(place.join("store.db"))?;
+        file.set_len(file.metadata()?.len() * part / 1000)?;
+        remove(&place.join("store.db-wal"))?;
+        Ok(copy)
+    };
+    let copy = cut();
+    site.signal("supervisor", Signal::CONT)?;
+    copy
+}
+
+/// Waits until a service has said in its log that it refuses to start, and what to do.
+///
+/// # Errors
+/// When the bound is over, with the end of the log.
+pub(crate) async fn refuses(site: &Site, service: Service, from: u64) -> Result<()> {
+    let path = log(site, service);
+    until("a refusal in words", Duration::from_secs(30), async || {
+        let text = fs::read_to_string(&path)?;
+        let new = text.get(usize::try_from(from)?..).unwrap_or(&text);
+        let said = new
+            .lines()
+            .any(|line| line.contains("store.db") && line.contains("in its place") && line.contains("copy"));
+        if said { Ok(()) } else { Err(new.to_owned().into()) }
+    })
+    .await
+}
+
+/// How long a service's log is.
+pub(crate) fn log_length(site: &Site, service: Service) -> u64 {
+    fs::metadata(log(site, service)).map_or(0, |log| log.len())
+}
+
+fn log(site: &Site, service: Service) -> PathBuf {
+    site.home().join(format!("logs/{service}.log"))
+}
+
+fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(format!("{}: {error}", path.display()).into())
+        }
+        _ => Ok(()),
+    }
+}
