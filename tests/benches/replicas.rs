@@ -152,7 +152,9 @@ async fn once(url: &str, count: usize) -> Result<Duration> {
 }
 
 async fn builder(url: &str, folder: &std::path::Path) -> Result<Builder<SqlStore, Pretender, SystemClock>> {
-    let database = Database { url: url.parse()?, schema: "kiln_builder".to_owned(), password: None };
+    std::fs::create_dir_all(folder)?;
+    let seen = folder.join("store.seen");
+    let database = Database { url: url.parse()?, schema: "kiln_builder".to_owned(), password: None, seen };
     let documents = Documents::new(SqlStore::open(&Place::Postgres(database)).await?);
     let contexts = Contexts::new(folder.join("contexts"));
     let mirrors = Arc::new(Mirrors::new(folder.join("sources")));

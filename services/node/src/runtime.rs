@@ -92,6 +92,8 @@ impl Runtime {
         let mut command = plain(&self.conmon);
         group.join_before_exec(&mut command)?;
         command
+            // When memory runs out it leaves a file there.
+            .current_dir(&dir)
             .args(["--api-version", "1", "--cid", id, "--cuuid", id, "--name", id, "--runtime"])
             .arg(&self.runc)
             .args(["--runtime-arg", "--root", "--runtime-arg"])

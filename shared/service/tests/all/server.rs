@@ -17,7 +17,7 @@ use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
 use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 use tonic_types::StatusExt as _;
 
-use crate::monitor::{Running, options, report};
+use crate::monitor::{Client, Running, options, report};
 
 const LONG: Duration = Duration::from_secs(30);
 
@@ -158,7 +158,7 @@ async fn a_peer_that_stands_still_is_found_out_soon_also_in_a_call_without_a_lim
     let socket = folder.path().join("still.sock");
     // Connections to it are made, and nobody is there to answer.
     let _still = std::os::unix::net::UnixListener::bind(&socket).unwrap();
-    let mut client = MonitorServiceClient::new(client::channel(&socket));
+    let mut client = Client::new(client::channel(&socket));
     let call = client.watch_health(WatchHealthRequest::default());
     let answer = tokio::time::timeout(Duration::from_secs(8), call).await;
     assert_eq!(answer.expect("it waits on").unwrap_err().code(), Code::Unavailable);
