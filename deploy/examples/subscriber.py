@@ -19,7 +19,7 @@ import nats
 async def main(folder: pathlib.Path, count: int | None) -> None:
     site = tomllib.loads((folder / "site.toml").read_text())
     connection = await nats.connect(
-        site["nats"]["url"],
+        site["nats"]["url"].split(","),
         nkeys_seed=str(folder / "keys" / "nats" / "reader.nk"),
         inbox_prefix=b"_INBOX.reader",
     )

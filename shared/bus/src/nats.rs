@@ -37,8 +37,10 @@ const FIRST_CONNECT: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Clone)]
 pub struct NatsOptions {
-    /// `nats://127.0.0.1:4222`
+    /// `nats://127.0.0.1:4222`; those of a cluster with commas between them.
     pub url: String,
+    /// Copies of each stream, on as many servers of a cluster.
+    pub replicas: usize,
     pub site: SiteName,
     /// Whom the broker is told that this is; also the prefix of the inboxes.
     pub user: User,
@@ -58,8 +60,7 @@ struct Inner {
     url: String,
     client: Client,
     context: Context,
-    /// The broker's version was looked at.
-    suitable: AtomicBool,
+    replicas: usize,
     /// A message whose handler died comes again after this time. A living one says every third of it that it is at
     /// work.
     ack_wait: Duration,
@@ -71,6 +72,8 @@ struct Inner {
 struct Signs {
     /// Counts connections: whatever waits at the broker must be asked for anew after each.
     connected: watch::Sender<u64>,
+    /// The version of the server at the other end was looked at. The next connection may be to another one.
+    suitable: AtomicBool,
     /// The last thing that the broker refused. It answers a forbidden publish with silence, and says so only here.
     refusal: Mutex<Option<String>>,
 }
@@ -81,6 +84,7 @@ impl Signs {
         match event {
             E::Connected => {
                 tracing::info!(%url, "connected to the broker");
+                self.suitable.store(false, Ordering::Relaxed);
                 self.connected.send_modify(|count| *count = count.wrapping_add(1));
             }
             E::Disconnected => tracing::warn!(%url, "the broker is away, trying again"),
@@ -110,10 +114,11 @@ impl NatsBus {
     }
 
     async fn connect_with(options: NatsOptions, ack_wait: Duration) -> Result<Self, Error> {
-        let NatsOptions { url, site, user, seed } = options;
+        let NatsOptions { url, replicas, site, user, seed } = options;
         let unsuitable = |reason: String| Error::Unsuitable { place: url.clone(), reason };
         let (connected, mut connections) = watch::channel(0);
-        let signs = Arc::new(Signs { connected, refusal: Mutex::default() });
+        let signs =
+            Arc::new(Signs { connected, suitable: AtomicBool::new(false), refusal: Mutex::default() });
         let mut connect = ConnectOptions::new()
             .name(format!("kiln-{user}"))
             .custom_inbox_prefix(user.inbox())
@@ -137,20 +142,12 @@ impl NatsBus {
                 .map_err(|error| unsuitable(format!("the seed of user {user} is none: {error}")))?;
             connect = connect.nkey(seed.trim().to_owned());
         }
-        let client = connect.connect(url.as_str()).await.map_err(|error| unsuitable(error.to_string()))?;
+        let servers: Vec<_> = url.split(',').collect();
+        let client =
+            connect.connect(servers.as_slice()).await.map_err(|error| unsuitable(error.to_string()))?;
         let mut context = jetstream::new(client.clone());
         context.set_timeout(ASK);
-        let bus = Self {
-            inner: Arc::new(Inner {
-                site,
-                url,
-                client,
-                context,
-                suitable: AtomicBool::new(false),
-                ack_wait,
-                signs,
-            }),
-        };
+        let bus = Self { inner: Arc::new(Inner { site, url, client, context, replicas, ack_wait, signs }) };
         // Either it is there now, which is the rule, or the first use finds out.
         let _ = tokio::time::timeout(FIRST_CONNECT, connections.wait_for(|count| *count > 0)).await;
         bus.check_version()?;
@@ -243,14 +240,14 @@ impl NatsBus {
 
     /// Ok also while nothing is known of the broker.
     fn check_version(&self) -> Result<(), Error> {
-        if self.inner.suitable.load(Ordering::Relaxed) || !self.connected() {
+        if self.inner.signs.suitable.load(Ordering::Relaxed) || !self.connected() {
             return Ok(());
         }
         let version = self.inner.client.server_info().version;
         let mut parts = version.split('.').map(str::parse::<u64>);
         match (parts.next(), parts.next()) {
             (Some(Ok(major)), Some(Ok(minor))) if (major, minor) >= OLDEST => {
-                self.inner.suitable.store(true, Ordering::Relaxed);
+                self.inner.signs.suitable.store(true, Ordering::Relaxed);
                 Ok(())
             }
             _ => Err(Error::Unsuitable {

@@ -76,7 +76,11 @@ pub struct SiteFile {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NatsFile {
+    /// `nats://127.0.0.1:4222`; the servers of a cluster with commas between them.
     pub url: String,
+    /// Copies of each event, on as many servers of the cluster: 1, 3 or 5.
+    #[serde(default = "default_replicas")]
+    pub replicas: usize,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -116,6 +120,10 @@ impl Default for BuilderFile {
     fn default() -> Self {
         Self { workers: 2, packages: "builder/packages".to_owned(), layers: "builder/cache".to_owned() }
     }
+}
+
+fn default_replicas() -> usize {
+    1
 }
 
 fn default_log() -> String {
@@ -172,6 +180,7 @@ pub struct Site {
     /// A filter for `tracing`: `info`, or `info,kiln_builder=debug`.
     pub log: String,
     pub nats_url: String,
+    pub nats_replicas: usize,
     pub store: Option<Store>,
     pub otlp: Option<String>,
     pub metrics: BTreeMap<Service, SocketAddr>,
@@ -239,7 +248,7 @@ impl Site {
         let seed = std::fs::read_to_string(&path)
             .map_err(|error| Error::Unreadable { path: path.clone(), reason: error.to_string() })?;
         let (url, site) = (self.nats_url.clone(), self.name.clone());
-        Ok(NatsOptions { url, site, user, seed: Some(seed.trim().to_owned()) })
+        Ok(NatsOptions { url, replicas: self.nats_replicas, site, user, seed: Some(seed.trim().to_owned()) })
     }
 }
 
@@ -277,7 +286,13 @@ impl SiteFile {
         let name = self.name.parse::<SiteName>().map_err(|error| wrong("name")(error.to_string()))?;
         let id = self.id.parse::<SiteId>().map_err(|error| wrong("id")(error.to_string()))?;
         check_bridge(&self.bridge).map_err(wrong("bridge"))?;
-        check_url(&self.nats.url, &["nats://", "tls://"]).map_err(wrong("nats.url"))?;
+        for url in self.nats.url.split(',') {
+            check_url(url, &["nats://", "tls://"]).map_err(wrong("nats.url"))?;
+        }
+        if ![1, 3, 5].contains(&self.nats.replicas) {
+            // An even number bears no more losses than the odd one below it.
+            return Err(wrong("nats.replicas")(format!("{} is not 1, 3 or 5", self.nats.replicas)));
+        }
         let store = self.store.map(|store| store.check(home)).transpose().map_err(wrong("store.url"))?;
         if let Some(otlp) = &self.otlp {
             check_url(&otlp.endpoint, &["http://", "https://"]).map_err(wrong("otlp.endpoint"))?;
@@ -316,6 +331,7 @@ impl SiteFile {
             bridge: self.bridge,
             log: self.log,
             nats_url: self.nats.url,
+            nats_replicas: self.nats.replicas,
             store,
             otlp: self.otlp.map(|otlp| otlp.endpoint),
         })
@@ -479,6 +495,9 @@ git = "1s"
             ("10.77.3.0/24", "8.8.8.0/24", "`subnet`"),
             ("kiln-0a1b2c", "kiln-0a1b2c3d-long", "`bridge`"),
             ("nats://127", "http://127", "`nats.url`"),
+            ("4222\"", "4222,http://127.0.0.1:4223\"", "`nats.url`"),
+            ("4222\"", "4222, nats://127.0.0.1:4223\"", "`nats.url`"),
+            ("4222\"", "4222\"\nreplicas = 2", "`nats.replicas`"),
             ("127.0.0.1:9101", "localhost:9101", "`metrics`"),
             ("[poll]", "[listen]\nbuilder = \"10.0.0.5\"\n[poll]", "`listen`"),
             ("[poll]", "[peers]\nnode = \"http://10.0.0.5:1\"\n[poll]", "`peers`"),

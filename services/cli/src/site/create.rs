@@ -98,7 +98,7 @@ fn fresh(home: &Home) -> Outcome<SiteFile> {
     let others: Vec<_> = Home::all().iter().filter_map(|folder| Site::load(folder).ok()).collect();
     let mut ports = network::free_ports(1 + Service::ALL.len(), &network::ports(&others))?.into_iter();
     let mut address = || format!("127.0.0.1:{}", ports.next().unwrap_or_default());
-    let nats = NatsFile { url: format!("nats://{}", address()) };
+    let nats = NatsFile { url: format!("nats://{}", address()), replicas: 1 };
     Ok(SiteFile {
         name: home.name().to_string(),
         subnet: network::free_subnet(&others)?,
@@ -183,6 +183,17 @@ fn write_broker(site: &Site, wishes: &Wishes) -> Outcome {
             std::fs::remove_file(&own).during(format_args!("removing {}", own.display()))?;
         }
         return keys::write(&site.paths().nats().join("users.conf"), &users);
+    }
+    if site.nats_replicas > 1 {
+        return Err(Failure::new(
+            Code::Invalid,
+            format!("keeping {} copies of each event", site.nats_replicas),
+            "the site's own broker is one server",
+        )
+        .reason("bad_config")
+        .todo(
+            "name the servers of a cluster: kiln up --nats-url nats://a:4222,nats://b:4222,nats://c:4222",
+        ));
     }
     let listen = site.nats_url.trim_start_matches("nats://").trim_end_matches('/');
     keys::write(&own, &config(listen, site, &users))

@@ -70,7 +70,7 @@ pub(crate) async fn turn(limit: Instant, screen: Screen) -> Outcome<File> {
 
 /// Ports that sites have in their settings, whether they run or not.
 pub(crate) fn ports(sites: &[Site]) -> BTreeSet<u16> {
-    let brokers = sites.iter().filter_map(|site| port_of(&site.nats_url));
+    let brokers = sites.iter().flat_map(|site| site.nats_url.split(',').filter_map(port_of));
     let own = sites.iter().flat_map(|site| site.metrics.values().chain(site.listen.values()));
     brokers.chain(own.map(SocketAddr::port)).collect()
 }

@@ -66,7 +66,7 @@ impl TestSite {
             bridge: format!("kiln-{}", &hex[..6]),
             id: hex,
             log: "debug,h2=info,hyper=info,tower=info,sqlx=info".to_owned(),
-            nats: NatsFile { url: "nats://127.0.0.1:1".to_owned() },
+            nats: NatsFile { url: "nats://127.0.0.1:1".to_owned(), replicas: 1 },
             store: None,
             otlp: None,
             metrics: Default::default(),

@@ -15,7 +15,7 @@ const DAY: Duration = Duration::from_secs(24 * 3600);
 /// `ce-id` and the watermarks.
 const DUPLICATES: Duration = Duration::from_secs(600);
 
-fn wanted(stream: Stream, site: &SiteName) -> Config {
+fn wanted(stream: Stream, site: &SiteName, replicas: usize) -> Config {
     let (max_bytes, max_age, largest) = match stream {
         // As long as the outbox keeps them.
         Stream::Events => (256 * MIB, 7 * DAY, MIB),
@@ -38,7 +38,7 @@ fn wanted(stream: Stream, site: &SiteName) -> Config {
         duplicate_window: DUPLICATES,
         deny_delete: true,
         deny_purge: true,
-        num_replicas: 1,
+        num_replicas: replicas,
         ..Config::default()
     }
 }
@@ -54,6 +54,7 @@ fn compare(wanted: &Config, found: &Config) -> Result<(), String> {
         ("max_age", wanted.max_age != found.max_age),
         ("max_msg_size", wanted.max_message_size != found.max_message_size),
         ("duplicate_window", wanted.duplicate_window != found.duplicate_window),
+        ("num_replicas", wanted.num_replicas != found.num_replicas),
         ("deny_delete", wanted.deny_delete != found.deny_delete),
         ("deny_purge", wanted.deny_purge != found.deny_purge),
     ];
@@ -72,7 +73,7 @@ fn judge(bus: &NatsBus, wanted: &Config, found: &Config) -> Result<(), Error> {
 }
 
 pub(super) async fn ensure(bus: &NatsBus, stream: Stream) -> Result<(), Error> {
-    let wanted = wanted(stream, &bus.inner.site);
+    let wanted = wanted(stream, &bus.inner.site, bus.inner.replicas);
     let made = bus.inner.context.create_or_update_stream(wanted.clone()).await;
     let info = made.map_err(|error| bus.unavailable("make a stream", &error))?;
     bus.check_version()?;
@@ -84,7 +85,7 @@ pub(super) async fn bind(
     bus: &NatsBus,
     stream: Stream,
 ) -> Result<async_nats::jetstream::stream::Stream, Error> {
-    let wanted = wanted(stream, &bus.inner.site);
+    let wanted = wanted(stream, &bus.inner.site, bus.inner.replicas);
     let found = bus.inner.context.get_stream(&wanted.name).await;
     let found = found.map_err(|error| bus.unavailable("bind to a stream", &error))?;
     judge(bus, &wanted, &found.cached_info().config)?;
@@ -97,7 +98,7 @@ mod tests {
 
     #[test]
     fn a_setting_that_the_broker_dropped_is_named() {
-        let wanted = wanted(Stream::Events, &"home".parse().unwrap());
+        let wanted = wanted(Stream::Events, &"home".parse().unwrap(), 3);
         let found = Config { deny_purge: false, max_age: Duration::ZERO, ..wanted.clone() };
         assert_eq!(compare(&wanted, &wanted), Ok(()));
         assert_eq!(compare(&wanted, &found), Err("max_age, deny_purge".to_owned()));

@@ -312,28 +312,54 @@ async fn deliveries_that_nobody_lived_to_count_are_counted() {
     assert_eq!(nats.letters().await[0].1, b"server 1");
 }
 
-/// Speaks just enough of the protocol to be taken for an old server.
-#[tokio::test]
-async fn an_old_server_is_refused_in_words() {
+/// Speaks just enough of the protocol to be taken for a server: of these versions, one for each connection.
+async fn fake(versions: &'static [&'static str]) -> NatsOptions {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("nats://{}", listener.local_addr().unwrap());
     tokio::spawn(async move {
-        let (stream, _) = listener.accept().await.unwrap();
-        let (read, mut write) = stream.into_split();
-        let info =
-            r#"INFO {"server_id":"x","version":"2.9.10","proto":1,"max_payload":1048576,"headers":true}"#;
-        write.write_all(format!("{info}\r\n").as_bytes()).await.unwrap();
-        let mut lines = BufReader::new(read).lines();
-        while let Ok(Some(line)) = lines.next_line().await {
-            if line.starts_with("PING") {
-                write.write_all(b"PONG\r\n").await.unwrap();
+        for version in versions {
+            let (stream, _) = listener.accept().await.unwrap();
+            let (read, mut write) = stream.into_split();
+            let info = format!(
+                r#"INFO {{"server_id":"x","version":"{version}","proto":1,"max_payload":1048576,"headers":true}}"#
+            );
+            write.write_all(format!("{info}\r\n").as_bytes()).await.unwrap();
+            let mut lines = BufReader::new(read).lines();
+            while let Ok(Some(line)) = lines.next_line().await {
+                if line.starts_with("PING") {
+                    write.write_all(b"PONG\r\n").await.unwrap();
+                }
+                // Whatever else is wanted of it ends the connection.
+                if line.starts_with("PUB") || line.starts_with("HPUB") {
+                    break;
+                }
             }
         }
     });
-    let options = NatsOptions { url, site: "home".parse().unwrap(), user: User::Builder, seed: None };
-    let refused = NatsBus::connect(options).await.unwrap_err();
-    assert!(matches!(refused, Error::Unsuitable { .. }));
-    assert!(refused.to_string().contains("2.9.10") && refused.to_string().contains("2.10"), "{refused}");
+    NatsOptions { url, replicas: 1, site: "home".parse().unwrap(), user: User::Builder, seed: None }
+}
+
+#[tokio::test]
+async fn an_old_server_is_refused_in_words() {
+    for version in ["2.9.10", "2.9.25", "1.4.1", "dev"] {
+        let refused = NatsBus::connect(fake(Box::leak(Box::new([version]))).await).await.unwrap_err();
+        assert!(matches!(refused, Error::Unsuitable { .. }), "{refused}");
+        assert!(refused.to_string().contains(version) && refused.to_string().contains("2.10"), "{refused}");
+    }
+}
+
+/// Of a cluster, the next connection may be to another server.
+#[tokio::test]
+async fn an_old_server_is_refused_also_where_the_last_one_was_good() {
+    let bus = NatsBus::connect(fake(&["2.14.4", "2.9.25"]).await).await.unwrap();
+    let begin = Instant::now();
+    let refused = loop {
+        match bus.publish(&event("server", 1)).await {
+            Err(refused @ Error::Unsuitable { .. }) => break refused.to_string(),
+            other => assert!(begin.elapsed() < LONG, "{other:?}"),
+        }
+    };
+    assert!(refused.contains("2.9.25"), "{refused}");
 }
 
 #[tokio::test]

@@ -77,7 +77,13 @@ impl Server {
     }
 
     pub(super) fn options(&self, user: User) -> NatsOptions {
-        NatsOptions { url: self.url(), site: "home".parse().unwrap(), user, seed: Some(self.seed(user)) }
+        NatsOptions {
+            url: self.url(),
+            replicas: 1,
+            site: "home".parse().unwrap(),
+            user,
+            seed: Some(self.seed(user)),
+        }
     }
 
     pub(super) async fn root(&self) -> async_nats::Client {
