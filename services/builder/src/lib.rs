@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kiln_api::builder::builder_service_server::BuilderServiceServer;
-use kiln_bus::{Bus, Interest, NatsBus, User};
+use kiln_bus::{Bus, NatsBus, User, interests};
 use kiln_image::ImageStore;
 use kiln_model::event::Service;
 use kiln_service::clock::{Clock, SystemClock};
@@ -123,10 +123,7 @@ impl<S: Store, K: Bakery, C: Clock> Loops<S, K, C> {
         let wake = Arc::new(Notify::new());
         let handler = Arc::new(EventHandler::new(builder.clone(), wake.clone()));
         let following = Resync::new(builder.clone(), peers);
-        let interests = [
-            Interest { service: Service::Monitor, entity: "server" },
-            Interest { service: Service::Deployer, entity: "rollout" },
-        ];
+        let interests = interests(Service::Builder);
         tokio::join!(
             relay::run(builder.documents.store().clone(), bus.clone(), stop.clone()),
             reconcile::run(builder.clone(), options.members.clone(), stop.clone()),
@@ -136,7 +133,7 @@ impl<S: Store, K: Bakery, C: Clock> Loops<S, K, C> {
                 tester.retire_leftovers(&builder).await.map(drop)
             }),
             resync::every(period, stop.clone(), wake, || following.run()),
-            follow::events(stop.clone(), || bus.consume(CONSUMER, &interests, handler.clone(), stop.clone())),
+            follow::events(stop.clone(), || bus.consume(CONSUMER, interests, handler.clone(), stop.clone())),
         );
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use kiln_api::events;
-use kiln_bus::{Handled, Handler, Interest};
+use kiln_bus::{Handled, Handler};
 use kiln_model::event::{Event, Service};
 use kiln_model::revision::Revision;
 use kiln_service::clock::Clock;
@@ -18,12 +18,6 @@ use crate::reconcile::Deployer;
 use crate::revisions;
 
 pub(crate) const DURABLE: &str = "deployer";
-
-pub(crate) const INTERESTS: [Interest; 3] = [
-    Interest { service: Service::Builder, entity: "revision" },
-    Interest { service: Service::Monitor, entity: "instance" },
-    Interest { service: Service::Monitor, entity: "server" },
-];
 
 pub(crate) struct Events<S, C> {
     deployer: Deployer<S, C>,

@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kiln_api::deployer::deployer_service_server::DeployerServiceServer;
-use kiln_bus::{Bus, NatsBus, User};
+use kiln_bus::{Bus, NatsBus, User, interests};
 use kiln_model::event::Service;
 use kiln_service::clock::{Clock, SystemClock};
 use kiln_service::members::Members;
@@ -37,7 +37,7 @@ use kiln_store::{SqlStore, Store};
 use tokio::sync::{Notify, watch as flag};
 use tonic::service::Routes;
 
-use crate::events::{DURABLE, Events, INTERESTS};
+use crate::events::{DURABLE, Events};
 use crate::reconcile::Deployer;
 
 const PRUNE: Duration = Duration::from_secs(3600);
@@ -105,8 +105,9 @@ impl<S: Store, C: Clock> Loops<S, C> {
         let pruning = resync::every(PRUNE, stop.clone(), Arc::new(Notify::new()), || async {
             watch::prune(&store, deployer.clock.now().wall).await
         });
+        let interests = interests(Service::Deployer);
         tokio::join!(
-            follow::events(stop.clone(), || bus.consume(DURABLE, &INTERESTS, handler.clone(), stop.clone())),
+            follow::events(stop.clone(), || bus.consume(DURABLE, interests, handler.clone(), stop.clone())),
             relay::run(store.clone(), bus.clone(), stop.clone()),
             watch::node(deployer.clone()),
             watch::monitor(deployer.clone()),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use kiln_api::events::{DefinitionChanged, InstanceChanged, PlanUnchanged, RevisionCreated};
-use kiln_bus::{Handled, Handler, Interest, ReportHandler};
+use kiln_bus::{Handled, Handler, ReportHandler};
 use kiln_model::event::{Event, Service};
 use kiln_model::signal::{Remedy, SignalId};
 use kiln_monitor_core::signal::Observation;
@@ -19,13 +19,6 @@ use crate::reports;
 use crate::servers::Servers;
 use crate::signals::{Scope, Signals};
 use crate::watcher::Watcher;
-
-pub const INTERESTS: [Interest; 4] = [
-    Interest { service: Service::Deployer, entity: "instance" },
-    Interest { service: Service::Builder, entity: "definition" },
-    Interest { service: Service::Builder, entity: "revision" },
-    Interest { service: Service::Builder, entity: "plan" },
-];
 
 #[derive(Clone)]
 pub struct Events<S, C> {

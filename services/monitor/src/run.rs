@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use kiln_api::monitor::monitor_service_server::MonitorServiceServer;
-use kiln_bus::{Bus, NatsBus, User};
+use kiln_bus::{Bus, NatsBus, User, interests};
 use kiln_model::event::Service;
 use kiln_service::clock::{Clock, SystemClock};
 use kiln_service::config::Poll;
@@ -19,7 +19,7 @@ use tonic::service::Routes;
 use crate::definitions::Definitions;
 use crate::download::AptHelper;
 use crate::engine::{self, View};
-use crate::events::{Events, INTERESTS};
+use crate::events::Events;
 use crate::eyes::Probes;
 use crate::grpc::Api;
 use crate::packages::Packages;
@@ -130,7 +130,7 @@ impl<S: Store, C: Clock> Monitor<S, C> {
         let engine = self.ports.engine.clone();
         tokio::join!(
             follow::events(stop.clone(), || {
-                bus.consume(DURABLE, &INTERESTS, handler.clone(), stop.clone())
+                bus.consume(DURABLE, interests(Service::Monitor), handler.clone(), stop.clone())
             }),
             follow::events(stop.clone(), || bus.consume_reports(DURABLE, handler.clone(), stop.clone())),
             loops::every(period, stop.clone(), Arc::new(Notify::new()), instances),

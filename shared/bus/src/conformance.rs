@@ -18,6 +18,9 @@ pub(crate) trait Harness {
 
     fn bus(&self) -> Self::Bus;
 
+    /// Has the consumer `monitor` given the monitor's events of an entity.
+    async fn admit(&self, entity: &'static str);
+
     /// As any system could send it.
     async fn send(&self, subject: &str, headers: HeaderMap, payload: &[u8]);
 
@@ -108,6 +111,7 @@ async fn publish(harness: &impl Harness, entity: &'static str, sequences: impl I
 }
 
 async fn events_arrive_once_and_in_order(harness: &impl Harness) {
+    harness.admit("once").await;
     publish(harness, "other", [1]).await;
     publish(harness, "once", [1, 2, 2, 1, 3]).await;
     let mut consuming = consume(harness.bus(), "monitor", "once", |_, _| Handled::Done);
@@ -121,6 +125,7 @@ async fn events_arrive_once_and_in_order(harness: &impl Harness) {
 }
 
 async fn a_durable_goes_on_where_it_was(harness: &impl Harness) {
+    harness.admit("on").await;
     publish(harness, "on", [1]).await;
     let mut consuming = consume(harness.bus(), "monitor", "on", |_, _| Handled::Done);
     assert_eq!(consuming.next().await, (1, 1));
@@ -132,6 +137,7 @@ async fn a_durable_goes_on_where_it_was(harness: &impl Harness) {
 }
 
 async fn a_failed_event_comes_again_and_is_given_up(harness: &impl Harness) {
+    harness.admit("fail").await;
     publish(harness, "fail", [1, 2]).await;
     let mut consuming = consume(harness.bus(), "monitor", "fail", |event, _| match event.sequence {
         1 => Handled::Failed("it is\nno good".to_owned()),
@@ -153,6 +159,7 @@ async fn a_failed_event_comes_again_and_is_given_up(harness: &impl Harness) {
 }
 
 async fn what_is_no_event_is_given_up_at_once(harness: &impl Harness) {
+    harness.admit("instance").await;
     let mut consuming = consume(harness.bus(), "monitor", "instance", |_, _| Handled::Done);
     harness.send(SUBJECT, HeaderMap::new(), b"garbage").await;
     publish(harness, "instance", [7]).await;
@@ -163,6 +170,7 @@ async fn what_is_no_event_is_given_up_at_once(harness: &impl Harness) {
 }
 
 async fn a_pause_counts_no_attempt(harness: &impl Harness) {
+    harness.admit("pause").await;
     publish(harness, "pause", [1, 2]).await;
     let away = Arc::new(Mutex::new(4));
     let mut consuming = consume(harness.bus(), "monitor", "pause", move |_, _| {
@@ -192,6 +200,7 @@ async fn a_handler_that_dies_is_followed_by_another(harness: &impl Harness) {
         }
     }
 
+    harness.admit("die").await;
     publish(harness, "die", [1]).await;
     let (told, mut began) = mpsc::unbounded_channel();
     let (_stop, stopped) = watch::channel(false);

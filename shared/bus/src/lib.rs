@@ -12,7 +12,8 @@ mod subjects;
 
 pub use headers::{decode, headers, schema};
 pub use memory::{DeadLetter, MemoryBus};
-pub use nats::{Follow, NatsBus, NatsOptions, NewKey, User, new_key, users_section};
+pub use nats::{Follow, NatsBus, NatsOptions, NewKey, User, accounts_section, new_key};
+pub use subjects::interests;
 
 use std::time::Duration;
 

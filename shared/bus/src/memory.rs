@@ -284,6 +284,9 @@ mod tests {
             self.0.clone()
         }
 
+        /// Each consumer names its interests itself.
+        async fn admit(&self, _: &'static str) {}
+
         async fn send(&self, subject: &str, headers: HeaderMap, payload: &[u8]) {
             self.0.publish_raw(subject, headers, payload).unwrap();
         }

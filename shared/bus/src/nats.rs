@@ -25,7 +25,8 @@ use crate::subjects::{Stream, filters, report_filter};
 use crate::{Bus, Error, Handler, Interest, PUBLISH_TIMEOUT, ReportHandler};
 
 pub use follow::Follow;
-pub use users::{NewKey, User, new_key, users_section};
+use users::Durable;
+pub use users::{NewKey, User, accounts_section, new_key};
 
 /// Older ones forget settings that they do not know, without a word.
 const OLDEST: (u64, u64) = (2, 10);
@@ -145,7 +146,7 @@ impl NatsBus {
         let servers: Vec<_> = url.split(',').collect();
         let client =
             connect.connect(servers.as_slice()).await.map_err(|error| unsuitable(error.to_string()))?;
-        let mut context = jetstream::new(client.clone());
+        let mut context = jetstream::with_prefix(client.clone(), user.api());
         context.set_timeout(ASK);
         let bus = Self { inner: Arc::new(Inner { site, url, client, context, replicas, ack_wait, signs }) };
         // Either it is there now, which is the rule, or the first use finds out.
@@ -154,15 +155,23 @@ impl NatsBus {
         Ok(bus)
     }
 
-    /// Makes the three streams of the site, or brings them to the wanted settings. Only the admin may.
+    /// Makes the streams of the site and the consumers of its services, or brings them to the wanted settings. Only the
+    /// admin may.
     ///
     /// # Errors
     /// [`Error::Unavailable`] where the broker is away or refuses, [`Error::Unsuitable`] where it is too old or made
     /// something else.
     pub async fn ensure_streams(options: NatsOptions) -> Result<(), Error> {
-        let bus = Self::connect(options).await?;
+        Self::ensure_with(options, ACK_WAIT).await
+    }
+
+    async fn ensure_with(options: NatsOptions, ack_wait: Duration) -> Result<(), Error> {
+        let bus = Self::connect_with(options, ack_wait).await?;
         for stream in Stream::ALL {
             streams::ensure(&bus, stream).await?;
+        }
+        for Durable { stream, user, filters } in users::consumers(&bus.inner.site) {
+            consumer::ensure(&bus, stream, user.as_str(), filters).await?;
         }
         Ok(())
     }

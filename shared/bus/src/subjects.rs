@@ -1,9 +1,34 @@
 //! The one place that makes subjects and names of streams. All parts are checked names or texts of this program, so
 //! none can hold a wildcard.
 
+use kiln_model::event::Service;
 use kiln_model::name::SiteName;
 
 use crate::Interest;
+
+/// The events that a service is given. They stand here, as the admin makes the consumers: whoever may make one may have
+/// its messages sent to any subject.
+pub const fn interests(service: Service) -> &'static [Interest] {
+    use Service as S;
+    match service {
+        S::Builder => &[
+            Interest { service: S::Monitor, entity: "server" },
+            Interest { service: S::Deployer, entity: "rollout" },
+        ],
+        S::Deployer => &[
+            Interest { service: S::Builder, entity: "revision" },
+            Interest { service: S::Monitor, entity: "instance" },
+            Interest { service: S::Monitor, entity: "server" },
+        ],
+        S::Monitor => &[
+            Interest { service: S::Deployer, entity: "instance" },
+            Interest { service: S::Builder, entity: "definition" },
+            Interest { service: S::Builder, entity: "revision" },
+            Interest { service: S::Builder, entity: "plan" },
+        ],
+        S::Node => &[],
+    }
+}
 
 /// The three streams of a site.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

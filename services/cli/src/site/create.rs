@@ -177,7 +177,7 @@ pub(crate) fn broker_pid(site: &Site) -> PathBuf {
 /// With a broker of the site's own its configuration; with another's the users that it must be given.
 fn write_broker(site: &Site, wishes: &Wishes) -> Outcome {
     let own = broker_config(site);
-    let users = keys::users_section(site.paths(), &site.name)?;
+    let users = keys::accounts_section(site.paths(), &site.name)?;
     if wishes.nats_url.is_some() || (!own.exists() && home_is_made(site)) {
         if own.exists() {
             std::fs::remove_file(&own).during(format_args!("removing {}", own.display()))?;

@@ -45,7 +45,7 @@ pub(crate) fn ensure(paths: Paths<'_>) -> Outcome {
 }
 
 /// The broker's section of users, from the keys that there are.
-pub(crate) fn users_section(paths: Paths<'_>, site: &SiteName) -> Outcome<String> {
+pub(crate) fn accounts_section(paths: Paths<'_>, site: &SiteName) -> Outcome<String> {
     let mut users = Vec::new();
     for user in User::ALL {
         let path = paths.nats_seed(user);
@@ -54,7 +54,7 @@ pub(crate) fn users_section(paths: Paths<'_>, site: &SiteName) -> Outcome<String
             .map_err(|error| Failure::failed(format!("the key {}", path.display()), error))?;
         users.push((user, pair.public_key()));
     }
-    Ok(kiln_bus::users_section(site, &users))
+    Ok(kiln_bus::accounts_section(site, &users))
 }
 
 /// Whole or not at all, and for root's eyes alone.

@@ -9,6 +9,8 @@ pub(crate) mod network;
 pub(crate) mod pki;
 pub(crate) mod process;
 pub(crate) mod programs;
+#[cfg(test)]
+mod rights;
 pub(crate) mod stop;
 pub(crate) mod supervisor;
 

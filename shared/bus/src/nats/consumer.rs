@@ -5,9 +5,12 @@
 
 use std::time::Duration;
 
-use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, PullConsumer, ReplayPolicy, pull::Config};
+use async_nats::jetstream::consumer::pull::Config;
+use async_nats::jetstream::consumer::{
+    self, AckPolicy, DeliverPolicy, IntoConsumerConfig as _, PullConsumer, ReplayPolicy,
+};
 use async_nats::jetstream::{AckKind, Message as Delivered};
-use futures::StreamExt as _;
+use futures::{FutureExt as _, StreamExt as _};
 use tokio::sync::watch;
 
 use super::{NatsBus, streams};
@@ -42,26 +45,42 @@ fn wanted(durable: &str, filters: Vec<String>, ack_wait: Duration) -> Config {
     }
 }
 
-fn compare(wanted: &Config, found: &Config) -> Result<(), String> {
-    let filters = |config: &Config| {
-        let mut filters = config.filter_subjects.clone();
-        if !config.filter_subject.is_empty() {
-            filters.push(config.filter_subject.clone());
-        }
-        filters.sort();
-        filters
-    };
-    let differs = [
-        ("filter_subjects", filters(wanted) != filters(found)),
-        ("ack_policy", wanted.ack_policy != found.ack_policy),
-        ("ack_wait", wanted.ack_wait != found.ack_wait),
-        ("max_deliver", wanted.max_deliver != found.max_deliver),
-        ("max_ack_pending", wanted.max_ack_pending != found.max_ack_pending),
-    ];
-    let names: Vec<_> = differs.into_iter().filter(|(_, differs)| *differs).map(|(name, _)| name).collect();
-    if names.is_empty() { Ok(()) } else { Err(names.join(", ")) }
+fn judge(bus: &NatsBus, wanted: Config, found: &consumer::Config) -> Result<(), Error> {
+    let name = wanted.durable_name.clone().unwrap_or_default();
+    let (wanted, found) = (in_one_form(wanted.into_consumer_config()), in_one_form(found.clone()));
+    streams::compare(&wanted, &found).map_err(|names| Error::Unsuitable {
+        place: bus.inner.url.clone(),
+        reason: format!(
+            "consumer {name} has other settings than asked for: {names}; `kiln up` brings them back"
+        ),
+    })
 }
 
+/// One filter is said in two ways, and the order of several says nothing.
+fn in_one_form(mut config: consumer::Config) -> consumer::Config {
+    config.filter_subjects.sort();
+    if let [only] = config.filter_subjects.as_mut_slice() {
+        config.filter_subject = std::mem::take(only);
+        config.filter_subjects.clear();
+    }
+    config
+}
+
+/// Makes a consumer, or brings it to the wanted settings.
+pub(super) async fn ensure(
+    bus: &NatsBus,
+    stream: Stream,
+    durable: &str,
+    filters: Vec<String>,
+) -> Result<(), Error> {
+    let wanted = wanted(durable, filters, bus.inner.ack_wait);
+    let name = stream.name(&bus.inner.site);
+    let made = bus.inner.context.create_consumer_on_stream(wanted.clone(), name).await;
+    let consumer: PullConsumer = made.map_err(|error| bus.unavailable("make a consumer", &error))?;
+    judge(bus, wanted, &consumer.cached_info().config)
+}
+
+/// The consumer as it is, which must be as wanted.
 pub(super) async fn bind(
     bus: &NatsBus,
     stream: Stream,
@@ -71,24 +90,9 @@ pub(super) async fn bind(
     bus.check_version()?;
     let stream = streams::bind(bus, stream).await?;
     let wanted = wanted(durable, filters.to_vec(), bus.inner.ack_wait);
-    let made = stream.create_consumer(wanted.clone()).await;
-    let consumer: PullConsumer = made.map_err(|error| bus.unavailable("make a consumer", &error))?;
-    let found = &consumer.cached_info().config;
-    let found = Config {
-        filter_subject: found.filter_subject.clone(),
-        filter_subjects: found.filter_subjects.clone(),
-        ack_policy: found.ack_policy,
-        ack_wait: found.ack_wait,
-        max_deliver: found.max_deliver,
-        max_ack_pending: found.max_ack_pending,
-        ..Config::default()
-    };
-    compare(&wanted, &found).map_err(|names| Error::Unsuitable {
-        place: bus.inner.url.clone(),
-        reason: format!(
-            "consumer {durable} has other settings than asked for: {names}; delete it, it is made anew"
-        ),
-    })?;
+    let consumer: PullConsumer =
+        stream.get_consumer(durable).await.map_err(|error| bus.unavailable("bind to a consumer", &error))?;
+    judge(bus, wanted, &consumer.cached_info().config)?;
     Ok(consumer)
 }
 
@@ -159,6 +163,11 @@ impl Consumer<'_> {
                     biased;
                     message = request.next() => break message,
                     () = stopped(&mut self.stop) => {
+                        let _ = tokio::time::timeout(FLUSH, at_hand(pull)).await;
+                        // What came meanwhile is handled to its end; without, it would count an attempt that nobody made.
+                        if let Some(message) = request.next().now_or_never() {
+                            break message;
+                        }
                         // The broker takes the request back before anything else is sent to it.
                         drop(request);
                         let flushed = tokio::time::timeout(FLUSH, self.bus.flush()).await;
@@ -246,6 +255,12 @@ impl Consumer<'_> {
         let subject = dead_letter(&self.bus.inner.site, self.durable, message.subject);
         self.bus.store(subject, headers, message.payload.to_vec()).await
     }
+}
+
+/// Returns once a request waits at the broker. It takes requests up by and by, and finds out only then whose account one is
+/// from; one that was taken back before is held for somebody's, and the next message is sent to nobody.
+async fn at_hand(pull: &PullConsumer) {
+    while pull.get_info().await.is_ok_and(|info| info.num_waiting == 0) {}
 }
 
 async fn acknowledge(message: &Delivered, kind: AckKind) -> Result<(), String> {

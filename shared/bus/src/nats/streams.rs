@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use async_nats::jetstream::stream::{Config, DiscardPolicy, RetentionPolicy, StorageType};
 use kiln_model::name::SiteName;
+use serde::Serialize;
 
 use super::NatsBus;
 use crate::Error;
@@ -43,22 +44,14 @@ fn wanted(stream: Stream, site: &SiteName, replicas: usize) -> Config {
     }
 }
 
-/// A broker drops settings that it does not know, so what it says it has is compared.
-fn compare(wanted: &Config, found: &Config) -> Result<(), String> {
-    let differs = [
-        ("subjects", wanted.subjects != found.subjects),
-        ("retention", wanted.retention != found.retention),
-        ("storage", wanted.storage != found.storage),
-        ("discard", wanted.discard != found.discard),
-        ("max_bytes", wanted.max_bytes != found.max_bytes),
-        ("max_age", wanted.max_age != found.max_age),
-        ("max_msg_size", wanted.max_message_size != found.max_message_size),
-        ("duplicate_window", wanted.duplicate_window != found.duplicate_window),
-        ("num_replicas", wanted.num_replicas != found.num_replicas),
-        ("deny_delete", wanted.deny_delete != found.deny_delete),
-        ("deny_purge", wanted.deny_purge != found.deny_purge),
-    ];
-    let names: Vec<_> = differs.into_iter().filter(|(_, differs)| *differs).map(|(name, _)| name).collect();
+/// A broker drops settings that it does not know, so what it says it has is compared. Names those that differ, of all
+/// that were asked for.
+pub(super) fn compare<C: Serialize>(wanted: &C, found: &C) -> Result<(), String> {
+    let settings = |config: &C| serde_json::to_value(config).map_err(|error| error.to_string());
+    let (wanted, found) = (settings(wanted)?, settings(found)?);
+    let wanted = wanted.as_object().into_iter().flatten();
+    let names: Vec<_> =
+        wanted.filter(|(name, value)| found.get(name) != Some(value)).map(|it| it.0.as_str()).collect();
     if names.is_empty() { Ok(()) } else { Err(names.join(", ")) }
 }
 
@@ -97,10 +90,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_setting_that_the_broker_dropped_is_named() {
+    fn every_setting_that_the_broker_dropped_is_named() {
         let wanted = wanted(Stream::Events, &"home".parse().unwrap(), 3);
-        let found = Config { deny_purge: false, max_age: Duration::ZERO, ..wanted.clone() };
         assert_eq!(compare(&wanted, &wanted), Ok(()));
-        assert_eq!(compare(&wanted, &found), Err("max_age, deny_purge".to_owned()));
+        let serde_json::Value::Object(settings) = serde_json::to_value(&wanted).unwrap() else { panic!() };
+        assert!(settings.len() > 12, "{settings:?}");
+        for name in settings.keys() {
+            let mut found = settings.clone();
+            found.remove(name);
+            assert_eq!(compare(&settings, &found), Err(name.clone()));
+        }
+        let found = Config { deny_purge: false, num_replicas: 1, ..wanted.clone() };
+        assert_eq!(compare(&wanted, &found), Err("deny_purge, num_replicas".to_owned()));
     }
 }

@@ -11,8 +11,10 @@ use tokio::net::TcpListener;
 use super::*;
 use crate::conformance::{Harness, conformance, consume, event};
 use crate::subjects::Stream;
-use crate::{Handled, MAX_ATTEMPTS};
+use crate::{Handled, Interest, MAX_ATTEMPTS};
 
+/// Short, for tests that wait for it.
+const ACK_WAIT: Duration = Duration::from_secs(2);
 const LONG: Duration = Duration::from_secs(60);
 
 struct Nats {
@@ -24,11 +26,23 @@ struct Nats {
 impl Nats {
     async fn start() -> Self {
         let server = Server::start();
-        NatsBus::ensure_streams(server.options(User::Admin)).await.unwrap();
-        let monitor =
-            NatsBus::connect_with(server.options(User::Monitor), Duration::from_secs(2)).await.unwrap();
+        let monitor = NatsBus::connect_with(server.options(User::Monitor), ACK_WAIT).await.unwrap();
         let root = server.root().await;
-        Self { server, monitor, root }
+        let nats = Self { server, monitor, root };
+        nats.prepare().await;
+        nats
+    }
+
+    async fn prepare(&self) {
+        NatsBus::ensure_with(self.server.options(User::Admin), ACK_WAIT).await.unwrap();
+        self.admit("server").await;
+    }
+
+    /// As the admin does, with filters of the test's own.
+    async fn give(&self, durable: &str, entity: &'static str) {
+        let admin = NatsBus::connect_with(self.server.options(User::Admin), ACK_WAIT).await.unwrap();
+        let filters = filters(&admin.inner.site, &[Interest { service: Service::Monitor, entity }]);
+        consumer::ensure(&admin, Stream::Events, durable, filters).await.unwrap();
     }
 
     async fn letters(&self) -> Vec<(HeaderMap, Vec<u8>)> {
@@ -48,6 +62,10 @@ impl Harness for Nats {
 
     fn bus(&self) -> NatsBus {
         self.monitor.clone()
+    }
+
+    async fn admit(&self, entity: &'static str) {
+        self.give("monitor", entity).await;
     }
 
     async fn send(&self, subject: &str, headers: HeaderMap, payload: &[u8]) {
@@ -93,7 +111,8 @@ async fn an_event_is_stored_once_with_its_headers() {
 #[tokio::test]
 async fn a_dead_letter_lies_there_once() {
     let nats = Nats::start().await;
-    let builder = NatsBus::connect(nats.server.options(User::Builder)).await.unwrap();
+    let builder = NatsBus::connect_with(nats.server.options(User::Builder), ACK_WAIT).await.unwrap();
+    nats.give("builder", "server").await;
     nats.send("kiln.v1.home.monitor.server.changed.web", HeaderMap::new(), b"garbage").await;
     nats.monitor.publish(&event("server", 1)).await.unwrap();
     let mut consuming = [
@@ -183,7 +202,7 @@ async fn a_broker_whose_data_was_wiped_is_used_again() {
     nats.server.kill();
     nats.server.wipe();
     nats.server.run();
-    NatsBus::ensure_streams(nats.server.options(User::Admin)).await.unwrap();
+    nats.prepare().await;
     let begin = Instant::now();
     while nats.monitor.publish(&event("server", 2)).await.is_err() {
         assert!(begin.elapsed() < LONG);
@@ -196,13 +215,12 @@ async fn a_broker_whose_data_was_wiped_is_used_again() {
 /// It is not there when the service starts, and is found when it comes.
 #[tokio::test]
 async fn a_broker_that_comes_late_is_waited_for() {
-    let mut server = Server::start();
-    NatsBus::ensure_streams(server.options(User::Admin)).await.unwrap();
-    server.kill();
-    let bus = NatsBus::connect(server.options(User::Monitor)).await.unwrap();
+    let mut nats = Nats::start().await;
+    nats.server.kill();
+    let bus = NatsBus::connect_with(nats.server.options(User::Monitor), ACK_WAIT).await.unwrap();
     let mut consuming = consume(bus.clone(), "monitor", "server", |_, _| Handled::Done);
     assert!(bus.publish(&event("server", 1)).await.is_err());
-    server.run();
+    nats.server.run();
     let begin = Instant::now();
     while bus.publish(&event("server", 2)).await.is_err() {
         assert!(begin.elapsed() < LONG);
@@ -236,6 +254,7 @@ async fn nobody_may_do_another_s_work() {
     );
     assert!(refused.0.is_err() && refused.1.is_err() && refused.2.is_err());
     assert!(refused.3.is_err() && refused.4.is_err() && refused.5.is_err());
+    let filters = ["kiln.v1.home.monitor.server.>".to_owned()];
     consumer::bind(&nats.monitor, Stream::Events, "monitor", &filters).await.unwrap();
 }
 
@@ -281,7 +300,7 @@ async fn a_stream_with_other_settings_is_not_used() {
     let Err(Error::Unsuitable { reason, .. }) = ended else { panic!("{ended:?}") };
     assert!(reason.contains("max_age"), "{reason}");
     // The admin brings it back.
-    NatsBus::ensure_streams(nats.server.options(User::Admin)).await.unwrap();
+    nats.prepare().await;
     let mut consuming = consume(nats.monitor.clone(), "monitor", "server", |_, _| Handled::Done);
     nats.monitor.publish(&event("server", 1)).await.unwrap();
     assert_eq!(consuming.next().await, (1, 1));
@@ -360,6 +379,24 @@ async fn an_old_server_is_refused_also_where_the_last_one_was_good() {
         }
     };
     assert!(refused.contains("2.9.25"), "{refused}");
+}
+
+#[tokio::test]
+async fn a_consumer_with_other_settings_is_not_used() {
+    let nats = Nats::start().await;
+    let stream = jetstream::new(nats.root.clone()).get_stream("KILN_HOME").await.unwrap();
+    let mut changed = stream.consumer_info("monitor").await.unwrap().config;
+    changed.max_ack_pending = 1;
+    stream.create_consumer(changed).await.unwrap();
+    let consuming = consume(nats.monitor.clone(), "monitor", "server", |_, _| Handled::Done);
+    let ended = tokio::time::timeout(LONG, consuming.task).await.unwrap().unwrap();
+    let Err(Error::Unsuitable { reason, .. }) = ended else { panic!("{ended:?}") };
+    assert!(reason.contains("consumer monitor") && reason.contains("max_ack_pending"), "{reason}");
+    nats.prepare().await;
+    let mut consuming = consume(nats.monitor.clone(), "monitor", "server", |_, _| Handled::Done);
+    nats.monitor.publish(&event("server", 1)).await.unwrap();
+    assert_eq!(consuming.next().await, (1, 1));
+    consuming.stop().await;
 }
 
 #[tokio::test]

@@ -4,9 +4,11 @@ use std::fmt;
 use std::fmt::Write as _;
 use std::str::FromStr;
 
+use kiln_model::event::Service;
 use kiln_model::name::SiteName;
 
-use crate::subjects::Stream;
+use crate::interests;
+use crate::subjects::{Stream, filters, report_filter};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum User {
@@ -18,7 +20,7 @@ pub enum User {
     Cli,
     /// Other systems that look on.
     Reader,
-    /// Makes the streams, and nothing else.
+    /// Makes the streams and the services' consumers, and nothing else.
     Admin,
 }
 
@@ -43,12 +45,45 @@ impl User {
         format!("_INBOX.{self}")
     }
 
-    fn publish(self, site: &SiteName) -> Vec<String> {
+    /// The prefix of its calls to JetStream. Those of a service are imported into its account under a name of their
+    /// own, as each account has a JetStream by the usual one, which would answer too.
+    pub(super) const fn api(self) -> &'static str {
         match self {
-            Self::Builder | Self::Deployer => self.service(site, &[Stream::Events]),
-            Self::Monitor => self.service(site, &[Stream::Events, Stream::Reports]),
+            Self::Builder | Self::Deployer | Self::Monitor | Self::Node => "kiln.api",
+            Self::Cli | Self::Reader | Self::Admin => SERVERS_API,
+        }
+    }
+
+    /// What a service may ask of the site's account: to store its own events and dead letters, and to read by the one
+    /// consumer of its name on each stream.
+    fn services(self, site: &SiteName) -> Option<Services> {
+        let own = [format!("kiln.v1.{site}.{self}.>"), format!("kiln.dead.v1.{site}.{self}.>")];
+        let (own, consumes): (&[String], &[Stream]) = match self {
+            Self::Builder | Self::Deployer => (&own, &[Stream::Events]),
+            Self::Monitor => (&own, &[Stream::Events, Stream::Reports]),
             // It is told everything by gRPC, and its facts come to light there.
-            Self::Node => vec![format!("kiln.v1.{site}.node.>")],
+            Self::Node => (&own[..1], &[]),
+            Self::Cli | Self::Reader | Self::Admin => return None,
+        };
+        let mut services = Services { subjects: own.to_vec(), calls: Vec::new() };
+        for stream in consumes {
+            let stream = stream.name(site);
+            services.subjects.push(format!("$JS.ACK.{stream}.{self}.>"));
+            services.calls.extend([
+                format!("STREAM.INFO.{stream}"),
+                format!("CONSUMER.INFO.{stream}.{self}"),
+                format!("CONSUMER.MSG.NEXT.{stream}.{self}"),
+            ]);
+        }
+        Some(services)
+    }
+
+    fn publish(self, site: &SiteName) -> Vec<String> {
+        if let Some(services) = self.services(site) {
+            let calls = services.calls.iter().map(|call| format!("{}.{call}", self.api()));
+            return services.subjects.iter().cloned().chain(calls).collect();
+        }
+        match self {
             Self::Cli => {
                 let stream = Stream::Events.name(site);
                 vec![
@@ -59,32 +94,19 @@ impl User {
                     format!("$JS.API.STREAM.MSG.GET.{stream}"),
                 ]
             }
-            Self::Reader => vec![format!("{}.>", self.inbox())],
             Self::Admin => {
-                let verbs = ["CREATE", "UPDATE", "INFO"];
-                let calls = verbs.iter().flat_map(|verb| {
+                let streams = ["CREATE", "UPDATE", "INFO"].into_iter().flat_map(|verb| {
                     Stream::ALL.map(|stream| format!("$JS.API.STREAM.{verb}.{}", stream.name(site)))
                 });
-                calls.collect()
+                let consumers = consumers(site).into_iter().flat_map(|Durable { stream, user, .. }| {
+                    let stream = stream.name(site);
+                    let create = format!("$JS.API.CONSUMER.CREATE.{stream}.{user}");
+                    [format!("{create}.>"), create]
+                });
+                streams.chain(consumers).collect()
             }
+            _ => vec![format!("{}.>", self.inbox())],
         }
-    }
-
-    /// Publishes its own events and dead letters, and keeps one durable consumer, of its own name, on each stream.
-    fn service(self, site: &SiteName, consumes: &[Stream]) -> Vec<String> {
-        let mut allowed = vec![format!("kiln.v1.{site}.{self}.>"), format!("kiln.dead.v1.{site}.{self}.>")];
-        for stream in consumes {
-            let stream = stream.name(site);
-            allowed.extend([
-                format!("$JS.API.STREAM.INFO.{stream}"),
-                format!("$JS.API.CONSUMER.CREATE.{stream}.{self}"),
-                format!("$JS.API.CONSUMER.CREATE.{stream}.{self}.>"),
-                format!("$JS.API.CONSUMER.INFO.{stream}.{self}"),
-                format!("$JS.API.CONSUMER.MSG.NEXT.{stream}.{self}"),
-                format!("$JS.ACK.{stream}.{self}.>"),
-            ]);
-        }
-        allowed
     }
 
     fn subscribe(self, site: &SiteName) -> Vec<String> {
@@ -96,6 +118,39 @@ impl User {
         }
         allowed
     }
+}
+
+const SERVERS_API: &str = "$JS.API";
+
+/// What an account takes from the site's.
+struct Services {
+    /// By the same name.
+    subjects: Vec<String>,
+    /// To JetStream, without a prefix.
+    calls: Vec<String>,
+}
+
+/// A consumer that the admin makes for a service.
+pub(super) struct Durable {
+    pub(super) stream: Stream,
+    pub(super) user: User,
+    pub(super) filters: Vec<String>,
+}
+
+pub(super) fn consumers(site: &SiteName) -> Vec<Durable> {
+    let events = [
+        (User::Builder, Service::Builder),
+        (User::Deployer, Service::Deployer),
+        (User::Monitor, Service::Monitor),
+    ];
+    let events = events.map(|(user, service)| Durable {
+        stream: Stream::Events,
+        user,
+        filters: filters(site, interests(service)),
+    });
+    let reports =
+        Durable { stream: Stream::Reports, user: User::Monitor, filters: vec![report_filter(site)] };
+    events.into_iter().chain([reports]).collect()
 }
 
 impl fmt::Display for User {
@@ -132,25 +187,54 @@ pub fn new_key() -> Result<NewKey, nkeys::error::Error> {
     Ok(NewKey { seed: pair.seed()?, public: pair.public_key() })
 }
 
-/// The `authorization` section of the broker's configuration, for users with their public keys.
-pub fn users_section(site: &SiteName, keys: &[(User, String)]) -> String {
+/// The `accounts` section of the broker's configuration, for users with their public keys.
+///
+/// Each service has an account of its own, since permissions alone do not bind it: a broker sends an answer to whichever
+/// subject the question names, whoever may publish there. So a service that may ask for its next message could have it
+/// stored as another's event. In an account of its own such an answer stays there.
+pub fn accounts_section(site: &SiteName, keys: &[(User, String)]) -> String {
+    let upper = site.as_str().to_ascii_uppercase();
+    let own = |user: User| format!("KILN_{upper}_{}", user.as_str().to_ascii_uppercase());
+    let services = || keys.iter().filter_map(|(user, public)| Some((*user, public, user.services(site)?)));
+    let mut text = format!("accounts {{\n  KILN_{upper}: {{\n    jetstream: enabled\n    users: [\n");
+    // Writing to a String can't fail, here and below.
+    for (user, public) in keys.iter().filter(|(user, _)| user.services(site).is_none()) {
+        let _ = writeln!(text, "      {}", entry(site, *user, public));
+    }
+    text.push_str("    ]\n    exports: [\n");
+    for (user, _, services) in services() {
+        let calls = services.calls.iter().map(|call| format!("{SERVERS_API}.{call}"));
+        for subject in services.subjects.iter().cloned().chain(calls) {
+            let _ = writeln!(text, "      {{ service: \"{subject}\", accounts: [{}] }}", own(user));
+        }
+    }
+    text.push_str("    ]\n  }\n");
+    for (user, public, services) in services() {
+        let _ = write!(text, "  {}: {{\n    users: [{}]\n", own(user), entry(site, user, public));
+        text.push_str("    imports: [\n");
+        let from = |subject: &str| format!("service: {{ account: KILN_{upper}, subject: \"{subject}\" }}");
+        for subject in &services.subjects {
+            let _ = writeln!(text, "      {{ {} }}", from(subject));
+        }
+        for call in &services.calls {
+            let subject = from(&format!("{SERVERS_API}.{call}"));
+            let _ = writeln!(text, "      {{ {subject}, to: \"{}.{call}\" }}", user.api());
+        }
+        text.push_str("    ]\n  }\n");
+    }
+    text.push_str("}\n");
+    text
+}
+
+fn entry(site: &SiteName, user: User, public: &str) -> String {
     let list = |subjects: Vec<String>| {
         let quoted: Vec<_> = subjects.iter().map(|subject| format!("\"{subject}\"")).collect();
-        format!("[{}]", quoted.join(", "))
+        quoted.join(", ")
     };
-    let mut text = String::from("authorization {\n  users = [\n");
-    for (user, public) in keys {
-        let publish = user.publish(site);
-        let publish = format!("{{ allow: {} }}", list(publish));
-        let subscribe = list(user.subscribe(site));
-        // Writing to a String can't fail.
-        let _ = writeln!(
-            text,
-            "    # {user}\n    {{ nkey: {public}, permissions: {{ publish: {publish}, subscribe: {{ allow: {subscribe} }} }} }}"
-        );
-    }
-    text.push_str("  ]\n}\n");
-    text
+    let (publish, subscribe) = (list(user.publish(site)), list(user.subscribe(site)));
+    format!(
+        "{{ nkey: {public}, permissions: {{ publish: {{ allow: [{publish}] }}, subscribe: {{ allow: [{subscribe}] }} }} }}"
+    )
 }
 
 #[cfg(test)]
@@ -158,13 +242,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_service_may_publish_for_another_or_make_streams() {
+    fn no_service_may_publish_for_another_or_make_anything() {
         let site = "home".parse().unwrap();
         let builder = User::Builder.publish(&site);
         assert!(builder.contains(&"kiln.v1.home.builder.>".to_owned()));
-        assert!(
-            !builder.iter().any(|subject| subject.contains("deployer") || subject.contains("STREAM.CREATE"))
-        );
+        assert!(!builder.iter().any(|subject| subject.contains("deployer") || subject.contains("CREATE")));
         assert!(!User::Reader.subscribe(&site).iter().any(|subject| subject == ">" || subject == "_INBOX.>"));
     }
 }

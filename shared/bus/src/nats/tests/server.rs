@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::{NatsOptions, NewKey, User, new_key, users_section};
+use crate::{NatsOptions, NewKey, User, accounts_section, new_key};
 
 pub(super) struct Server {
     folder: tempfile::TempDir,
@@ -24,8 +24,9 @@ impl Server {
         let keys: Vec<_> = User::ALL.map(|user| (user, new_key().unwrap())).into();
         let root = new_key().unwrap();
         let publics: Vec<_> = keys.iter().map(|(user, key)| (*user, key.public.clone())).collect();
-        let users = users_section(&"home".parse().unwrap(), &publics);
-        let users = users.replace("users = [\n", &format!("users = [\n    {{ nkey: {} }}\n", root.public));
+        let users = accounts_section(&"home".parse().unwrap(), &publics);
+        let users =
+            users.replacen("users: [\n", &format!("users: [\n      {{ nkey: {} }}\n", root.public), 1);
         let mut server = Self { folder, port: 0, users, keys, root, child: None };
         server.run();
         server
