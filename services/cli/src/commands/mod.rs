@@ -77,6 +77,8 @@ pub(crate) enum Command {
     Login(login::Login),
     /// Write the completions for a shell
     Completions(completions::Completions),
+    /// Keep certificates fresh and the broker's streams as they must be, where systemd or another keeps the services running
+    Tend,
     /// Keep the site's services running (`kiln up` starts it)
     #[command(hide = true)]
     Supervise,
@@ -107,6 +109,7 @@ pub(crate) async fn run(command: Command, home: &Home, screen: Screen) -> Outcom
         Command::Token(it) => token::run(it, home, screen),
         Command::Login(it) => login::run(&it, home, screen).await,
         Command::Completions(it) => completions::run(&it),
+        Command::Tend => supervise::tend(home).await,
         Command::Supervise => supervise::run(home).await,
     }
 }

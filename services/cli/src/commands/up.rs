@@ -31,6 +31,9 @@ pub(crate) struct Up {
     /// Change a setting of site.toml, such as poll.git=1s, builder.workers=4 or otlp.endpoint=http://127.0.0.1:4317
     #[arg(long = "config", value_name = "KEY=VALUE", value_parser = setting)]
     config: Vec<(String, String)>,
+    /// Make the site, or change its settings, and start nothing: systemd or another keeps its services running
+    #[arg(long)]
+    no_start: bool,
     /// How long to wait until every service serves, in seconds
     #[arg(long, value_name = "SECONDS", default_value = "60")]
     timeout: u64,
@@ -53,6 +56,20 @@ pub(crate) async fn run(it: Up, home: &Home, screen: Screen) -> Outcome {
     let turn = if home.exists() { None } else { Some(network::turn(limit, screen).await?) };
     let is_new = !home.exists();
     let site = create::ensure(home, &Wishes { nats_url: it.nats_url, store: it.store, settings: it.config })?;
+    if it.no_start {
+        screen.json(&json!({
+            "site": site.name.as_str(),
+            "id": site.id.as_str(),
+            "home": site.home.display().to_string(),
+            "new": is_new,
+            "nats_url": site.nats_url,
+        }))?;
+        return screen.line(format_args!(
+            "The site {} is made in {}; nothing is started",
+            site.name,
+            site.home.display()
+        ));
+    }
     let programs = programs::found(&site)?;
     if network::is_routed_elsewhere(site.subnet.network(), &site.bridge) {
         let what = format!("the network {} of the instances", site.subnet);

@@ -1,4 +1,5 @@
-//! Keeps a site's programs running. It starts what does not run, takes over what does, and starts again what ends.
+//! Keeps a site's programs running, its certificates fresh and the broker's streams as they must be. It starts what does
+//! not run, takes over what does, and starts again what ends.
 //!
 //! It holds nothing that a program needs: when it dies they run on, and the next one takes them over.
 
@@ -16,7 +17,7 @@ use rustix::fs::FlockOperation;
 use tokio::task::JoinSet;
 
 use super::process::Process;
-use super::programs::{self, Program};
+use super::programs::Program;
 use super::{logs, pki};
 use crate::failure::{Code, During as _, Failure, Outcome};
 
@@ -57,8 +58,9 @@ pub(crate) fn running(site: &Site) -> Option<Process> {
     Process::named(&pid_file(site), MARK)
 }
 
-/// Runs until it is told to stop. The programs run on: stopping them is another's decision.
-pub(crate) async fn run(site: Site) -> Outcome {
+/// Runs until it is told to stop. The programs run on: stopping them is another's decision. Where there are none, something
+/// else keeps the site's running.
+pub(crate) async fn run(site: Site, programs: Vec<Program>) -> Outcome {
     let path = site.paths().run().join("supervisor.lock");
     let lock = File::options().create(true).write(true).truncate(false).mode(0o600).open(&path);
     let lock = lock.during(format_args!("opening {}", path.display()))?;
@@ -71,7 +73,6 @@ pub(crate) async fn run(site: Site) -> Outcome {
     note(format_args!("supervisor of the site {} starts, process {}", site.name, std::process::id()));
 
     let mut tasks = JoinSet::new();
-    let programs = programs::found(&site)?;
     let mut logs: Vec<_> = programs.iter().map(|program| program.log.clone()).collect();
     logs.push(log(&site));
     for program in programs {
