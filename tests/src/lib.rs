@@ -2,6 +2,7 @@
 //! own, load from this machine, and waits with a bound.
 
 pub mod archive;
+pub mod cluster;
 pub mod command;
 pub mod docker;
 pub mod load;

@@ -18,6 +18,7 @@ use kiln_model::event::Service;
 use kiln_service::client::{Channel, channel};
 use kiln_test_postgres::Server as Postgres;
 
+use crate::cluster::Cluster;
 use crate::command::{binary, both, run};
 use crate::wait::until;
 use crate::{Error, Result};
@@ -79,12 +80,39 @@ impl Site {
         Self::start(name, &[], Some(folder.to_owned()), Some(Postgres::start(&[])?))
     }
 
+    /// As [`Site::up`], with its events on a cluster of three brokers, three copies of each.
+    ///
+    /// # Errors
+    /// What `kiln up` said, or a server of the cluster.
+    pub fn up_on_cluster(name: &str) -> Result<(Self, Cluster)> {
+        let mut cluster = Cluster::new()?;
+        let (site, mut arguments) = Self::prepare(name, &["nats.replicas=3"], folder(), None)?;
+        let urls = cluster.urls();
+        arguments.extend(["--nats-url", &urls, "--no-start"].map(str::to_owned));
+        site.kiln(&arguments.iter().map(String::as_str).collect::<Vec<_>>())?;
+        cluster.start(&site.home.path().join("nats/users.conf"))?;
+        site.kiln(&["up"])?;
+        Ok((site, cluster))
+    }
+
     fn start(
         name: &str,
         settings: &[&str],
         folder: Option<PathBuf>,
         database: Option<Postgres>,
     ) -> Result<Self> {
+        let (site, arguments) = Self::prepare(name, settings, folder, database)?;
+        site.kiln(&arguments.iter().map(String::as_str).collect::<Vec<_>>())?;
+        Ok(site)
+    }
+
+    /// A site, and how `kiln` is called to make and start it.
+    fn prepare(
+        name: &str,
+        settings: &[&str],
+        folder: Option<PathBuf>,
+        database: Option<Postgres>,
+    ) -> Result<(Self, Vec<String>)> {
         let cache = cache_folder()?;
         let mut home = tempfile::Builder::new();
         home.prefix("kiln-");
@@ -106,8 +134,7 @@ impl Site {
         for setting in all.chain(settings.iter().map(|text| (*text).to_owned())) {
             arguments.extend(["--config".to_owned(), setting]);
         }
-        site.kiln(&arguments.iter().map(String::as_str).collect::<Vec<_>>())?;
-        Ok(site)
+        Ok((site, arguments))
     }
 
     pub fn home(&self) -> &Path {
