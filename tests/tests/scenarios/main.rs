@@ -5,6 +5,7 @@
 mod cli;
 mod cluster;
 mod definitions;
+mod deploy;
 mod doctor;
 mod down;
 mod events;
