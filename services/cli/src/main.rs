@@ -2,6 +2,8 @@
 
 mod clients;
 mod commands;
+#[cfg(test)]
+mod documented;
 mod failure;
 mod follow;
 mod home;

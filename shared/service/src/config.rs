@@ -486,6 +486,30 @@ git = "1s"
         assert!(load(&file.to_text().unwrap()).is_ok());
     }
 
+    /// What may be written is shown to people, and what is shown may be written.
+    #[test]
+    fn the_example_has_every_setting_and_no_other() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy/site.toml");
+        let text = std::fs::read_to_string(path).unwrap();
+        let file = SiteFile::parse(&text).unwrap();
+        file.clone().check(Path::new("/nonexistent")).unwrap();
+        // Written back it has every setting that a file can have, as the example leaves out none that has no default.
+        let all: toml::Table = file.to_text().unwrap().parse().unwrap();
+        let shown: toml::Table = text.parse().unwrap();
+        assert_eq!(names(&all), names(&shown));
+        assert_eq!(names(&all).len(), 27);
+    }
+
+    fn names(table: &toml::Table) -> Vec<String> {
+        let under = |(key, value): (&String, &toml::Value)| match value {
+            toml::Value::Table(table) => names(table).iter().map(|name| format!("{key}.{name}")).collect(),
+            _ => vec![key.clone()],
+        };
+        let mut names: Vec<_> = table.iter().flat_map(under).collect();
+        names.sort();
+        names
+    }
+
     #[test]
     fn what_is_wrong_is_named() {
         for (from, to, named) in [
