@@ -54,7 +54,7 @@ fn heard(site: &Site, release: u64) -> Result<()> {
     let mut events = events.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let is_it = |event: &Value| {
         event["type"] == "kiln.deployer.rollout.succeeded.v1"
-            && event["data"]["rollout"]["to_release"] == Value::from(release)
+            && event["data"]["rollout"]["to_release"] == release
     };
     if events.any(|event| is_it(&event)) { Ok(()) } else { Err("there is none".into()) }
 }
