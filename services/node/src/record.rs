@@ -176,7 +176,11 @@ impl Record {
     pub(crate) fn next(mut self, fact: Fact, now: Timestamp) -> Result<Self, Illegal> {
         let illegal = |state: &State, fact| Err(Illegal { state: state.word(), fact });
         match (&self.state, fact) {
-            (State::Launching, Fact::Started { process }) => self.state = State::Running { process },
+            (State::Launching, Fact::Started { process }) => {
+                self.state = State::Running { process };
+                // Its start period begins with it, however long this node stood still on the way.
+                self.launched = now;
+            }
             (State::Launching, Fact::CouldNotLaunch { why }) => {
                 self.state = State::Failed;
                 self.detail = why;
@@ -324,6 +328,15 @@ mod tests {
         assert_eq!((retired.state, retired.exit_code), (State::Retired, Some(3)));
         assert!(after(&[started(), retire.clone(), gone, retire]).is_err());
         assert!(after(&[started(), Fact::CouldNotLaunch { why: String::new() }]).is_err());
+    }
+
+    #[test]
+    fn it_is_launched_when_it_starts_and_not_when_that_was_asked_for() {
+        let later = Timestamp::from_second(32).unwrap();
+        let running = launching().next(started(), later).unwrap();
+        assert_eq!(running.launched, later);
+        let ended = Fact::Ended { exit_code: None, why: String::new(), cut_off: true };
+        assert_eq!(running.next(ended, Timestamp::from_second(40).unwrap()).unwrap().launched, later);
     }
 
     #[test]
