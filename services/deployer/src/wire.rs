@@ -166,6 +166,7 @@ pub(crate) fn instance(id: &InstanceId, record: &InstanceRecord, version: u64) -
         node: NODE.to_owned(),
         image_digest: instance.content.image.to_string(),
         last_checks: instance.last_checks.iter().cloned().map(Into::into).collect(),
+        cut_off: instance.cut_off,
     }
 }
 

@@ -178,6 +178,8 @@ fn take<S: Store, C: Clock>(instance: Instance, view: &View, watcher: &Watcher<S
             watcher.learn(&id, Fact::Gone, &detail(format!("exited with status {code}")))
         }
         (InstanceState::Exited, None) => watcher.learn(&id, Fact::Gone, &detail("exited".to_owned())),
+        // It never was there: the deployer launches another one, and nobody has to ask it to.
+        (InstanceState::Failed, _) if instance.cut_off => watcher.leaves(&id),
         (InstanceState::Failed, _) => {
             watcher.learn(&id, Fact::Gone, &detail("could not be launched".to_owned()));
         }

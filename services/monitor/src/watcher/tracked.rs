@@ -65,6 +65,8 @@ pub(super) fn read(epoch: &str, message: deployer::Instance, now: Timestamp) -> 
     use deployer::InstanceState as State;
     let state = State::try_from(message.state)
         .map_err(|_| Invalid::new("state", format!("has the value {}, which is unknown", message.state)))?;
+    // One whose launch was cut off never was there: the deployer launches another one unasked.
+    let leaving = state == State::Draining || state == State::Failed && message.cut_off;
     let ended = matches!(state, State::Exited | State::Failed).then(|| match message.exit_code {
         _ if state == State::Failed => format!("could not be launched: {}", message.detail),
         Some(code) => format!("exited with status {code}: {}", message.detail),
@@ -74,7 +76,7 @@ pub(super) fn read(epoch: &str, message: deployer::Instance, now: Timestamp) -> 
         id: text("id", &message.id)?,
         seen: Seen { epoch: epoch.to_owned(), version: message.version },
         retired: state == State::Retired,
-        leaving: state == State::Draining,
+        leaving,
         ended: ended.map(|detail| detail.trim_end_matches([':', ' ']).to_owned()),
         address: optional_text("address", &message.address)?,
         policy: optional("health_policy", message.health_policy)?,

@@ -191,6 +191,31 @@ async fn what_leaves_is_not_looked_at_and_its_end_is_no_signal() {
     monitor.stop().await;
 }
 
+/// Whether the deployer tells of it or the engine: the deployer launches another one unasked.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_launch_that_was_cut_off_is_no_signal_and_one_that_failed_is() {
+    let world = World::new().await;
+    let monitor = world.start().await;
+    let launching = |id| in_state(&instance(id, None), deployer::InstanceState::Launching);
+    let failed = |id| in_state(&instance(id, None), deployer::InstanceState::Failed);
+    world.tells(deployer::Instance { cut_off: true, ..failed(A1) }).await;
+    world.tells(failed("web-r1-1-a2")).await;
+    world.hears("needs_update gone web-r1-1-a2").await;
+    for id in ["web-r1-2-a3", "web-r1-3-a4"] {
+        world.tells(launching(id)).await;
+        until(id, async || state(&monitor, id).await).await;
+    }
+    let state = engine::InstanceState::Failed.into();
+    world
+        .engine
+        .tell("web-r1-2-a3", engine::Instance { state, cut_off: true, ..engine::Instance::default() });
+    world.engine.tell("web-r1-3-a4", engine::Instance { state, ..engine::Instance::default() });
+    world.hears("needs_update gone web-r1-3-a4").await;
+    let said = world.said();
+    assert!(!said.iter().any(|said| said.ends_with("-a1") || said.ends_with("-a3")), "{said:?}");
+    monitor.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restart_keeps_what_was_known_and_observes_anew() {
     let (world, server) = (World::new().await, Server::start().await);

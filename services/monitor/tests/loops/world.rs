@@ -135,13 +135,12 @@ impl Default for FakeEngine {
 
 impl FakeEngine {
     pub fn set(&self, id: &str, state: engine::InstanceState, exit_code: Option<i32>) {
+        self.tell(id, engine::Instance { state: state.into(), exit_code, ..engine::Instance::default() });
+    }
+
+    pub fn tell(&self, id: &str, instance: engine::Instance) {
         let spec = engine::InstanceSpec { id: id.to_owned(), ..engine::InstanceSpec::default() };
-        let instance = engine::Instance {
-            spec: Some(spec),
-            state: state.into(),
-            exit_code,
-            ..engine::Instance::default()
-        };
+        let instance = engine::Instance { spec: Some(spec), ..instance };
         self.instances.lock().unwrap().insert(id.to_owned(), instance.clone());
         let _ = self.changes.send(Some(instance));
     }

@@ -105,6 +105,10 @@ pub struct Instance {
     /// The probe answers that were known when it became unhealthy or ended by itself, newest last.
     #[prost(message, repeated, tag = "19")]
     pub last_checks: ::prost::alloc::vec::Vec<super::super::types::v1::CheckResult>,
+    /// FAILED because the node ended in the middle of the launch, or EXITED while the node was away: both say nothing of the
+    /// instance.
+    #[prost(bool, tag = "20")]
+    pub cut_off: bool,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Quarantine {
