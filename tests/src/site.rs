@@ -17,6 +17,8 @@ use kiln_api::types::HealthState;
 use kiln_model::event::Service;
 use kiln_service::client::{Channel, channel};
 use kiln_test_postgres::Server as Postgres;
+use sqlx::sqlite::SqliteConnectOptions;
+use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _};
 
 use crate::cluster::Cluster;
 use crate::command::{binary, both, run};
@@ -62,6 +64,14 @@ impl Site {
     /// What `kiln up` said.
     pub fn up_in(name: &str, folder: &Path) -> Result<Self> {
         Self::start(name, &[], Some(folder.to_owned()), None)
+    }
+
+    /// As [`Site::up`], with the services' state in files whatever the others have.
+    ///
+    /// # Errors
+    /// What `kiln up` said.
+    pub fn up_on_files(name: &str) -> Result<Self> {
+        Self::start(name, &[], None, None)
     }
 
     /// As [`Site::up`], with the services' state in a PostgreSQL server of the site's own.
@@ -323,6 +333,17 @@ impl Site {
             return Err(format!("kiln-node --leftovers: {}", both(&output)).into());
         }
         Ok(String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect())
+    }
+
+    /// Changes the store of a service behind its back. For sites whose state is in files.
+    ///
+    /// # Errors
+    /// Where the file refuses.
+    pub async fn change_store(&self, service: &str, statement: &str) -> Result<()> {
+        let path = self.home.path().join(service).join("store.db");
+        let mut link = SqliteConnectOptions::new().filename(path).connect().await?;
+        sqlx::raw_sql(AssertSqlSafe(statement.to_owned())).execute(&mut link).await?;
+        Ok(link.close().await?)
     }
 
     /// Takes the site down, and fails where anything of it is left.

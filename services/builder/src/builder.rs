@@ -20,6 +20,7 @@ use kiln_service::clock::Clock;
 use kiln_store::Store;
 use tracing::Instrument as _;
 
+use crate::audit::standing;
 use crate::bake::{BakeError, DebianRoot, LogSink, ParentImage as BakeParent, ResolveRequest};
 use crate::bakery::Bakery;
 use crate::logs::Logs;
@@ -254,8 +255,10 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
         let slot = self.documents.slot(&planned.lock_key).await?;
         let lock_key = planned.lock_key;
         let was_active = matches!(slot.value, Slot::Active(_));
+        let before = standing(&read.value);
         let decided = plan::planned(read.value, planned, stored, slot.value, now)?;
         let mut edit = Edit::new(now);
+        edit.decided(before, &decided.server, &decided.told);
         edit.put_server(read.version, &decided.server, &decided.told)?;
         if let Made::Queued(build) = &decided.made {
             edit.put_build(0, build, Some(Told::BuildQueued))?;

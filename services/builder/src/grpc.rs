@@ -199,6 +199,7 @@ impl<S: Store, K: Bakery, C: Clock> BuilderService for Api<S, K, C> {
     }
 
     async fn hold(&self, request: Request<HoldRequest>) -> Result<Response<HoldResponse>, Status> {
-        answer(self.hold_images(request.into_inner()).await)
+        let by = actor(&request)?;
+        answer(self.hold_images(request.into_inner(), &by).await)
     }
 }

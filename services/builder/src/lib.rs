@@ -1,5 +1,6 @@
 //! The builder: turns definitions into images and revisions.
 
+pub mod audit;
 pub mod bake;
 pub mod bakery;
 pub mod builder;
@@ -29,6 +30,7 @@ use kiln_api::builder::builder_service_server::BuilderServiceServer;
 use kiln_bus::{Bus, NatsBus, User, interests};
 use kiln_image::ImageStore;
 use kiln_model::event::Service;
+use kiln_service::audit as audit_records;
 use kiln_service::clock::{Clock, SystemClock};
 use kiln_service::config::Site;
 use kiln_service::run::{Failure, Start};
@@ -69,6 +71,8 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     let images = ImageStore::open(&paths.images())?;
     let baker = Baker::new(bake_config(&site))?;
     baker.sweep().await?;
+    let sealing = audit_records::run(store.clone(), Service::Builder, SystemClock::new(), stop.clone());
+    let records = audit_records::service(store.clone(), Service::Builder);
     let documents = Documents::new(store.clone());
     let contexts = Contexts::new(home.join("contexts"));
     let mirrors = Arc::new(Mirrors::new(home.join("sources")));
@@ -95,9 +99,13 @@ pub async fn run(start: Start) -> Result<(), Failure> {
         options: WorkerOptions { members, workers: site.builder.workers },
         resync: site.poll.resync,
     };
-    let serving = serve(ServerOptions::new(Service::Builder, &site), Routes::new(service), stop.clone());
+    let serving = serve(
+        ServerOptions::new(Service::Builder, &site),
+        Routes::new(service).add_service(records),
+        stop.clone(),
+    );
     let beside = async {
-        tokio::join!(Box::pin(loops.run(bus, stop.clone())), members::stay(heart, stop.clone()));
+        tokio::join!(Box::pin(loops.run(bus, stop.clone())), members::stay(heart, stop.clone()), sealing);
         Ok(())
     };
     // A server that can't serve ends the others too.

@@ -23,6 +23,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::Instrument as _;
 
+use crate::audit::standing;
 use crate::bakery::Bakery;
 use crate::builder::{Builder, Error};
 use crate::store::{Edit, Read};
@@ -349,6 +350,7 @@ impl<S: Store, K: Bakery, C: Clock> Reconciler<S, K, C> {
                 None => tracing::warn!(server = %name, build = %build.id, problem = server.problem(), "no revision"),
             }
             let told: Vec<_> = revision.map(|revision| Told::RevisionCreated(Box::new(revision))).into_iter().collect();
+            edit.decided(standing(&read.value), &server, &told);
             edit.put_server(read.version, &server, &told)?;
             self.commit(edit).await
         }

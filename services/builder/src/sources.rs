@@ -15,6 +15,7 @@ use kiln_model::name::ServerName;
 use kiln_service::aside::aside;
 use kiln_store::Store;
 
+use crate::audit::standing;
 use crate::context::{self, Contexts, Found, Readable};
 use crate::git::{self, Address};
 use crate::repositories::Repositories;
@@ -443,6 +444,8 @@ impl<'a, S: Store> Taking<'a, S> {
             if let Some(after) = &touched.after
                 && touched.before.as_ref() != Some(after)
             {
+                let before = touched.before.as_ref().map(standing).unwrap_or_default();
+                self.edit.decided(before, after, &touched.told);
                 self.edit.put_server(touched.version, after, &touched.told)?;
             }
         }

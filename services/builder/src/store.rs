@@ -242,16 +242,12 @@ impl Edit {
         self.batch.watermarks.push(Watermark { source_kind, source_id, version });
     }
 
-    pub fn audit(&mut self, actor: &str, action: &str, subject: &str, after: serde_json::Value) {
-        self.batch.audit.push(AuditRecord {
-            time: self.now,
-            actor: actor.to_owned(),
-            action: action.to_owned(),
-            subject: subject.to_owned(),
-            request_id: None,
-            before: serde_json::Value::Null,
-            after,
-        });
+    pub fn audit(&mut self, record: AuditRecord) {
+        self.batch.audit.push(record);
+    }
+
+    pub(crate) fn now(&self) -> Timestamp {
+        self.now
     }
 
     pub fn put_image(&mut self, version: u64, image: &StoredImage) -> Result<(), Error> {
@@ -335,7 +331,10 @@ impl Edit {
         let id = build.id.to_string();
         self.put(build::KIND, &id, version, build)?;
         let verb = match told {
-            Some(Told::BuildQueued) => "queued",
+            Some(Told::BuildQueued) => {
+                self.queued(build);
+                "queued"
+            }
             Some(Told::BuildStarted) => "started",
             Some(Told::BuildSucceeded) => "succeeded",
             Some(Told::BuildFailed) => "failed",

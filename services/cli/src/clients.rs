@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use kiln_api::audit::audit_service_client::AuditServiceClient;
 use kiln_api::builder::builder_service_client::BuilderServiceClient;
 use kiln_api::builder::{self, Build, Server};
 use kiln_api::deployer::deployer_service_client::DeployerServiceClient;
@@ -111,6 +112,20 @@ impl Services {
 
     pub(crate) fn engine(&self) -> EngineServiceClient<Channel> {
         EngineServiceClient::new(self.node.clone())
+    }
+
+    /// Of a service that keeps audit records.
+    ///
+    /// # Errors
+    /// For the node, which keeps none.
+    pub(crate) fn audit(&self, service: Service) -> Outcome<AuditServiceClient<Channel>> {
+        let channel = match service {
+            Service::Builder => &self.builder,
+            Service::Deployer => &self.deployer,
+            Service::Monitor => &self.monitor,
+            Service::Node => return Err(Failure::failed("reading audit records", "the node keeps none")),
+        };
+        Ok(AuditServiceClient::new(channel.clone()))
     }
 
     pub(crate) async fn server(&self, name: &str) -> Outcome<Server> {

@@ -14,7 +14,7 @@ use kiln_api::deployer::{
 };
 use kiln_deployer_core::{Commanded, InstanceState, Refused, Release, RollbackAsk, Verdict, abort, rollback};
 use kiln_model::cause::{Cause, CauseKind};
-use kiln_model::name::{InstanceId, RequestId, ServerName};
+use kiln_model::name::{InstanceId, ServerName};
 use kiln_service::access::actor;
 use kiln_service::clock::Clock;
 use kiln_service::error::ApiError;
@@ -25,6 +25,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+use crate::audit::standing;
 use crate::ports::Problem;
 use crate::reconcile::Deployer;
 use crate::record::{
@@ -241,15 +242,11 @@ impl<S: Store, C: Clock> Api<S, C> {
         let now = self.deployer.clock.now().wall;
         let outcome = Outcome { fleet: &done.fleet, releases: &done.releases, events: &done.events, now };
         let mut batch = batch(&self.deployer.store, before, &outcome).await?;
-        batch.audit.push(AuditRecord {
-            time: now,
-            actor: actor.to_owned(),
-            action: action.to_owned(),
-            subject: done.fleet.server.to_string(),
-            request_id: request_id.parse::<RequestId>().ok(),
-            before: serde_json::json!({ "release": before.fleet.release }),
-            after: serde_json::json!({ "release": done.fleet.release }),
-        });
+        let server = &done.fleet.server;
+        let record = AuditRecord::new(now, actor, action, server.as_str()).of_server(server);
+        batch
+            .audit
+            .insert(0, record.asked(request_id).changed(standing(&before.fleet), standing(&done.fleet)));
         let stored = self.deployer.store.get(ROLLOUT, &done.rollout.id).await?;
         let version = stored.map_or(0, |document| document.version) + 1;
         Ok((batch, wire::rollout(&done.fleet.server, &done.rollout, version)))

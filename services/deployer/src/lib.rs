@@ -2,6 +2,7 @@
 //!
 //! What is decided is in `kiln-deployer-core`; here it is committed and carried out.
 
+mod audit;
 mod board;
 mod effects;
 mod events;
@@ -28,6 +29,7 @@ use std::time::Duration;
 use kiln_api::deployer::deployer_service_server::DeployerServiceServer;
 use kiln_bus::{Bus, NatsBus, User, interests};
 use kiln_model::event::Service;
+use kiln_service::audit as audit_records;
 use kiln_service::clock::{Clock, SystemClock};
 use kiln_service::members::Members;
 use kiln_service::run::{Failure, Start};
@@ -60,11 +62,13 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     };
     let clock = SystemClock::new();
     let (members, heart) = members::of_site(&site, Service::Deployer, store.clone(), clock).await?;
+    let sealing = audit_records::run(store.clone(), Service::Deployer, clock, stop.clone());
+    let records = audit_records::service(store.clone(), Service::Deployer);
     let loops = Loops::new(store, clock, members, peers, site.poll.resync, stop.clone());
     let options = ServerOptions::new(Service::Deployer, &site);
-    let serving = serve(options, Routes::new(loops.service()), stop.clone());
+    let serving = serve(options, Routes::new(loops.service()).add_service(records), stop.clone());
     let beside = async {
-        tokio::join!(loops.run(bus), members::stay(heart, stop));
+        tokio::join!(loops.run(bus), members::stay(heart, stop), sealing);
         Ok(())
     };
     // A server that can't serve ends the others too.

@@ -12,6 +12,7 @@ use prost::Message as _;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::audit;
 use crate::record::{FLEET, INSTANCE, InstanceRecord, RELEASE, ROLLOUT, RolloutRecord, SCHEMA, release_id};
 use crate::wire;
 
@@ -113,7 +114,8 @@ pub(crate) async fn batch<S: Store>(
     for event in *events {
         told.push(writer.event(outcome, &known, event).await?);
     }
-    Ok(Batch { changes: writer.changes, events: told, ..Batch::default() })
+    let audit = audit::decisions(&before.fleet, outcome);
+    Ok(Batch { changes: writer.changes, events: told, audit, ..Batch::default() })
 }
 
 /// Rollouts whose record is to be written: what is under way, and what ended, as far as it is not as it was.

@@ -12,7 +12,7 @@ use kiln_api::monitor::{
     ReportSignalResponse, WatchHealthRequest, WatchHealthResponse,
 };
 use kiln_model::definition::UpdatePolicy;
-use kiln_model::name::{RequestId, ServerName};
+use kiln_model::name::ServerName;
 use kiln_model::signal::SignalId;
 use kiln_monitor_core::signal::{Illegal, Record, reconcile};
 use kiln_service::access::actor;
@@ -30,7 +30,7 @@ use crate::documents::{HEALTH, SCHEMA, SIGNAL, Watched};
 use crate::packages::Packages;
 use crate::reports::Report;
 use crate::servers::Servers;
-use crate::signals::{Signals, from_document};
+use crate::signals::{Signals, audited, from_document};
 use crate::watcher::{Watcher, health_of};
 
 /// Messages that a slow reader may leave unread before its stream waits for it.
@@ -89,7 +89,7 @@ impl<S: Store, C: Clock> Api<S, C> {
             let after = step.as_ref().map(|step| step.record.clone());
             let (mut batch, signal) = held.batch(step)?;
             if let Some(after) = after {
-                batch.audit.push(self.audit("report_signal", &message.request_id, by, known, &after));
+                batch.audit.insert(0, self.audit("report_signal", &message.request_id, by, known, &after));
             }
             Ok((batch, ReportSignalResponse { signal: Some(signal) }))
         })
@@ -117,7 +117,9 @@ impl<S: Store, C: Clock> Api<S, C> {
             })?;
             let after = step.record.clone();
             let (mut batch, signal) = held.batch(Some(step))?;
-            batch.audit.push(self.audit("approve_signal", &message.request_id, by, Some(record), &after));
+            batch
+                .audit
+                .insert(0, self.audit("approve_signal", &message.request_id, by, Some(record), &after));
             Ok((batch, ApproveSignalResponse { signal: Some(signal) }))
         })
         .await;
@@ -133,17 +135,7 @@ impl<S: Store, C: Clock> Api<S, C> {
         before: Option<Record>,
         after: &Record,
     ) -> AuditRecord {
-        // A signal always has a JSON form.
-        let json = |record: &Record| serde_json::to_value(&record.signal).unwrap_or_default();
-        AuditRecord {
-            time: self.clock.now().wall,
-            actor: by.to_owned(),
-            action: action.to_owned(),
-            subject: format!("{SIGNAL}/{}", after.signal.id),
-            request_id: request_id.parse::<RequestId>().ok(),
-            before: before.as_ref().map(json).unwrap_or_default(),
-            after: json(after),
-        }
+        audited(self.clock.now().wall, by, action, before.as_ref(), after).asked(request_id)
     }
 
     async fn list_signals(&self, message: ListSignalsRequest) -> Result<ListSignalsResponse, ApiError> {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use kiln_api::monitor::monitor_service_server::MonitorServiceServer;
 use kiln_bus::{Bus, NatsBus, User, interests};
 use kiln_model::event::Service;
+use kiln_service::audit;
 use kiln_service::clock::{Clock, SystemClock};
 use kiln_service::config::Poll;
 use kiln_service::members::Members;
@@ -170,11 +171,13 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     };
     let clock = SystemClock::new();
     let (members, heart) = members::of_site(&site, Service::Monitor, store.clone(), clock).await?;
+    let sealing = audit::run(store.clone(), Service::Monitor, clock, stop.clone());
+    let records = audit::service(store.clone(), Service::Monitor);
     let monitor = Monitor::load(store, clock, members, ports, site.poll).await?;
-    let routes = Routes::new(MonitorServiceServer::new(monitor.api(stop.clone())));
+    let routes = Routes::new(MonitorServiceServer::new(monitor.api(stop.clone()))).add_service(records);
     let served = server::serve(ServerOptions::new(Service::Monitor, &site), routes, stop.clone());
     tokio::try_join!(served, async {
-        tokio::join!(Box::pin(monitor.run(&bus, stop.clone())), members::stay(heart, stop));
+        tokio::join!(Box::pin(monitor.run(&bus, stop.clone())), members::stay(heart, stop), sealing);
         Ok(())
     })?;
     Ok(())

@@ -14,7 +14,7 @@ use kiln_model::signal::{Remedy, SignalId};
 use kiln_monitor_core::signal::{Announcement, Observation, Record, Step, reconcile};
 use kiln_service::clock::Clock;
 use kiln_service::{shutdown, trace};
-use kiln_store::{Batch, Change, Error, Store, decode};
+use kiln_store::{AuditRecord, Batch, Change, Error, Store, decode};
 use prost::Message;
 use tokio::sync::{Notify, watch};
 
@@ -51,6 +51,9 @@ struct Kept {
 
 /// Writers of one scope wait for each other; a burst over many scopes shares a commit.
 const LOCKS: usize = 64;
+
+/// As whom the monitor decides.
+const ACTOR: &str = "monitor";
 
 /// Others may write the same signal: how often it is decided anew.
 const TRIES: u32 = 8;
@@ -308,7 +311,12 @@ impl<S: Store, C: Clock> Signals<S, C> {
             }
             let version = expected + 1;
             batch.changes.push(documents::put(SIGNAL, &id.0.hex(), expected, &step.record)?);
-            batch.events.extend(step.announce.map(|said| event(&step.record, version, said, now)));
+            if let Some(said) = step.announce {
+                batch.events.push(event(&step.record, version, said, now));
+                let before = self.kept().get(&id).map(|kept| kept.record.clone());
+                let action = format!("server.{}", verb(said));
+                batch.audit.push(audited(now, ACTOR, &action, before.as_ref(), &step.record));
+            }
             written.push((id, Kept { version, record: step.record }));
         }
         Ok((batch, written))
@@ -400,15 +408,33 @@ fn message(record: &Record, version: u64) -> types::Signal {
     types::Signal { version, ..record.signal.clone().into() }
 }
 
-fn event(record: &Record, version: u64, said: Announcement, time: Timestamp) -> NewEvent {
-    let verb = match said {
+const fn verb(said: Announcement) -> &'static str {
+    match said {
         Announcement::NeedsUpdate => "needs_update",
         Announcement::WaitsForApproval => "waits_for_approval",
         Announcement::Settled => "settled",
-    };
+    }
+}
+
+/// That somebody, or the monitor by itself, changed a signal.
+pub(crate) fn audited(
+    time: Timestamp,
+    by: &str,
+    action: &str,
+    before: Option<&Record>,
+    after: &Record,
+) -> AuditRecord {
+    // A signal always has a JSON form.
+    let json = |record: &Record| serde_json::to_value(&record.signal).unwrap_or_default();
+    AuditRecord::new(time, by, action, format!("{SIGNAL}/{}", after.signal.id))
+        .of_server(&after.signal.server)
+        .changed(before.map(json).unwrap_or_default(), json(after))
+}
+
+fn event(record: &Record, version: u64, said: Announcement, time: Timestamp) -> NewEvent {
     let payload = events::NeedsUpdate { signal: Some(message(record, version)) };
     NewEvent {
-        kind: EventType::new(Service::Monitor, "server", verb),
+        kind: EventType::new(Service::Monitor, "server", verb(said)),
         server: Some(record.signal.server.clone()),
         aggregate_kind: SIGNAL.to_owned(),
         aggregate_id: record.signal.id.0.hex(),

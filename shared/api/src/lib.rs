@@ -10,6 +10,11 @@ pub mod kiln {
             include!("generated/kiln.types.v1.rs");
         }
     }
+    pub mod audit {
+        pub mod v1 {
+            include!("generated/kiln.audit.v1.rs");
+        }
+    }
     pub mod builder {
         pub mod v1 {
             include!("generated/kiln.builder.v1.rs");
@@ -37,6 +42,7 @@ pub mod kiln {
     }
 }
 
+pub use kiln::audit::v1 as audit;
 pub use kiln::builder::v1 as builder;
 pub use kiln::deployer::v1 as deployer;
 pub use kiln::engine::v1 as engine;

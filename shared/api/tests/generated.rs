@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use prost::Message as _;
 
-const PACKAGES: [&str; 6] = ["types", "builder", "deployer", "monitor", "engine", "events"];
+const PACKAGES: [&str; 7] = ["types", "audit", "builder", "deployer", "monitor", "engine", "events"];
 
 #[test]
 fn generated_code_is_what_the_protocol_gives() {

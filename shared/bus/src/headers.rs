@@ -16,6 +16,7 @@ const CONTENT_TYPE: &str = "application/protobuf";
 /// The message of `kiln.events.v1` that the payload of an event is.
 pub fn schema(kind: &EventType) -> Option<&'static str> {
     Some(match (kind.service, kind.entity.as_str()) {
+        (Service::Builder | Service::Deployer | Service::Monitor, "audit") => "kiln.events.v1.AuditSealed",
         (Service::Builder, "definition") => "kiln.events.v1.DefinitionChanged",
         (Service::Builder, "build") => "kiln.events.v1.BuildChanged",
         (Service::Builder, "plan") => "kiln.events.v1.PlanUnchanged",

@@ -15,8 +15,8 @@ use async_nats::connection::State;
 use async_nats::jetstream::{self, Context};
 use async_nats::{Client, ConnectOptions, HeaderMap};
 use async_trait::async_trait;
-use kiln_model::event::Event;
-use kiln_model::name::SiteName;
+use kiln_model::event::{Event, EventType};
+use kiln_model::name::{ServerName, SiteName};
 use tokio::sync::watch;
 
 use crate::delivery::Target;
@@ -212,6 +212,18 @@ impl NatsBus {
     /// [`Error::Unavailable`] where it is away or refuses.
     pub async fn past(&self, since: jiff::Timestamp) -> Result<Vec<Result<Event, Error>>, Error> {
         follow::past(self, since).await
+    }
+
+    /// Every event of a type and a server that the broker keeps, oldest first.
+    ///
+    /// # Errors
+    /// As [`NatsBus::past`].
+    pub async fn all_of(
+        &self,
+        kind: &EventType,
+        server: Option<&ServerName>,
+    ) -> Result<Vec<Result<Event, Error>>, Error> {
+        follow::all_of(self, &kind.subject(&self.inner.site, server)).await
     }
 
     /// True while the connection stands.

@@ -3,6 +3,7 @@
 
 pub mod access;
 pub mod aside;
+pub mod audit;
 pub mod certificate;
 pub mod changes;
 pub mod client;

@@ -2,7 +2,7 @@
 
 use jiff::Timestamp;
 use kiln_model::event::NewEvent;
-use kiln_model::name::RequestId;
+use kiln_model::name::{RequestId, ServerName};
 use serde::{Deserialize, Serialize};
 
 /// Applied as a whole or not at all.
@@ -51,9 +51,43 @@ pub struct AuditRecord {
     pub actor: String,
     pub action: String,
     pub subject: String,
+    /// The server that it is about, where it is about one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server: Option<ServerName>,
     pub request_id: Option<RequestId>,
     pub before: serde_json::Value,
     pub after: serde_json::Value,
+}
+
+impl AuditRecord {
+    pub fn new(time: Timestamp, actor: &str, action: &str, subject: impl Into<String>) -> Self {
+        Self {
+            time,
+            actor: actor.to_owned(),
+            action: action.to_owned(),
+            subject: subject.into(),
+            server: None,
+            request_id: None,
+            before: serde_json::Value::Null,
+            after: serde_json::Value::Null,
+        }
+    }
+
+    #[must_use]
+    pub fn of_server(self, server: &ServerName) -> Self {
+        Self { server: Some(server.clone()), ..self }
+    }
+
+    /// In a call with this id.
+    #[must_use]
+    pub fn asked(self, request_id: &str) -> Self {
+        Self { request_id: request_id.parse().ok(), ..self }
+    }
+
+    #[must_use]
+    pub fn changed(self, before: serde_json::Value, after: serde_json::Value) -> Self {
+        Self { before, after, ..self }
+    }
 }
 
 /// The encoded answer of a mutating call, and the digest of its request: the same id with another request is refused

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::{
     AuditRecord, Batch, Change, Cursor, Document, Entry, Error, Expect, PAGE_BYTES, Page, Store,
-    StoredAnswer, Watermark, decode, encode,
+    StoredAnswer, Watermark, decode, encode, seal,
 };
 
 /// Runs the whole suite. `open` gives the store of a name: a new one the first time, the same one, opened anew, each
@@ -31,6 +31,7 @@ pub async fn conformance<S: Store>(open: impl AsyncFn(&str) -> S) {
     outbox(&open("outbox").await).await;
     event_identities(&open("identities").await).await;
     audit(&open("audit").await).await;
+    seals(&open("seals").await, &open("seals").await).await;
     wakes(&open("wakes").await).await;
     contention(&open("contention").await).await;
     pruning(&open("pruning").await).await;
@@ -80,6 +81,7 @@ fn record(action: &str) -> AuditRecord {
         actor: "me".to_owned(),
         action: action.to_owned(),
         subject: "web".to_owned(),
+        server: Some("web".parse().unwrap()),
         request_id: Some("r1".parse().unwrap()),
         before: json!(null),
         after: json!({"removed": true}),
@@ -443,6 +445,54 @@ async fn audit(store: &impl Store) {
     assert_eq!(all[2].1, record("apply"));
     assert_eq!(all[1].0, committed.sequence);
     assert_eq!(actions(&store.audit(all[0].0, 1).await.unwrap()), ["remove"]);
+    assert_eq!(actions(&store.audit_after(0, 2).await.unwrap()), ["apply", "remove"]);
+    assert_eq!(actions(&store.audit_after(all[2].0, 10).await.unwrap()), ["remove", "build"]);
+    assert_eq!(store.audit_after(all[0].0, 10).await.unwrap(), []);
+}
+
+/// Two replicas of a service, each with its handle, seal what both write: once, in order, and all of it fits.
+async fn seals<S: Store>(store: &S, other: &S) {
+    let write = async |count: usize| {
+        let audit = (0..count).map(|_| record("apply")).collect();
+        store.commit(Batch { audit, ..Batch::default() }).await.unwrap();
+    };
+    assert!(seal::next(store).await.unwrap().is_none());
+    write(3).await;
+    let (one, two) = (seal::next(store).await.unwrap().unwrap(), seal::next(other).await.unwrap().unwrap());
+    assert_eq!((one.head, one.head.records), (two.head, 3));
+    store.commit(one.batch).await.unwrap();
+    assert!(matches!(other.commit(two.batch).await, Err(Error::Conflict { .. })));
+    assert!(seal::next(other).await.unwrap().is_none());
+
+    write(450).await;
+    let (mut sealed, mut seals) = (0, 0);
+    while let Some(sealing) = seal::next(other).await.unwrap() {
+        other.commit(sealing.batch).await.unwrap();
+        (sealed, seals) = (sealing.head.records, seals + 1);
+    }
+    assert_eq!((sealed, seals), (453, 3));
+    for _ in 0..120 {
+        write(1).await;
+        let sealing = seal::next(store).await.unwrap().unwrap();
+        store.commit(sealing.batch).await.unwrap();
+    }
+    write(2).await;
+    let (mut from, mut found, mut looks) = (seal::Link::start(), 0, 0);
+    loop {
+        let checked = seal::check(store, from, 0).await.unwrap();
+        assert_eq!(checked.fault, None);
+        (from, found, looks) = (checked.reached, found + checked.records, looks + 1);
+        if !checked.more {
+            assert_eq!(checked.unsealed, 2);
+            break;
+        }
+    }
+    assert!(looks > 2, "{looks}");
+    assert_eq!(found, 573);
+    // Up to a place that was published.
+    let tenth = store.audit_after(0, 10).await.unwrap().pop().unwrap().0;
+    let checked = seal::check(store, seal::Link::start(), tenth).await.unwrap();
+    assert_eq!((checked.reached.sequence, checked.records, checked.more), (tenth, 10, false));
 }
 
 async fn wakes(store: &impl Store) {

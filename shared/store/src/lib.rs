@@ -16,6 +16,7 @@ mod memory;
 mod place;
 mod postgres;
 mod rows;
+pub mod seal;
 mod seen;
 mod session;
 mod sql;
@@ -153,6 +154,9 @@ pub trait Store: Clone + Send + Sync + 'static {
 
     /// Audit records, newest first, before a sequence (0 for the newest).
     async fn audit(&self, before: u64, limit: u32) -> Result<Vec<(u64, AuditRecord)>, Error>;
+
+    /// Audit records, oldest first, after a sequence.
+    async fn audit_after(&self, after: u64, limit: u32) -> Result<Vec<(u64, AuditRecord)>, Error>;
 
     /// Drops events and request answers older than seven days, and tombstones older than thirty. Returns how many.
     async fn prune(&self, now: jiff::Timestamp) -> Result<u64, Error>;

@@ -296,6 +296,13 @@ impl Store for MemoryStore {
         Ok(older.take(limit.clamp(1, PAGE_LIMIT) as usize).collect())
     }
 
+    async fn audit_after(&self, after: u64, limit: u32) -> Result<Vec<(u64, AuditRecord)>, Error> {
+        let state = self.lock();
+        let later = state.audit.range(after.saturating_add(1)..);
+        let later = later.map(|(sequence, record)| (*sequence, record.clone()));
+        Ok(later.take(limit.clamp(1, PAGE_LIMIT) as usize).collect())
+    }
+
     async fn prune(&self, now: Timestamp) -> Result<u64, Error> {
         let before = |age| now.checked_sub(age).unwrap_or(Timestamp::MIN);
         let (events, tombstones) = (before(KEEP_EVENTS), before(KEEP_TOMBSTONES));

@@ -49,6 +49,8 @@ pub(crate) const EVENT_SENT: &str = "UPDATE outbox SET sent = $2 WHERE sequence 
 pub(crate) const AUDIT_ADD: &str = "INSERT INTO audit (sequence, time, actor, action, subject, request, body) VALUES ($1, $2, $3, $4, $5, $6, $7)";
 pub(crate) const AUDIT_LIST: &str =
     "SELECT sequence, body FROM audit WHERE sequence < $1 ORDER BY sequence DESC LIMIT $2";
+pub(crate) const AUDIT_AFTER: &str =
+    "SELECT sequence, body FROM audit WHERE sequence > $1 ORDER BY sequence LIMIT $2";
 
 /// An event that the broker has not stored is never dropped, however old.
 pub(crate) const PRUNE_EVENTS: &str = "DELETE FROM outbox WHERE sent IS NOT NULL AND created < $1";

@@ -264,6 +264,10 @@ impl Store for SqlStore {
         self.all(sql::AUDIT_LIST, &[number(before), Value::Number(rows::limit(limit))], rows::audit).await
     }
 
+    async fn audit_after(&self, after: u64, limit: u32) -> Result<Vec<(u64, AuditRecord)>, Error> {
+        self.all(sql::AUDIT_AFTER, &[number(after), Value::Number(rows::limit(limit))], rows::audit).await
+    }
+
     async fn prune(&self, now: jiff::Timestamp) -> Result<u64, Error> {
         self.ask("prune", |reply| Job::Prune(now, reply)).await
     }

@@ -159,6 +159,10 @@ impl Store for SimStore {
         self.read().await?.audit(before, limit).await
     }
 
+    async fn audit_after(&self, after: u64, limit: u32) -> Result<Vec<(u64, AuditRecord)>, Error> {
+        self.read().await?.audit_after(after, limit).await
+    }
+
     async fn prune(&self, now: jiff::Timestamp) -> Result<u64, Error> {
         self.read().await?.prune(now).await
     }

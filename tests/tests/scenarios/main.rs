@@ -2,6 +2,7 @@
 //! packages from the archive. One driver, so that it is linked once.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod audit;
 mod cli;
 mod cluster;
 mod definitions;

@@ -15,11 +15,12 @@ use kiln_model::name::ServerName;
 use kiln_service::clock::Clock;
 use kiln_service::error::ApiError;
 use kiln_service::requests;
-use kiln_store::Store;
+use kiln_store::{AuditRecord, Store};
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 
 use super::Api;
+use crate::audit::standing;
 use crate::bakery::Bakery;
 use crate::builder::TRIES;
 use crate::sources::{Error, Look, apply_cause};
@@ -64,14 +65,13 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
         let cause = apply_cause(&request.request_id, &by, &look, self.builder.now());
         self.builder.sources.apply(&look, &cause, self.builder.now()).await.map_err(refused)?;
         self.builder.sources.keep(&look).await.map_err(refused)?;
-        Ok(requests::once(store, &id, &request, || self.decide(&look, &cause, &by)).await?)
+        Ok(requests::once(store, &id, &request, || self.decide(&look, &cause)).await?)
     }
 
     async fn decide(
         &self,
         look: &Look,
         cause: &Cause,
-        by: &str,
     ) -> Result<(kiln_store::Batch, ApplyResponse), ApiError> {
         let taken = self.builder.sources.apply(look, cause, self.builder.now()).await;
         let (mut edit, applied) = taken.map_err(|error| match error {
@@ -88,7 +88,14 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
             };
             if one.outcome != Outcome::Unchanged {
                 let after = serde_json::json!({ "definition": one.digest, "commit": look.commit });
-                edit.audit(by, "apply", one.name.as_str(), after);
+                let before = self.builder.documents.server(&one.name).await?;
+                let before = before.map(|read| {
+                    let head = read.value.head;
+                    serde_json::json!({ "definition": head.digest, "commit": head.commit })
+                });
+                let record = AuditRecord::new(edit.now(), &cause.actor, "apply", one.name.as_str());
+                let record = record.of_server(&one.name).asked(&cause.id);
+                edit.audit(record.changed(before.unwrap_or_default(), after));
             }
             servers.push(AppliedServer {
                 name: one.name.to_string(),
@@ -139,10 +146,13 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
         let building = before.building.as_ref().map(|building| building.build.clone());
         let source = before.source.clone();
         let server_name = before.name.clone();
+        let stood = standing(&before);
         let (after, _, told) =
             head::remove(before, cause.clone(), now).map_err(crate::builder::Error::from)?;
+        let record = AuditRecord::new(now, &cause.actor, "remove", name).of_server(&server_name);
+        edit.audit(record.asked(&cause.id).changed(stood.clone(), standing(&after)));
+        edit.decided(stood, &after, &told);
         edit.put_server(version, &after, &told)?;
-        edit.audit(&cause.actor, "remove", name, serde_json::Value::Null);
         if let Some(read) = self.builder.documents.source(source.as_str()).await? {
             let mut source = read.value;
             source.servers.remove(&server_name);

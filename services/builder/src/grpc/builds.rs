@@ -9,7 +9,7 @@ use kiln_model::name::BuildId;
 use kiln_service::clock::Clock;
 use kiln_service::error::ApiError;
 use kiln_service::requests;
-use kiln_store::Store;
+use kiln_store::{AuditRecord, Store};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
@@ -38,10 +38,15 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
     ) -> Result<CancelBuildResponse, ApiError> {
         let decide = || async {
             let read = self.build_of(&request.build).await?;
-            let version = read.version;
+            let (version, before) = (read.version, read.value.state.clone());
             let (mut edit, build) = self.builder.cancel(read, by).await?;
             let version = version + u64::from(!edit.is_empty());
-            edit.audit(by, "cancel", &request.build, serde_json::Value::Null);
+            let record = AuditRecord::new(edit.now(), by, "cancel_build", &request.build);
+            let record = record.of_server(build.server()).asked(&request.request_id);
+            edit.audit(record.changed(
+                serde_json::json!({ "state": before }),
+                serde_json::json!({ "state": build.state }),
+            ));
             Ok((edit.finish(), CancelBuildResponse { build: Some(wire::build(&build, version)) }))
         };
         requests::once(self.builder.documents.store(), &request.request_id, &request, decide).await

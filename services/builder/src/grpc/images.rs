@@ -12,7 +12,7 @@ use kiln_model::digest::Digest;
 use kiln_service::clock::Clock;
 use kiln_service::error::ApiError;
 use kiln_service::requests;
-use kiln_store::{Batch, Store};
+use kiln_store::{AuditRecord, Batch, Store};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
@@ -99,7 +99,7 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
         Ok(Box::pin(ReceiverStream::new(stream)))
     }
 
-    pub(super) async fn hold_images(&self, request: HoldRequest) -> Result<HoldResponse, ApiError> {
+    pub(super) async fn hold_images(&self, request: HoldRequest, by: &str) -> Result<HoldResponse, ApiError> {
         if request.holder.is_empty()
             || request.holder.len() > 128
             || request.holder.chars().any(char::is_control)
@@ -123,13 +123,12 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
         let (store, id) = (self.builder.documents.store(), &request.request_id);
         let unknown = self.unknown_images(&request.holder, &images).await?;
         let Some(first) = unknown.first() else {
-            let decide =
-                || async { Ok((self.decide_hold(&request.holder, &images).await?, HoldResponse {})) };
+            let decide = || async { Ok((self.decide_hold(&request, &images, by).await?, HoldResponse {})) };
             return requests::once(store, id, &request, decide).await;
         };
         // What is there is held all the same: the one that is not must not cost the holder the others.
         images.retain(|image| !unknown.contains(image));
-        let batch = self.decide_hold(&request.holder, &images).await?;
+        let batch = self.decide_hold(&request, &images, by).await?;
         store.commit(batch).await?;
         Err(ApiError::not_found("image", first.to_string()))
     }
@@ -147,7 +146,13 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
         Ok(unknown)
     }
 
-    async fn decide_hold(&self, holder: &str, images: &[Digest]) -> Result<Batch, ApiError> {
+    async fn decide_hold(
+        &self,
+        request: &HoldRequest,
+        images: &[Digest],
+        by: &str,
+    ) -> Result<Batch, ApiError> {
+        let holder = request.holder.as_str();
         let known = self.builder.documents.hold(holder).await?;
         let mut edit = Edit::new(self.builder.now());
         let (version, held) = known.map_or((0, Vec::new()), |known| (known.version, known.value.images));
@@ -155,6 +160,8 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
             for image in images.iter().filter(|image| !held.contains(image)) {
                 self.builder.need(&mut edit, image).await?;
             }
+            let record = AuditRecord::new(edit.now(), by, "hold", holder).asked(&request.request_id);
+            edit.audit(record.changed(serde_json::json!(held), serde_json::json!(images)));
             edit.put(HOLD_KIND, holder, version, &StoredHold { images: images.to_vec() })?;
         }
         Ok(edit.finish())

@@ -14,7 +14,7 @@ use kiln_model::lock::Lock;
 use kiln_service::clock::Clock;
 use kiln_service::error::ApiError;
 use kiln_service::requests;
-use kiln_store::{Batch, Store};
+use kiln_store::{AuditRecord, Batch, Store};
 use tracing::Instrument as _;
 
 use super::told::told;
@@ -189,13 +189,18 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
     ) -> Result<(Batch, BuildOutcome), ApiError> {
         let read = self.live_server(name).await?;
         refuse_busy(&read.value)?;
+        let server = read.value.name.clone();
+        let before =
+            serde_json::json!({ "lock": read.value.in_force.as_ref().map(|in_force| in_force.lock_key) });
         let planned = resolved.clone().planned(cause.clone(), Vec::new());
         let decided = self.builder.decide(read, planned, &resolved.stored, &resolved.lock).await;
         let (mut edit, made) = decided.map_err(|error| match error {
             Error::Illegal(illegal) => ApiError::Conflict(illegal.to_string()),
             other => other.into(),
         })?;
-        edit.audit(&cause.actor, "build", name, serde_json::json!({ "lock": resolved.key }));
+        let record = AuditRecord::new(edit.now(), &cause.actor, "build", name).of_server(&server);
+        let after = serde_json::json!({ "lock": resolved.key, "outcome": made_of(&made) });
+        edit.audit(record.asked(&cause.id).changed(before, after));
         let image_of = |digest: Option<Digest>| digest.map(|digest| digest.to_string()).unwrap_or_default();
         let answer = match made {
             Made::Unchanged => {
@@ -235,10 +240,23 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
         let mut edit = Edit::new(now);
         edit.put_server(version, &server, &[])?;
         edit.put_build(0, &build, Some(Told::BuildQueued))?;
-        edit.audit(&cause.actor, "verify", name, serde_json::json!({ "build": build.id }));
+        let record = AuditRecord::new(now, &cause.actor, "verify_build", name).of_server(&server.name);
+        let after = serde_json::json!({ "build": build.id });
+        edit.audit(record.asked(&cause.id).changed(serde_json::Value::Null, after));
         let image_digest = server.in_force.map(|in_force| in_force.image.to_string()).unwrap_or_default();
         let answer = BuildOutcome { build: Some(wire::build(&build, 1)), image_digest, unchanged: false };
         Ok((edit.finish(), answer))
+    }
+}
+
+/// In one word.
+fn made_of(made: &Made) -> &'static str {
+    match made {
+        Made::Unchanged => "unchanged",
+        Made::Held { .. } => "held",
+        Made::Revision(_) => "revision",
+        Made::Joined(_) => "joined",
+        Made::Queued(_) => "queued",
     }
 }
 

@@ -7,6 +7,7 @@ use kiln_api::builder::builder_service_server::BuilderService as _;
 use kiln_api::builder::{ApplyOutcome, GetImageRequest, HoldRequest};
 use kiln_model::digest::Digest;
 use kiln_model::revision::RevisionContent;
+use kiln_service::access::from_local;
 use kiln_store::Store as _;
 use tonic::{Code, Request, Status};
 use tonic_types::StatusExt as _;
@@ -43,7 +44,7 @@ async fn hold(world: &World, holder: &str, id: &str, images: &[Digest]) -> Resul
         holder: holder.to_owned(),
         image_digests: images.iter().map(ToString::to_string).collect(),
     };
-    world.api().hold(Request::new(request)).await.map(drop)
+    world.api().hold(from_local("deployer", request)).await.map(drop)
 }
 
 async fn is_there(world: &World, image: &Digest) -> bool {

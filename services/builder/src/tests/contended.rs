@@ -93,6 +93,10 @@ impl Store for Contended {
         self.store.audit(before, limit).await
     }
 
+    async fn audit_after(&self, after: u64, limit: u32) -> Result<Vec<(u64, AuditRecord)>, Error> {
+        self.store.audit_after(after, limit).await
+    }
+
     async fn prune(&self, now: jiff::Timestamp) -> Result<u64, Error> {
         self.store.prune(now).await
     }

@@ -151,6 +151,7 @@ fn summary(data: &Value, server: &str) -> String {
             let lines: Vec<_> = evidence.into_iter().flatten().filter_map(Value::as_str).collect();
             vec![server.to_owned(), text("/signal/cause"), lines.join("; ")]
         }
+        Some("head") => vec![format!("{} records", number("/records")), short(text("/head/hash"))],
         _ => vec![server.to_owned(), text("/cause/summary"), first_line(text("/problem"))],
     };
     parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("  ")

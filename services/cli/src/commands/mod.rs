@@ -1,6 +1,7 @@
 //! One file for each command.
 
 mod apply;
+mod audit;
 mod build;
 mod completions;
 mod doctor;
@@ -67,6 +68,8 @@ pub(crate) enum Command {
     History(history::History),
     /// Show the causes behind a server, a build, a release or an instance
     Why(why::Why),
+    /// Show who did what, and check that nobody changed the records
+    Audit(audit::Audit),
     /// Look into images, and export them
     Image(image::Image),
     /// Make and renew the certificates by which services and people know each other
@@ -104,6 +107,7 @@ pub(crate) async fn run(command: Command, home: &Home, screen: Screen) -> Outcom
         Command::Events(it) => events::run(&it, &services()?, screen).await,
         Command::History(it) => history::run(&it, &services()?, screen).await,
         Command::Why(it) => why::run(&it, &services()?, screen).await,
+        Command::Audit(it) => audit::run(&it, &services()?, screen).await,
         Command::Image(it) => image::run(&it, &services()?, screen).await,
         Command::Pki(it) => pki::run(it, home, screen),
         Command::Token(it) => token::run(it, home, screen),

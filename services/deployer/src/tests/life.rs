@@ -136,6 +136,11 @@ impl Store for Mortal {
         self.inner.audit(before, limit).await
     }
 
+    async fn audit_after(&self, after: u64, limit: u32) -> Result<Vec<(u64, AuditRecord)>, Error> {
+        self.life.alive().await;
+        self.inner.audit_after(after, limit).await
+    }
+
     async fn prune(&self, now: jiff::Timestamp) -> Result<u64, Error> {
         self.life.alive().await;
         self.inner.prune(now).await

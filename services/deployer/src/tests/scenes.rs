@@ -9,6 +9,7 @@ use kiln_api::deployer::{
 };
 use kiln_api::types::ListOptions;
 use kiln_service::access::from_local;
+use serde_json::json;
 use tokio_stream::StreamExt as _;
 use tonic::{Code, Request};
 
@@ -183,9 +184,17 @@ async fn a_rollback_needs_the_node_alone_and_happens_once() {
     assert_eq!(nowhere.code(), Code::FailedPrecondition, "{nowhere}");
     let fleet = site.loaded().await.fleet;
     assert_eq!((fleet.quarantine.len(), fleet.backs), (1, 1));
-    let audit = site.store.audit(0, 10).await.unwrap();
-    assert_eq!(audit.len(), 1);
-    assert_eq!((audit[0].1.actor.as_str(), audit[0].1.action.as_str()), ("ada", "rollback"));
+    let audit = site.store.audit(0, 500).await.unwrap();
+    let of = |action: &str| audit.iter().find(|(_, record)| record.action == action).unwrap().1.clone();
+    let asked = of("rollback");
+    assert_eq!((asked.actor.as_str(), asked.request_id.unwrap().as_str()), ("ada", "q1"));
+    assert_eq!((&asked.before["release"], &asked.after["release"]), (&json!(2), &json!(1)));
+    let decided = of("instances.changed");
+    assert_eq!((decided.actor.as_str(), decided.server), ("deployer", Some(site.server.clone())));
+    let actions: Vec<_> = audit.iter().rev().map(|(_, record)| record.action.as_str()).collect();
+    let steps = ["release.created", "rollout.started", "rollout.succeeded"];
+    assert_eq!(actions.iter().filter(|action| steps.contains(action)).count(), 6, "{actions:?}");
+    assert_eq!(actions.iter().filter(|action| **action == "rollback").count(), 1, "{actions:?}");
     site.bus.set_away(false);
     site.until("the events", || async { site.count("rollout.rolled_back") == 1 }).await;
 }

@@ -81,3 +81,13 @@ pub struct Report {
     #[prost(message, optional, tag = "7")]
     pub time: ::core::option::Option<::prost_types::Timestamp>,
 }
+/// {builder,deployer,monitor}.audit.sealed
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AuditSealed {
+    /// The newest record under the seal, and the hash of the chain up to it.
+    #[prost(message, optional, tag = "1")]
+    pub head: ::core::option::Option<super::super::audit::v1::Link>,
+    /// Under all seals.
+    #[prost(uint64, tag = "2")]
+    pub records: u64,
+}

@@ -67,6 +67,24 @@ pub(super) async fn past(bus: &NatsBus, since: Timestamp) -> Result<Vec<Result<E
         .collect())
 }
 
+/// As [`past`], of one subject.
+pub(super) async fn all_of(bus: &NatsBus, subject: &str) -> Result<Vec<Result<Event, Error>>, Error> {
+    let failed = |error: &dyn std::fmt::Display| bus.unavailable("read past events", error);
+    let name = Stream::Events.name(&bus.inner.site);
+    let stream = bus.inner.context.get_stream(name).await.map_err(|error| failed(&error))?;
+    let (mut found, mut next) = (Vec::new(), 1);
+    loop {
+        match stream.get_first_raw_message_by_subject(subject, next).await {
+            Ok(message) => {
+                next = message.sequence + 1;
+                found.push(decode(message.subject.as_str(), &message.headers, &message.payload));
+            }
+            Err(error) if error.kind() == RawMessageErrorKind::NoMessageFound => return Ok(found),
+            Err(error) => return Err(failed(&error)),
+        }
+    }
+}
+
 /// Nothing but the oldest is ever deleted, so the place of a moment is found by halving; `get` gives none for what the
 /// broker dropped since it named `kept`.
 async fn found_since<M, E>(

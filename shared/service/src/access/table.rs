@@ -92,6 +92,8 @@ pub const TABLE: &[Row] = &[
     inner("/kiln.engine.v1.EngineService/Check", &[Builder, Deployer, Monitor]),
     inner("/kiln.engine.v1.EngineService/Verify", &[Deployer]),
     of("/kiln.engine.v1.EngineService/Logs", Viewer, &[Builder, Deployer, Console]),
+    of("/kiln.audit.v1.AuditService/ListRecords", Operator, &[]),
+    of("/kiln.audit.v1.AuditService/CheckSeals", Operator, &[]),
     of("/grpc.health.v1.Health/Check", Viewer, SERVICES),
     of("/grpc.health.v1.Health/Watch", Viewer, SERVICES),
     of("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", Viewer, &[]),

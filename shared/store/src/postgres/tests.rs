@@ -37,6 +37,20 @@ async fn its_layout_goes_forward() {
 }
 
 #[tokio::test]
+async fn audit_records_that_were_tampered_with_are_named() {
+    let server = Private::start(&["fsync=off"]).unwrap();
+    crate::seal::tests::what_was_tampered_with_is_named(
+        async |name| open(&database(&server, name)).await.unwrap(),
+        async |name, statements| {
+            let options = options(&database(&server, name)).unwrap();
+            let mut raw = options.connect().await.unwrap();
+            sqlx::raw_sql(sqlx::AssertSqlSafe(statements.to_owned())).execute(&mut raw).await.unwrap();
+        },
+    )
+    .await;
+}
+
+#[tokio::test]
 async fn many_that_open_a_new_store_at_once_find_one() {
     let server = Private::start(&["fsync=off"]).unwrap();
     let place = database(&server, "many");

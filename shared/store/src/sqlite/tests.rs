@@ -174,6 +174,20 @@ async fn a_full_disk_is_a_clear_error_and_no_half_state() {
 }
 
 #[tokio::test]
+async fn audit_records_that_were_tampered_with_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    crate::seal::tests::what_was_tampered_with_is_named(
+        async |name| open(&path(name)).await.unwrap(),
+        async |name, statements| {
+            let mut raw = SqliteConnectOptions::new().filename(path(name)).connect().await.unwrap();
+            sqlx::raw_sql(sqlx::AssertSqlSafe(statements.to_owned())).execute(&mut raw).await.unwrap();
+        },
+    )
+    .await;
+}
+
+#[tokio::test]
 async fn a_damaged_file_is_refused_in_words() {
     let folder = tempfile::tempdir().unwrap();
     let damaged = folder.path().join("damaged.db");
