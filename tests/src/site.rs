@@ -18,7 +18,7 @@ use kiln_model::event::Service;
 use kiln_service::client::{Channel, channel};
 use kiln_test_postgres::Server as Postgres;
 use sqlx::sqlite::SqliteConnectOptions;
-use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _};
+use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, PgConnection};
 
 use crate::cluster::Cluster;
 use crate::command::{binary, both, run};
@@ -71,7 +71,7 @@ impl Site {
     /// # Errors
     /// What `kiln up` said.
     pub fn up_on_files(name: &str) -> Result<Self> {
-        Self::start(name, &[], None, None)
+        Self::start(name, &[], folder(), None)
     }
 
     /// As [`Site::up`], with the services' state in a PostgreSQL server of the site's own.
@@ -333,6 +333,24 @@ impl Site {
             return Err(format!("kiln-node --leftovers: {}", both(&output)).into());
         }
         Ok(String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect())
+    }
+
+    /// Takes the site down with all of its state, as if the machine were another one. The folder can be made again.
+    ///
+    /// # Errors
+    /// What `kiln down` said, or the database.
+    pub async fn erase(&self) -> Result<()> {
+        let id = self.id()?;
+        self.kiln(&["down", "--delete-state"])?;
+        if let Some(database) = &self.database {
+            let url = database.lock().map_err(|_| "another thread broke off there")?.database("kiln")?;
+            let mut link = PgConnection::connect(&url).await?;
+            for service in ["builder", "deployer", "monitor"] {
+                let drop = format!("DROP SCHEMA kiln_{id}_{service} CASCADE");
+                sqlx::raw_sql(AssertSqlSafe(drop)).execute(&mut link).await?;
+            }
+        }
+        Ok(())
     }
 
     /// Changes the store of a service behind its back. For sites whose state is in files.

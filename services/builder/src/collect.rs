@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use kiln_builder_core::build::State;
-use kiln_builder_core::collect::garbage;
+use kiln_builder_core::collect::{garbage, needed};
 use kiln_builder_core::server::{self, Server};
 use kiln_image::ImageStore;
 use kiln_model::digest::Digest;
@@ -17,7 +17,7 @@ use tokio::sync::watch;
 
 use crate::bakery::Bakery;
 use crate::builder::{Builder, Error};
-use crate::store::{Edit, HOLD_KIND, IMAGE_KIND, Read, StoredHold, StoredImage};
+use crate::store::{Documents, Edit, HOLD_KIND, IMAGE_KIND, Read, StoredHold, StoredImage};
 
 const PERIOD: Duration = Duration::from_secs(3600);
 
@@ -55,7 +55,43 @@ pub async fn run<S: Store, K: Bakery, C: Clock>(
     }
 }
 
+impl<S: Store> Documents<S> {
+    async fn holders(&self) -> Result<(BTreeSet<Digest>, Vec<Server>), kiln_store::Error> {
+        let holds: Vec<Read<StoredHold>> = self.all(HOLD_KIND, "").await?;
+        let held = holds.into_iter().flat_map(|hold| hold.value.images).collect();
+        let servers = self.all(server::KIND, "").await?;
+        Ok((held, servers.into_iter().map(|read: Read<Server>| read.value).collect()))
+    }
+
+    /// Images that somebody can come to need.
+    ///
+    /// # Errors
+    /// Where the store can't be read.
+    pub async fn needed_images(&self) -> Result<BTreeSet<Digest>, kiln_store::Error> {
+        let (held, servers) = self.holders().await?;
+        Ok(needed(&held, &servers))
+    }
+}
+
 impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
+    /// Forgets images that nobody needs and that are not there, as after a restore: the next plan for one is built.
+    ///
+    /// # Errors
+    /// The store refuses.
+    pub async fn forget_lost(&self, images: &ImageStore) -> Result<usize, Error> {
+        let needed = self.documents.needed_images().await?;
+        let stored: Vec<Read<StoredImage>> = self.documents.all(IMAGE_KIND, "").await?;
+        let mut forgotten = 0;
+        for read in &stored {
+            let digest = &read.value.digest;
+            if !needed.contains(digest) && !images.has_blob(digest) {
+                self.forget_image(read).await?;
+                forgotten += 1;
+            }
+        }
+        Ok(forgotten)
+    }
+
     /// Removes what nobody needs, and says how many images that were.
     ///
     /// # Errors
@@ -68,10 +104,7 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
         // Read first: whoever comes to need one of these later has written its document again, and whoever came before is
         // seen below.
         let stored: Vec<Read<StoredImage>> = self.documents.all(IMAGE_KIND, "").await?;
-        let holds: Vec<Read<StoredHold>> = self.documents.all(HOLD_KIND, "").await?;
-        let held: BTreeSet<_> = holds.into_iter().flat_map(|hold| hold.value.images).collect();
-        let servers = self.documents.all(server::KIND, "").await?;
-        let servers: Vec<Server> = servers.into_iter().map(|read: Read<Server>| read.value).collect();
+        let (held, servers) = self.documents.holders().await?;
         let ages: Vec<_> = stored.iter().map(|read| (read.value.digest, read.value.created)).collect();
         let doomed = garbage(&ages, &held, &servers, deployer_heard, self.now());
         let mut removed = 0;

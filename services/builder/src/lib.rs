@@ -85,6 +85,13 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     };
     let (members, heart) = members::of_site(&site, Service::Builder, store, builder.clock).await?;
     workers::recover(&builder, &members).await?;
+    let forgotten = builder.forget_lost(&images).await?;
+    if forgotten > 0 {
+        tracing::warn!(
+            count = forgotten,
+            "images that are not in the image store, and that nobody needs, were forgotten"
+        );
+    }
 
     let api = Api::new(builder.clone(), images.clone(), paths.signing_pub());
     let service = BuilderServiceServer::new(api)

@@ -1,5 +1,6 @@
 //! `kiln`: the command that people and scripts use.
 
+mod backup;
 mod clients;
 mod commands;
 #[cfg(test)]

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::error::Error;
-use crate::index::{Entry, MANIFEST_TYPE, SUBJECT};
+use crate::index::{Entry, Index, MANIFEST_TYPE, SUBJECT};
 use crate::manifest::{MANIFEST_LIMIT, parse_digest, parse_manifest};
 use crate::store::ImageStore;
 
@@ -181,6 +181,58 @@ impl ImageStore {
             blobs.push(parse_digest(layer.digest().as_ref())?);
         }
         Ok(blobs)
+    }
+
+    /// Every blob that an image and its signatures are made of, each once.
+    ///
+    /// # Errors
+    /// It is not in the store, or is not well-formed.
+    pub fn blobs_of(&self, digest: &Digest) -> Result<Vec<Digest>, Error> {
+        let image = self.image(digest)?;
+        let mut blobs = vec![*digest, image.config_digest];
+        blobs.extend(image.layers.iter().map(|layer| layer.diff_id));
+        for signature in self.signatures_of(digest)? {
+            blobs.extend(self.signature_blobs(&signature)?);
+        }
+        // What a signature has in the place of a configuration.
+        blobs.extend(Some(Digest::of(b"{}")).filter(|empty| self.has_blob(empty)));
+        blobs.sort_unstable();
+        blobs.dedup();
+        Ok(blobs)
+    }
+
+    /// The part of the index that is about some images, for [`ImageStore::take_over`].
+    ///
+    /// # Errors
+    /// The index can't be read.
+    pub fn index_of(&self, digests: &[Digest]) -> Result<Vec<u8>, Error> {
+        let names: Vec<String> = digests.iter().map(ToString::to_string).collect();
+        let mut index = self.index()?;
+        index.manifests.retain(|entry| {
+            digests.contains(&entry.digest)
+                || entry.annotations.get(SUBJECT).is_some_and(|subject| names.contains(subject))
+        });
+        serde_json::to_vec(&index)
+            .map_err(|error| Error::malformed("the index".to_owned(), error.to_string()))
+    }
+
+    /// Names images whose blobs were put into the store, by the part of an index that is about them.
+    ///
+    /// # Errors
+    /// It is no index, or names what is not there.
+    pub fn take_over(&self, part: &[u8]) -> Result<(), Error> {
+        let part: Index = serde_json::from_slice(part)
+            .map_err(|error| Error::malformed("a part of an index".to_owned(), error.to_string()))?;
+        for entry in &part.manifests {
+            self.small_blob(&entry.digest, MANIFEST_LIMIT)?;
+        }
+        self.change_index(|entries| {
+            for entry in part.manifests {
+                if !entries.iter().any(|known| known.digest == entry.digest) {
+                    entries.push(entry);
+                }
+            }
+        })
     }
 
     fn check_signature(

@@ -31,6 +31,11 @@ mod seats;
 
 pub use limits::{APPLY_LIMIT, Limits};
 
+/// Whoever runs this process, by the name that a call of theirs at a Unix socket would have.
+pub fn who() -> String {
+    accept::person_of("self", rustix::process::getuid().as_raw())
+}
+
 /// Calls under way get this long to end once the service is told to stop.
 const DRAIN: Duration = Duration::from_secs(2);
 /// The kernel's bound on a socket's path, with its end.

@@ -12,6 +12,7 @@ use sqlx::{Arguments as _, ColumnIndex, Database, Decode, Encode, Executor, Into
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Value<'a> {
     Number(i64),
+    NumberOrNull(Option<i64>),
     Text(&'a str),
     TextOrNull(Option<&'a str>),
     Bytes(&'a [u8]),
@@ -71,6 +72,7 @@ async fn within<T>(
 fn arguments<DB: Database>(values: &[Value<'_>]) -> Result<DB::Arguments, sqlx::Error>
 where
     for<'v> i64: Encode<'v, DB> + Type<DB>,
+    for<'v> Option<i64>: Encode<'v, DB> + Type<DB>,
     for<'v> &'v str: Encode<'v, DB> + Type<DB>,
     for<'v> Option<&'v str>: Encode<'v, DB> + Type<DB>,
     for<'v> &'v [u8]: Encode<'v, DB> + Type<DB>,
@@ -79,6 +81,7 @@ where
     for value in values {
         match *value {
             Value::Number(number) => arguments.add(number),
+            Value::NumberOrNull(number) => arguments.add(number),
             Value::Text(text) => arguments.add(text),
             Value::TextOrNull(text) => arguments.add(text),
             Value::Bytes(bytes) => arguments.add(bytes),
@@ -96,6 +99,7 @@ where
     C: DerefMut<Target = DB::Connection> + Send,
     for<'c> &'c mut DB::Connection: Executor<'c, Database = DB>,
     for<'v> i64: Encode<'v, DB> + Type<DB>,
+    for<'v> Option<i64>: Encode<'v, DB> + Type<DB>,
     for<'v> &'v str: Encode<'v, DB> + Type<DB>,
     for<'v> Option<&'v str>: Encode<'v, DB> + Type<DB>,
     for<'v> &'v [u8]: Encode<'v, DB> + Type<DB>,

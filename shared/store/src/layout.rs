@@ -61,44 +61,66 @@ pub(crate) async fn prepare(session: &mut Session<'_>, backend: &dyn Backend) ->
 
 /// A new store, and one that was restored, begins an epoch.
 async fn identify(session: &mut Session<'_>, backend: &dyn Backend) -> Result<Identity, Error> {
-    let known = session.meta("epoch").await?;
-    let mut sequence = session.meta_number("sequence").await?;
-    let mut restored = session.meta_number("restored").await?;
-    let now = u64::try_from(jiff::Timestamp::now().as_second()).unwrap_or_default();
-    let epoch = match known {
-        Some(epoch) => {
-            let witness = backend.witness();
-            match witness.and_then(|witness| witness.goes_on_from(&epoch, sequence, now)) {
-                None => return Ok(Identity { epoch, sequence, restored }),
-                Some(from) => {
-                    tracing::warn!(
-                        store = backend.place(),
-                        old = epoch,
-                        at = sequence,
-                        goes_on_from = from,
-                        "the store is not the one that was here last: it was restored, and begins a new epoch"
-                    );
-                    (sequence, restored) = (from, from);
-                    session.set_meta("restored", &restored.to_string()).await?;
-                }
-            }
-            ulid::Ulid::generate().to_string()
+    let sequence = session.meta_number("sequence").await?;
+    let Some(epoch) = session.meta("epoch").await? else {
+        let seen = backend.witness().and_then(|witness| Some((witness.seen()?, &witness.path)));
+        if let Some((seen, path)) = seen {
+            let reason = format!(
+                "it is empty, and stood at {} when it was here last: it was truncated or deleted; put a copy of it \
+                 in its place, or remove {} to begin with nothing",
+                seen.sequence,
+                path.display()
+            );
+            return Err(Error::Unavailable { what: "open", place: backend.place().to_owned(), reason });
         }
-        None => {
-            let seen = backend.witness().and_then(|witness| Some((witness.seen()?, &witness.path)));
-            if let Some((seen, path)) = seen {
-                let reason = format!(
-                    "it is empty, and stood at {} when it was here last: it was truncated or deleted; put a copy of it \
-                     in its place, or remove {} to begin with nothing",
-                    seen.sequence,
-                    path.display()
-                );
-                return Err(Error::Unavailable { what: "open", place: backend.place().to_owned(), reason });
-            }
-            ulid::Ulid::generate().to_string()
-        }
+        return new_epoch(session, sequence, 0).await;
     };
+    match backend.witness().and_then(|witness| witness.goes_on_from(&epoch, sequence, now())) {
+        None => Ok(Identity { epoch, sequence, restored: session.meta_number("restored").await? }),
+        Some(from) => {
+            tracing::warn!(
+                store = backend.place(),
+                old = epoch,
+                at = sequence,
+                goes_on_from = from,
+                "the store is not the one that was here last: it was restored, and begins a new epoch"
+            );
+            new_epoch(session, from, from).await
+        }
+    }
+}
+
+/// In seconds. No store commits once a second for all of its life, so the clock is past every sequence.
+pub(crate) fn now() -> u64 {
+    u64::try_from(jiff::Timestamp::now().as_second()).unwrap_or_default()
+}
+
+/// Gives a store its epoch: at its creation, and whenever it was brought back to a state that it had before. Then it goes
+/// on from a sequence that is past all that anybody may have been told.
+pub(crate) async fn new_epoch(
+    session: &mut Session<'_>,
+    sequence: u64,
+    restored: u64,
+) -> Result<Identity, Error> {
+    let epoch = ulid::Ulid::generate().to_string();
     session.set_meta("epoch", &epoch).await?;
     session.set_meta("sequence", &sequence.to_string()).await?;
+    if restored > 0 {
+        session.set_meta("restored", &restored.to_string()).await?;
+    }
     Ok(Identity { epoch, sequence, restored })
+}
+
+/// Begins a transaction with new, empty tables of a layout in it, for rows that are carried over.
+pub(crate) async fn create(
+    session: &mut Session<'_>,
+    backend: &dyn Backend,
+    layout: u64,
+) -> Result<(), Error> {
+    session.script(backend.begin()).await?;
+    session.script(backend.foundation()).await?;
+    for step in backend.migrations().iter().filter(|step| step.layout <= layout) {
+        session.script(step.statements).await?;
+    }
+    Ok(())
 }

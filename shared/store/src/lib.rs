@@ -10,6 +10,7 @@ mod batch;
 pub mod conformance;
 
 mod connection;
+mod copy;
 mod document;
 mod layout;
 mod memory;
@@ -28,6 +29,7 @@ mod writer;
 
 pub use batch::{AuditRecord, Batch, Change, Expect, StoredAnswer, Watermark};
 
+pub use copy::{Copied, Renewed, copy_in, copy_out, renew_epoch};
 pub use document::{Cursor, Document, Entry, Page, decode, encode};
 pub use memory::MemoryStore;
 pub use place::{Database, Password, Place, PostgresUrl};

@@ -89,7 +89,7 @@ const READERS: u32 = 4;
 /// Where the server's settings say that a commit waits for no disk.
 const DURABLE: &str = "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'";
 
-struct Server {
+pub(crate) struct Server {
     place: String,
     schema: String,
     options: PgConnectOptions,
@@ -102,7 +102,25 @@ pub(crate) async fn open(database: &Database) -> Result<SqlStore, Error> {
     start(database, MIGRATIONS).await
 }
 
+/// Of all tables at one moment, for a copy: it takes as long as it takes, and no writer waits for it.
+pub(crate) const SNAPSHOT: &str =
+    "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL idle_in_transaction_session_timeout = '60s'";
+
+/// The database outside of a service.
+pub(crate) fn backend(database: &Database) -> Result<Server, Error> {
+    with(database, MIGRATIONS)
+}
+
 async fn start(database: &Database, migrations: &'static [Migration]) -> Result<SqlStore, Error> {
+    let server = Arc::new(with(database, migrations)?);
+    let (announce, _) = watch::channel(0);
+    let announce = Arc::new(announce);
+    let store = SqlStore::start(server.clone(), announce.clone(), None).await?;
+    tokio::spawn(listen::run(server, announce));
+    Ok(store)
+}
+
+fn with(database: &Database, migrations: &'static [Migration]) -> Result<Server, Error> {
     let place = format!("{} (schema {})", database.url, database.schema);
     let options = options(database).map_err(|error| Error::Unavailable {
         what: "open",
@@ -117,12 +135,7 @@ async fn start(database: &Database, migrations: &'static [Migration]) -> Result<
         .connect_lazy_with(options.clone());
     let schema = database.schema.clone();
     let witness = Witness { path: database.seen.clone(), alone: false };
-    let server = Arc::new(Server { place, schema, options, readers, migrations, witness });
-    let (announce, _) = watch::channel(0);
-    let announce = Arc::new(announce);
-    let store = SqlStore::start(server.clone(), announce.clone(), None).await?;
-    tokio::spawn(listen::run(server, announce));
-    Ok(store)
+    Ok(Server { place, schema, options, readers, migrations, witness })
 }
 
 fn options(database: &Database) -> Result<PgConnectOptions, sqlx::Error> {

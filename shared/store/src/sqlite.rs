@@ -60,7 +60,7 @@ CREATE TABLE audit (
 const BUSY: Duration = Duration::from_secs(5);
 const READERS: u32 = 4;
 
-struct File {
+pub(crate) struct File {
     place: String,
     options: SqliteConnectOptions,
     readers: SqlitePool,
@@ -91,10 +91,23 @@ async fn start(
     migrations: &'static [Migration],
     scratch: Option<Scratch>,
 ) -> Result<SqlStore, Error> {
+    let (announce, _) = watch::channel(0);
+    let witness = scratch.is_none().then(|| witness(path));
+    let file = backend(path, synchronous, SqliteJournalMode::Wal, migrations, witness);
+    SqlStore::start(Arc::new(file), Arc::new(announce), scratch).await
+}
+
+fn backend(
+    path: &Path,
+    synchronous: SqliteSynchronous,
+    journal: SqliteJournalMode,
+    migrations: &'static [Migration],
+    witness: Option<Witness>,
+) -> File {
     let options = SqliteConnectOptions::new()
         .filename(path)
         .create_if_missing(false)
-        .journal_mode(SqliteJournalMode::Wal)
+        .journal_mode(journal)
         .synchronous(synchronous)
         .busy_timeout(BUSY)
         .foreign_keys(false)
@@ -108,15 +121,45 @@ async fn start(
         .idle_timeout(None)
         .max_lifetime(None)
         .connect_lazy_with(options.clone());
-    let place = path.display().to_string();
-    let witness = scratch.is_none().then(|| Witness { path: beside(path), alone: true });
-    let (announce, _) = watch::channel(0);
-    SqlStore::start(
-        Arc::new(File { place, options, readers, migrations, witness }),
-        Arc::new(announce),
-        scratch,
-    )
-    .await
+    File { place: path.display().to_string(), options, readers, migrations, witness }
+}
+
+pub(crate) fn witness(path: &Path) -> Witness {
+    Witness { path: beside(path), alone: true }
+}
+
+/// A file that is there, outside of a service: without a log beside it that would have to go along.
+pub(crate) fn existing(path: &Path) -> File {
+    backend(path, SqliteSynchronous::Full, SqliteJournalMode::Delete, MIGRATIONS, None)
+}
+
+/// As [`existing`], of a file that is made now.
+pub(crate) fn create(path: &Path) -> Result<File, Error> {
+    let mut options = std::fs::OpenOptions::new();
+    let made =
+        std::os::unix::fs::OpenOptionsExt::mode(options.create_new(true).write(true), 0o600).open(path);
+    made.map_err(|error| unavailable(path, &error))?;
+    Ok(existing(path))
+}
+
+/// Writes a consistent copy of a file that may be in use to one that does not exist.
+pub(crate) async fn copy(from: &Path, to: &Path) -> Result<(), Error> {
+    create(to)?;
+    let place = from.display().to_string();
+    let failed = |error: &sqlx::Error| Error::Unavailable {
+        what: "copy",
+        place: place.clone(),
+        reason: error.to_string(),
+    };
+    // Whatever mode the journal has: a copy must not change it.
+    let options = SqliteConnectOptions::new().filename(from).create_if_missing(false).busy_timeout(BUSY);
+    let mut link = options.disable_statement_logging().connect().await.map_err(|error| failed(&error))?;
+    let target = to.display().to_string();
+    // VACUUM INTO takes a file that is there where that is empty; this one has the mode that keeps others out.
+    let copied = sqlx::query("VACUUM INTO ?").bind(&target).execute(&mut link).await;
+    copied.map_err(|error| failed(&error))?;
+    let synced = std::fs::File::open(to).and_then(|file| file.sync_all());
+    synced.map_err(|error| unavailable(to, &error))
 }
 
 #[async_trait]

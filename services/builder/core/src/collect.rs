@@ -26,19 +26,21 @@ pub fn garbage(
     if deployer_heard.is_none_or(|heard| age(heard, now) >= SILENT) {
         return Vec::new();
     }
-    let in_force = servers.iter().filter_map(|server| server.in_force.as_ref());
-    let needed: BTreeSet<_> =
-        in_force.flat_map(|in_force| [Some(in_force.image), in_force.parent_image]).flatten().collect();
-    let building: BTreeSet<_> =
-        servers.iter().filter_map(|server| server.building.as_ref()?.parent_image).collect();
+    let needed = needed(held, servers);
     images
         .iter()
-        .filter(|(digest, created)| {
-            age(*created, now) >= MIN_AGE
-                && !held.contains(digest)
-                && !needed.contains(digest)
-                && !building.contains(digest)
-        })
+        .filter(|(digest, created)| age(*created, now) >= MIN_AGE && !needed.contains(digest))
         .map(|(digest, _)| *digest)
         .collect()
+}
+
+/// Images that a fleet, a rollout, a rollback or a build can come to need.
+pub fn needed(held: &BTreeSet<Digest>, servers: &[Server]) -> BTreeSet<Digest> {
+    let mut needed = held.clone();
+    for server in servers {
+        let in_force = server.in_force.iter().flat_map(|it| [Some(it.image), it.parent_image]);
+        needed.extend(in_force.flatten());
+        needed.extend(server.building.as_ref().and_then(|building| building.parent_image));
+    }
+    needed
 }

@@ -2,6 +2,7 @@
 
 mod apply;
 mod audit;
+mod backup;
 mod build;
 mod completions;
 mod doctor;
@@ -70,6 +71,10 @@ pub(crate) enum Command {
     Why(why::Why),
     /// Show who did what, and check that nobody changed the records
     Audit(audit::Audit),
+    /// Write a site's state, keys and needed images to one file, while it runs
+    Backup(backup::Backup),
+    /// Make a site out of a backup, in an empty folder
+    Restore(backup::Restore),
     /// Look into images, and export them
     Image(image::Image),
     /// Make and renew the certificates by which services and people know each other
@@ -108,6 +113,8 @@ pub(crate) async fn run(command: Command, home: &Home, screen: Screen) -> Outcom
         Command::History(it) => history::run(&it, &services()?, screen).await,
         Command::Why(it) => why::run(&it, &services()?, screen).await,
         Command::Audit(it) => audit::run(&it, &services()?, screen).await,
+        Command::Backup(it) => backup::run(&it, home, screen).await,
+        Command::Restore(it) => backup::restore(&it, home, screen).await,
         Command::Image(it) => image::run(&it, &services()?, screen).await,
         Command::Pki(it) => pki::run(it, home, screen),
         Command::Token(it) => token::run(it, home, screen),

@@ -172,13 +172,17 @@ async fn shake(
 fn local(stream: &UnixStream) -> std::io::Result<Caller> {
     let credentials = stream.peer_cred()?;
     let process = credentials.pid().unwrap_or_default();
+    Ok(Caller::local(person_of(&process.to_string(), credentials.uid()), process))
+}
+
+/// `process` is an id, or `self`.
+pub(crate) fn person_of(process: &str, user: u32) -> String {
     // The process may have ended, and its id be another's: but whoever gets here is the site's own user anyway.
     let login = std::fs::read_to_string(format!("/proc/{process}/loginuid")).ok();
     let login = login.and_then(|text| text.trim().parse().ok()).filter(|uid| *uid != u32::MAX);
-    let uid = login.unwrap_or_else(|| credentials.uid());
+    let uid = login.unwrap_or(user);
     let users = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
-    let name = user_name(&users, uid).unwrap_or_else(|| format!("uid {uid}"));
-    Ok(Caller::local(name, process))
+    user_name(&users, uid).unwrap_or_else(|| format!("uid {uid}"))
 }
 
 fn user_name(users: &str, uid: u32) -> Option<String> {

@@ -37,6 +37,15 @@ async fn its_layout_goes_forward() {
 }
 
 #[tokio::test]
+async fn copies_are_whole_and_restored_ones_are_new() {
+    let server = Private::start(&["fsync=off"]).unwrap();
+    crate::copy::tests::copies_are_whole_and_restored_ones_are_new(|name| {
+        crate::Place::Postgres(database(&server, name))
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn audit_records_that_were_tampered_with_are_named() {
     let server = Private::start(&["fsync=off"]).unwrap();
     crate::seal::tests::what_was_tampered_with_is_named(

@@ -174,6 +174,15 @@ async fn a_full_disk_is_a_clear_error_and_no_half_state() {
 }
 
 #[tokio::test]
+async fn copies_are_whole_and_restored_ones_are_new() {
+    let folder = tempfile::tempdir().unwrap();
+    crate::copy::tests::copies_are_whole_and_restored_ones_are_new(|name| {
+        crate::Place::File(folder.path().join(name))
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn audit_records_that_were_tampered_with_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);

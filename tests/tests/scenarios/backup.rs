@@ -1,0 +1,78 @@
+//! A site in one file, and out of it again.
+
+use std::time::Duration;
+
+use kiln_tests::Result;
+use kiln_tests::command::both;
+use kiln_tests::server::Web;
+use kiln_tests::site::{Site, settled};
+use kiln_tests::wait::until;
+use serde_json::Value;
+
+fn texts<'a>(document: &'a Value, list: &str, field: &str) -> Vec<&'a str> {
+    document[list].as_array().into_iter().flatten().filter_map(|it| it[field].as_str()).collect()
+}
+
+/// Backed up under load while a rollout is under way, taken down, and restored into an empty folder.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restored_site_serves_again_and_does_nothing_that_was_not_due() -> Result<()> {
+    let web = Web::start(Site::up("backup")?).await?;
+    let folder = web.folder().to_owned();
+    let (file, key) =
+        (folder.join("site.kiln").display().to_string(), folder.join("key").display().to_string());
+    web.say("second")?;
+    web.settled(2).await?;
+    let load = web.load();
+    let written = web.site.json(&["backup", &file, "--key", &key])?;
+    load.stop().await.unfailing(100)?;
+    println!("a backup of {} bytes with {} images", written["bytes"], written["images"]);
+    assert_eq!(written["images"], 2, "the one in force, and the one to go back to");
+    let again = web.site.try_kiln(&["backup", &file, "--key", &key])?;
+    assert!(both(&again).contains("there already"), "{}", both(&again));
+
+    let history = web.site.json(&["history", "web", "-n", "0"])?;
+    let audit = web.site.json(&["audit", "-n", "0"])?;
+    web.site.json(&["audit", "verify"])?;
+    web.site.erase().await?;
+    let refused = web.site.try_kiln(&["restore", &file, "--key", "/dev/null"])?;
+    assert!(!refused.status.success());
+    web.site.kiln(&["restore", &file, "--key", &key])?;
+    web.site.kiln(&["up"])?;
+    web.settled(2).await?;
+    let load = web.load();
+
+    // Longer than two resyncs and polls.
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    load.stop().await.unfailing(1000)?;
+    let after = web.site.json(&["history", "web", "-n", "0"])?;
+    for (list, field) in [("builds", "id"), ("rollouts", "id"), ("signals", "id")] {
+        let (before, after) = (texts(&history, list, field), texts(&after, list, field));
+        // What died with the machine is replaced, which is a signal and no rollout.
+        let news: Vec<_> = after.iter().filter(|id| !before.contains(id)).collect();
+        assert!(list == "signals" || news.is_empty(), "{list}: {news:?}");
+        assert!(before.iter().all(|id| after.contains(id)), "{list} were lost: {before:?} {after:?}");
+    }
+    // The records go on, over the restore, and fit.
+    let records = web.site.json(&["audit", "-n", "0"])?;
+    let actions = texts(&records, "records", "action");
+    assert_eq!(actions.iter().filter(|action| **action == "restore").count(), 3, "{actions:?}");
+    assert!(actions.len() > texts(&audit, "records", "action").len());
+    until("the records to be sealed", Duration::from_secs(10), async || {
+        let found = web.site.json(&["audit", "verify"])?;
+        let waiting = found["services"].as_array().into_iter().flatten().any(|it| it["not_sealed_yet"] != 0);
+        if waiting { Err(found.to_string().into()) } else { Ok(()) }
+    })
+    .await?;
+    // The loop goes on: a commit, and the way back.
+    web.say("third")?;
+    until("a release that nobody has seen", Duration::from_secs(120), async || {
+        let fleet = web.site.fleet("web").await?;
+        settled(&fleet, fleet.release)?;
+        // Numbers go on above all that were given out after the backup.
+        if fleet.release > 2 { Ok(()) } else { Err(fleet.problem.into()) }
+    })
+    .await?;
+    web.site.kiln(&["rollback", "web"])?;
+    web.settled(2).await?;
+    web.site.down()
+}
