@@ -25,6 +25,7 @@ use kiln_model::digest::Digest;
 use kiln_model::lock::{BUILDER_FORMAT, Lock, LockedBase};
 use kiln_service::access::Caller;
 use kiln_service::clock::SystemClock;
+use kiln_service::config::Signing;
 use kiln_service::members::{Member, Members};
 use kiln_service::requests::new_id;
 use kiln_store::{Database, Place, SqlStore};
@@ -116,7 +117,8 @@ async fn once(url: &str, count: usize) -> Result<Duration> {
         builders.push(builder(url, &folder.path().join(number.to_string())).await?);
     }
     let first = builders.first().ok_or("there is no builder")?.clone();
-    let api = Api::new(first, ImageStore::open(&folder.path().join("images"))?, "signing.pub".into());
+    let signing = Signing::with_one_key("signing.key".into(), "signing.pub".into());
+    let api = Api::new(first, ImageStore::open(&folder.path().join("images"))?, signing);
     let source = Some(apply_request::Source::Folder(servers()?));
     let mut request = Request::new(ApplyRequest { request_id: new_id(), source });
     request.extensions_mut().insert(Caller::local("bench", 0));

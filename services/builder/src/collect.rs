@@ -9,6 +9,7 @@ use kiln_builder_core::collect::{garbage, needed};
 use kiln_builder_core::server::{self, Server};
 use kiln_image::ImageStore;
 use kiln_model::digest::Digest;
+use kiln_model::name::ServerName;
 use kiln_service::aside::aside;
 use kiln_service::clock::Clock;
 use kiln_service::shutdown;
@@ -61,6 +62,20 @@ impl<S: Store> Documents<S> {
         let held = holds.into_iter().flat_map(|hold| hold.value.images).collect();
         let servers = self.all(server::KIND, "").await?;
         Ok((held, servers.into_iter().map(|read: Read<Server>| read.value).collect()))
+    }
+
+    /// [`Documents::needed_images`], as far as they are known here, with whose they are.
+    ///
+    /// # Errors
+    /// Where the store can't be read.
+    pub async fn needed_of_servers(&self) -> Result<Vec<(Digest, ServerName)>, kiln_store::Error> {
+        let mut found = Vec::new();
+        for digest in self.needed_images().await? {
+            if let Some(read) = self.image(&digest).await? {
+                found.push((digest, read.value.server));
+            }
+        }
+        Ok(found)
     }
 
     /// Images that somebody can come to need.

@@ -23,6 +23,7 @@ use kiln_image::ImageStore;
 use kiln_model::name::ServerName;
 use kiln_service::access::actor;
 use kiln_service::clock::Clock;
+use kiln_service::config::Signing;
 use kiln_service::error::ApiError;
 use kiln_store::Store;
 use tonic::{Request, Response, Status};
@@ -36,13 +37,13 @@ use crate::store::Read;
 pub struct Api<S, K, C> {
     builder: Builder<S, K, C>,
     images: ImageStore,
-    /// The site's key that images are signed with.
-    trusted: std::path::PathBuf,
+    /// Whose signatures count.
+    signing: Signing,
 }
 
 impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
-    pub fn new(builder: Builder<S, K, C>, images: ImageStore, trusted: std::path::PathBuf) -> Self {
-        Self { builder, images, trusted }
+    pub fn new(builder: Builder<S, K, C>, images: ImageStore, signing: Signing) -> Self {
+        Self { builder, images, signing }
     }
 
     async fn server(&self, name: &str) -> Result<Read<kiln_builder_core::server::Server>, ApiError> {

@@ -32,7 +32,7 @@ use kiln_image::ImageStore;
 use kiln_model::event::Service;
 use kiln_service::audit as audit_records;
 use kiln_service::clock::{Clock, SystemClock};
-use kiln_service::config::Site;
+use kiln_service::config::{Signing, Site};
 use kiln_service::run::{Failure, Start};
 use kiln_service::server::{APPLY_LIMIT, ServerOptions, serve};
 use kiln_service::{client, follow, members, relay, resync};
@@ -93,7 +93,8 @@ pub async fn run(start: Start) -> Result<(), Failure> {
         );
     }
 
-    let api = Api::new(builder.clone(), images.clone(), paths.signing_pub());
+    countersign(&builder, &site.signing).await?;
+    let api = Api::new(builder.clone(), images.clone(), site.signing.clone());
     let service = BuilderServiceServer::new(api)
         .max_decoding_message_size(APPLY_LIMIT)
         .max_encoding_message_size(APPLY_LIMIT);
@@ -117,6 +118,23 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     };
     // A server that can't serve ends the others too.
     tokio::try_join!(serving, beside)?;
+    Ok(())
+}
+
+/// What may be launched again after keys were changed has the signatures of all that sign now.
+async fn countersign<S: Store, C: Clock>(
+    builder: &Builder<S, Baker, C>,
+    signing: &Signing,
+) -> Result<(), builder::Error> {
+    for (image, server) in builder.documents.needed_of_servers().await? {
+        let Some(trust) = signing.trust(server.as_str()) else { continue };
+        match builder.bakery.countersign(image, trust.clone()).await {
+            Ok(false) => {}
+            Ok(true) => tracing::info!(%image, %server, "was signed by another key as well"),
+            // It is not launched, and whoever wants to says why.
+            Err(error) => tracing::warn!(%image, %server, %error, "was not signed anew"),
+        }
+    }
     Ok(())
 }
 
@@ -162,7 +180,7 @@ pub fn bake_config(site: &Site) -> BakeConfig {
         packages: site.builder.packages.clone(),
         layer_cache: site.builder.layers.clone(),
         images: paths.images(),
-        signing_key: paths.signing_key(),
+        signing_keys: site.signing.keys.clone(),
         runtime: "runc".into(),
         archives: Vec::new(),
         limits: BakeLimits::default(),

@@ -257,7 +257,7 @@ impl<C: Clock> Task<C> {
     }
 
     async fn verify(&self, image: Digest) -> Outcome {
-        match self.peers.engine.verify(&image).await {
+        match self.peers.engine.verify(&self.server, &image).await {
             Ok(verdict) => {
                 self.board.verdict(&self.server, image, verdict);
                 Outcome::Done

@@ -196,7 +196,7 @@ impl<S: Store, C: Clock> Api<S, C> {
     /// Going back to what can't be launched would end with neither: better refused while something runs.
     async fn require_image(&self, server: &ServerName, target: &Release) -> Result<(), ApiError> {
         let image = target.revision.image_digest;
-        match self.deployer.peers.engine.verify(&image).await {
+        match self.deployer.peers.engine.verify(server, &image).await {
             Ok(Verdict::Right) => Ok(()),
             Ok(Verdict::Wrong(why)) | Err(Problem::Refused(why)) => Err(ApiError::precondition(
                 format!("{server} r{} can't be launched: {why}", target.number),

@@ -97,8 +97,8 @@ impl Node {
 
 #[async_trait]
 impl Engine for Node {
-    async fn verify(&self, image: &Digest) -> Result<Verdict, Problem> {
-        let message = engine::VerifyRequest { image_digest: image.to_string() };
+    async fn verify(&self, server: &ServerName, image: &Digest) -> Result<Verdict, Problem> {
+        let message = engine::VerifyRequest { image_digest: image.to_string(), server: server.to_string() };
         match self.client.clone().verify(request(message, VERIFY)).await {
             Ok(answer) => {
                 let answer = answer.into_inner();

@@ -43,7 +43,7 @@ pub struct Listing {
 /// Where instances run.
 #[async_trait]
 pub trait Engine: Send + Sync + 'static {
-    async fn verify(&self, image: &Digest) -> Result<Verdict, Problem>;
+    async fn verify(&self, server: &ServerName, image: &Digest) -> Result<Verdict, Problem>;
     async fn launch(&self, launch: &Launch) -> Result<engine::Instance, Problem>;
     async fn route(
         &self,

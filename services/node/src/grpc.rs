@@ -169,9 +169,9 @@ impl<S: Store + std::fmt::Debug> EngineService for Engine<S> {
     }
 
     async fn verify(&self, request: Request<VerifyRequest>) -> Answer<VerifyResponse> {
-        let digest =
-            convert::text("image_digest", &request.into_inner().image_digest).map_err(ApiError::from)?;
-        let answer = match self.node.verifier.verify(&self.node.book, digest).await {
+        let VerifyRequest { image_digest, server } = request.into_inner();
+        let digest = convert::text("image_digest", &image_digest).map_err(ApiError::from)?;
+        let answer = match self.node.verifier.verify(&self.node.book, digest, &server).await {
             Ok(verified) => VerifyResponse { verified: true, key_id: verified.key_id, detail: String::new() },
             Err(ApiError::Precondition { reason, .. }) => {
                 VerifyResponse { verified: false, key_id: String::new(), detail: reason }

@@ -55,7 +55,8 @@ impl<S: Store> Node<S> {
             ));
         }
         let _turn = self.at_once.acquire().await.map_err(|error| ApiError::internal(&error))?;
-        let verified = self.verifier.verify(&self.book, spec.image).instrument(info_span!("verify")).await?;
+        let verified = self.verifier.verify(&self.book, spec.image, spec.server().as_str());
+        let verified = verified.instrument(info_span!("verify")).await?;
         let plug = self.pool.take().instrument(info_span!("network")).await?;
         let record = Record::launching(spec, digest, plug.clone(), traceparent, Timestamp::now());
         if let Err(error) = begin(&self.book, &record, generation).await {

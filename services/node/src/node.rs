@@ -72,7 +72,7 @@ impl<S: Store> Node<S> {
             ended: Mutex::default(),
             orphans: Mutex::default(),
             left_edge: Mutex::default(),
-            verifier: Verifier::new(images, site.paths().signing_pub()),
+            verifier: Verifier::new(images, site.signing.clone()),
             at_once: Arc::new(Semaphore::new(AT_ONCE)),
             flows: Mutex::default(),
             book,

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use kiln_image::{Image, ImageStore, Thoroughness};
 use kiln_model::digest::Digest;
+use kiln_service::config::Signing;
 use kiln_service::error::{ApiError, chain};
 use kiln_store::Store;
 use rustix::process::Signal;
@@ -16,7 +17,7 @@ use crate::node::blocking;
 #[derive(Debug, Clone)]
 pub(crate) struct Verifier {
     images: ImageStore,
-    key: PathBuf,
+    signing: Signing,
 }
 
 /// An image that may run, with its layers' trees from the lowest to the topmost.
@@ -37,8 +38,8 @@ struct BlobState {
 }
 
 impl Verifier {
-    pub(crate) fn new(images: ImageStore, key: PathBuf) -> Self {
-        Self { images, key }
+    pub(crate) fn new(images: ImageStore, signing: Signing) -> Self {
+        Self { images, signing }
     }
 
     /// How an image wants to be told to stop.
@@ -76,14 +77,22 @@ impl Verifier {
     fn check(
         &self,
         digest: &Digest,
+        server: &str,
         before: Option<&[BlobState]>,
     ) -> Result<(Verified, Vec<BlobState>), kiln_image::Error> {
-        let trusted = [kiln_image::read_trusted_key(&self.key)?];
+        let Some(trust) = self.signing.trust(server) else {
+            let why = format!("no rule of `signing.trust` in site.toml is about the server `{server}`");
+            return Err(kiln_image::Error::Untrusted { image: *digest, why });
+        };
+        // Read each time: a key that is taken away counts no more.
+        let trusted = trust.keys.iter().map(|key| kiln_image::read_trusted_key(key));
+        let trusted = trusted.collect::<Result<Vec<_>, _>>()?;
         let image = self.images.image(digest)?;
         // Looked at before hashing: what changes meanwhile is hashed again the next time.
         let blobs = self.blobs(&image)?;
         let thoroughness = if before == Some(&blobs) { Thoroughness::Manifest } else { Thoroughness::Blobs };
-        let key_id = self.images.verify(digest, &trusted, thoroughness)?.to_string();
+        let signers = self.images.verify(digest, &trusted, trust.threshold, thoroughness)?;
+        let key_id = signers.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         let trees = image.layers.iter().map(|layer| self.images.layer_tree(&layer.diff_id));
         let layers = trees.collect::<Result<_, _>>()?;
         Ok((Verified { image, layers, key_id }, blobs))
@@ -94,18 +103,22 @@ impl Verifier {
         &self,
         book: &Book<S>,
         digest: Digest,
+        server: &str,
     ) -> Result<Verified, ApiError> {
+        let server = server.to_owned();
         let name = digest.to_string();
         let before: Option<Vec<BlobState>> = book.verified(&name).await?;
         let verifier = self.clone();
         let (verified, blobs, before) = blocking(move || {
-            verifier.check(&digest, before.as_deref()).map(|(verified, blobs)| (verified, blobs, before))
+            verifier
+                .check(&digest, &server, before.as_deref())
+                .map(|(verified, blobs)| (verified, blobs, before))
         })
         .await?
         .map_err(|error| {
             ApiError::precondition(
                 format!("image {digest} can't be verified: {}", chain(&error)),
-                "build the server again; nothing of this image is run",
+                "nothing of this image is run: build the server again, or see `signing` in site.toml",
             )
         })?;
         if before.as_ref() != Some(&blobs) {

@@ -1,6 +1,6 @@
 //! Signatures: a DSSE envelope over the image's digest, stored as an OCI artifact that refers to the image.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs::File;
 use std::io::Read;
@@ -9,14 +9,16 @@ use std::path::Path;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use ed25519_dalek::pkcs8::{DecodePrivateKey as _, DecodePublicKey as _};
-use ed25519_dalek::{Signature, Signer as _, SigningKey, VerifyingKey};
+use ed25519_dalek::{Signature, SigningKey, VerifyingKey};
 use kiln_model::digest::Digest;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use zeroize::Zeroizing;
 
 use crate::error::Error;
 use crate::index::{Entry, Index, MANIFEST_TYPE, SUBJECT};
 use crate::manifest::{MANIFEST_LIMIT, parse_digest, parse_manifest};
+use crate::signer::Signer;
 use crate::store::ImageStore;
 
 const ARTIFACT_TYPE: &str = "application/vnd.kiln.signature.v1";
@@ -88,11 +90,11 @@ impl ImageStore {
     ///
     /// # Errors
     /// The image is not in the store, or is not well-formed.
-    pub fn sign(&self, digest: &Digest, key: &SigningKey) -> Result<KeyId, Error> {
+    pub fn sign(&self, digest: &Digest, signer: &Signer) -> Result<KeyId, Error> {
         let image = self.image(digest)?;
-        let id = KeyId::of(&key.verifying_key());
+        let id = signer.id();
         let payload = json!({"image": digest, "mediaType": MANIFEST_TYPE, "size": image.size}).to_string();
-        let signature = key.sign(&pre_authentication_encoding(payload.as_bytes()));
+        let signature = signer.sign(&pre_authentication_encoding(payload.as_bytes()))?;
         let envelope = json!({
             "payloadType": PAYLOAD_TYPE,
             "payload": BASE64.encode(&payload),
@@ -124,41 +126,49 @@ impl ImageStore {
         Ok(id)
     }
 
-    /// Checks that a trusted key signed the image, and that the image is what was signed.
+    /// Checks that so many different ones of the trusted keys signed the image, and that the image is what was signed.
+    /// Gives those that did, as far as they were needed.
     ///
     /// # Errors
-    /// Everything but a good signature of a well-formed image.
+    /// Everything but enough good signatures of a well-formed image.
     pub fn verify(
         &self,
         digest: &Digest,
         trusted: &[VerifyingKey],
+        threshold: usize,
         thoroughness: Thoroughness,
-    ) -> Result<KeyId, Error> {
+    ) -> Result<BTreeSet<KeyId>, Error> {
         let image = self.image(digest)?;
         let wanted = Payload { image: *digest, media_type: MANIFEST_TYPE.to_owned(), size: image.size };
         let mut problem = None;
-        let mut signer = None;
+        let mut signers = BTreeSet::new();
+        // At least one, whatever a caller worked out.
+        let threshold = threshold.max(1);
         for signature in self.signatures_of(digest)?.into_iter().take(SIGNATURES_LIMIT) {
             match self.check_signature(&signature, &wanted, trusted) {
-                Ok(id) => {
-                    signer = Some(id);
-                    break;
-                }
+                Ok(ids) => signers.extend(ids),
                 Err(why) => problem = Some(why),
             }
+            if signers.len() >= threshold {
+                break;
+            }
         }
-        let Some(signer) = signer else {
-            return Err(match problem {
-                None => Error::Unsigned(*digest),
-                Some(why) => Error::Untrusted { image: *digest, why },
+        if signers.len() < threshold {
+            return Err(match (signers.len(), problem) {
+                (0, None) => Error::Unsigned(*digest),
+                (0, Some(why)) => Error::Untrusted { image: *digest, why },
+                (some, _) => {
+                    let why = format!("{some} of the {threshold} keys that are needed have signed it");
+                    Error::Untrusted { image: *digest, why }
+                }
             });
-        };
+        }
         if thoroughness == Thoroughness::Blobs {
             for layer in &image.layers {
                 self.rehash(&layer.diff_id)?;
             }
         }
-        Ok(signer)
+        Ok(signers)
     }
 
     pub(crate) fn signatures_of(&self, digest: &Digest) -> Result<Vec<Digest>, Error> {
@@ -240,7 +250,7 @@ impl ImageStore {
         manifest: &Digest,
         wanted: &Payload,
         trusted: &[VerifyingKey],
-    ) -> Result<KeyId, String> {
+    ) -> Result<BTreeSet<KeyId>, String> {
         let content = self.small_blob(manifest, MANIFEST_LIMIT).map_err(|e| e.to_string())?;
         let parsed = parse_manifest(manifest, &content).map_err(|e| e.to_string())?;
         let subject = parsed.subject().as_ref().map(|s| s.digest().to_string());
@@ -256,7 +266,12 @@ impl ImageStore {
     }
 }
 
-fn check_envelope(content: &[u8], wanted: &Payload, trusted: &[VerifyingKey]) -> Result<KeyId, String> {
+/// Those of the trusted keys that signed it; at least one.
+fn check_envelope(
+    content: &[u8],
+    wanted: &Payload,
+    trusted: &[VerifyingKey],
+) -> Result<BTreeSet<KeyId>, String> {
     let envelope: Envelope = serde_json::from_slice(content).map_err(|e| format!("envelope: {e}"))?;
     if envelope.payload_type != PAYLOAD_TYPE {
         return Err(format!("the envelope's payload type is not {PAYLOAD_TYPE}"));
@@ -264,33 +279,27 @@ fn check_envelope(content: &[u8], wanted: &Payload, trusted: &[VerifyingKey]) ->
     let payload = BASE64.decode(&envelope.payload).map_err(|e| format!("payload: {e}"))?;
     let signed = pre_authentication_encoding(&payload);
     // The signature goes first: nothing in the payload is looked at before it is known who wrote it.
-    let signer = envelope
-        .signatures
-        .iter()
-        .take(SIGNATURES_LIMIT)
-        .find_map(|signature| {
-            let bytes = BASE64.decode(&signature.sig).ok()?;
-            let parsed = Signature::from_slice(&bytes).ok()?;
-            trusted.iter().find(|key| key.verify_strict(&signed, &parsed).is_ok())
-        })
-        .ok_or_else(|| {
-            let keys: Vec<_> = envelope
-                .signatures
-                .iter()
-                .take(4)
-                .map(|s| s.keyid.chars().take(64).collect::<String>())
-                .collect();
-            format!("signed by {}", keys.join(", "))
-        })?;
+    let found = envelope.signatures.iter().take(SIGNATURES_LIMIT).filter_map(|signature| {
+        let bytes = BASE64.decode(&signature.sig).ok()?;
+        let parsed = Signature::from_slice(&bytes).ok()?;
+        trusted.iter().find(|key| key.verify_strict(&signed, &parsed).is_ok()).map(KeyId::of)
+    });
+    let signers: BTreeSet<KeyId> = found.collect();
+    if signers.is_empty() {
+        let named = envelope.signatures.iter().take(4);
+        let keys: Vec<_> = named.map(|it| it.keyid.chars().take(64).collect::<String>()).collect();
+        return Err(format!("signed by {}", keys.join(", ")));
+    }
     let payload: Payload = serde_json::from_slice(&payload).map_err(|e| format!("payload: {e}"))?;
     if payload != *wanted {
         return Err("a good signature, but of another image".to_owned());
     }
-    Ok(KeyId::of(signer))
+    Ok(signers)
 }
 
-fn read_key(path: &Path) -> Result<String, Error> {
-    let mut text = String::new();
+fn read_key(path: &Path) -> Result<Zeroizing<String>, Error> {
+    // Large enough never to be moved: what is left behind by that would not be wiped.
+    let mut text = Zeroizing::new(String::with_capacity(KEY_LIMIT as usize));
     File::open(path)
         .and_then(|file| file.take(KEY_LIMIT).read_to_string(&mut text))
         .map_err(Error::io("read key", path))?;

@@ -2,8 +2,10 @@
 //!
 //! What stands in the file ([`SiteFile`]) and what was checked ([`Site`]) are different types.
 
+mod signing;
 mod store;
 
+pub use signing::{Key as SigningKey, Signing, SigningFile, Trust};
 pub use store::{Store, StoreFile};
 
 use std::collections::BTreeMap;
@@ -71,6 +73,8 @@ pub struct SiteFile {
     pub poll: PollFile,
     #[serde(default)]
     pub builder: BuilderFile,
+    #[serde(default, skip_serializing_if = "SigningFile::is_default")]
+    pub signing: SigningFile,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -189,6 +193,7 @@ pub struct Site {
     pub pki: Pki,
     pub poll: Poll,
     pub builder: Builder,
+    pub signing: Signing,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -297,6 +302,9 @@ impl SiteFile {
         if let Some(otlp) = &self.otlp {
             check_url(&otlp.endpoint, &["http://", "https://"]).map_err(wrong("otlp.endpoint"))?;
         }
+        let own = Paths { home };
+        let signing = self.signing.check(home, (own.signing_key(), own.signing_pub()));
+        let signing = signing.map_err(wrong("signing"))?;
         let workers = usize::try_from(self.builder.workers).unwrap_or(0);
         if !(1..=64).contains(&workers) {
             return Err(wrong("builder.workers")(format!("{workers} is not between 1 and 64")));
@@ -325,6 +333,7 @@ impl SiteFile {
                 packages: home.join(self.builder.packages),
                 layers: home.join(self.builder.layers),
             },
+            signing,
             home: home.to_owned(),
             name,
             id,

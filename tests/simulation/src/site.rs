@@ -25,7 +25,7 @@ use kiln_monitor::peers::{BuilderPeer, DeployerPeer, EnginePeer};
 use kiln_monitor::ports::{Others, Problem};
 use kiln_monitor::{Monitor, Ports};
 use kiln_service::client::Channel;
-use kiln_service::config::Poll;
+use kiln_service::config::{Poll, Signing};
 use kiln_service::members::{Member, Members};
 use tokio::sync::watch;
 use tower::util::BoxCloneSyncService;
@@ -229,8 +229,8 @@ impl Site {
             return error.to_string();
         }
         let images = ImageStore::open(&self.folder.join("images")).unwrap();
-        let api =
-            kiln_builder::grpc::Api::new(builder.clone(), images.clone(), self.folder.join("signing.pub"));
+        let signing = Signing::with_one_key(self.folder.join("signing.key"), self.folder.join("signing.pub"));
+        let api = kiln_builder::grpc::Api::new(builder.clone(), images.clone(), signing);
         self.directory.serve(life, BoxCloneSyncService::new(BuilderServiceServer::new(api)));
         let loops = kiln_builder::Loops {
             builder,

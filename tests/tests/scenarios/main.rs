@@ -20,3 +20,4 @@ mod protocol;
 mod remote;
 mod rollback;
 mod rollout;
+mod signing;

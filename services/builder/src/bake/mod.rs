@@ -40,11 +40,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use kiln_image::ImageStore;
+use kiln_image::{ImageStore, Signer, Thoroughness};
 use kiln_model::definition::{ArchiveSpec, Definition};
 use kiln_model::digest::Digest;
 use kiln_model::lock::Lock;
 use kiln_model::name::{BuildId, SiteId};
+use kiln_service::config::{SigningKey, Trust};
 use kiln_service::machine::Leftover;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -66,7 +67,8 @@ pub struct BakeConfig {
     /// The image store that builder and node share.
     pub images: PathBuf,
     /// Ed25519, PKCS#8 PEM.
-    pub signing_key: PathBuf,
+    /// Each of them signs.
+    pub signing_keys: Vec<SigningKey>,
     /// The OCI runtime's command: `runc`.
     pub runtime: PathBuf,
     /// Archives from the configuration, used before the host's own where the suite is theirs.
@@ -230,7 +232,7 @@ impl Baker {
         ImageStore::open(&config.images)?;
         packages::PackageStore::open(&config.packages)?;
         cache::LayerCache::open(&config.layer_cache)?;
-        kiln_image::read_signing_key(&config.signing_key)?;
+        signers(&config)?;
         Ok(Self { config: Arc::new(config), resolving: Arc::new(Semaphore::new(RESOLVES)) })
     }
 
@@ -285,15 +287,42 @@ impl Baker {
         result
     }
 
-    /// Signs an image with the site's key, and gives the key's id.
+    /// Signs an image with each of the site's keys, and gives the keys' ids.
     ///
     /// # Errors
-    /// The image is not in the store.
+    /// The image is not in the store, or a key can't be had.
     pub async fn sign(&self, image: Digest) -> Result<String, BakeError> {
         let config = Arc::clone(&self.config);
         blocking(move || {
-            let key = kiln_image::read_signing_key(&config.signing_key)?;
-            Ok(ImageStore::open(&config.images)?.sign(&image, &key)?.to_string())
+            let images = ImageStore::open(&config.images)?;
+            let ids = signers(&config)?.iter().map(|signer| images.sign(&image, signer)).collect::<Vec<_>>();
+            let ids = ids.into_iter().map(|id| id.map(|id| id.to_string())).collect::<Result<Vec<_>, _>>()?;
+            Ok(ids.join(", "))
+        })
+        .await
+    }
+
+    /// Signs an image that may run with those of the site's keys that have not signed it yet: a key that takes another's
+    /// place is to count for what was made before it came. True where that was so of any.
+    ///
+    /// # Errors
+    /// As [`Baker::sign`].
+    pub async fn countersign(&self, image: Digest, trust: Trust) -> Result<bool, BakeError> {
+        let config = Arc::clone(&self.config);
+        blocking(move || {
+            let images = ImageStore::open(&config.images)?;
+            let trusted = trust.keys.iter().map(|key| kiln_image::read_trusted_key(key));
+            let trusted = trusted.collect::<Result<Vec<_>, _>>()?;
+            // What nobody vouches for now gets nobody's word.
+            images.verify(&image, &trusted, trust.threshold, Thoroughness::Blobs)?;
+            let mut is_new = false;
+            for signer in signers(&config)? {
+                if images.verify(&image, &[signer.public()], 1, Thoroughness::Manifest).is_err() {
+                    images.sign(&image, &signer)?;
+                    is_new = true;
+                }
+            }
+            Ok(is_new)
         })
         .await
     }
@@ -337,4 +366,12 @@ async fn blocking<T: Send + 'static>(
         // The runtime is going down, or the work panicked, which has been logged.
         Err(_) => Err(BakeError::Cancelled),
     }
+}
+
+fn signers(config: &BakeConfig) -> Result<Vec<Signer>, BakeError> {
+    let signer = |key: &SigningKey| match key {
+        SigningKey::File(path) => Signer::file(path),
+        SigningKey::Command { run, public } => Signer::command(run.clone(), public),
+    };
+    Ok(config.signing_keys.iter().map(signer).collect::<Result<_, _>>()?)
 }

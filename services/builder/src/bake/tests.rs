@@ -10,6 +10,7 @@ use ed25519_dalek::SigningKey;
 use ed25519_dalek::pkcs8::EncodePrivateKey as _;
 use kiln_image::Thoroughness;
 use kiln_model::lock::LockedStep;
+use kiln_service::config::SigningKey as KeyOf;
 
 use super::*;
 
@@ -33,7 +34,7 @@ impl Kitchen {
             packages: folder.path().join("packages"),
             layer_cache: folder.path().join("cache"),
             images: folder.path().join("images"),
-            signing_key,
+            signing_keys: vec![KeyOf::File(signing_key)],
             runtime: PathBuf::from("runc"),
             archives: Vec::new(),
             limits,
@@ -141,8 +142,8 @@ async fn one_lock_is_one_image_on_two_empty_stores() {
 
     let id = first.baker.sign(image.digest).await.unwrap();
     let trusted = SigningKey::from_bytes(&[7; 32]).verifying_key();
-    let verified = first.store().verify(&image.digest, &[trusted], Thoroughness::Blobs).unwrap();
-    assert_eq!(verified.to_string(), id);
+    let verified = first.store().verify(&image.digest, &[trusted], 1, Thoroughness::Blobs).unwrap();
+    assert_eq!(verified.first().unwrap().to_string(), id);
     other_tools_take_it(&first, &image.digest);
 
     // Nothing has changed, and nobody is asked.
@@ -294,7 +295,8 @@ async fn what_is_wrong_is_said_in_words() {
         assert!(why.contains(words), "{image}: {why}");
     }
     let key = Path::new("/nowhere/signing.key");
-    let config = BakeConfig { signing_key: key.to_owned(), ..(*kitchen.baker.config).clone() };
+    let config =
+        BakeConfig { signing_keys: vec![KeyOf::File(key.to_owned())], ..(*kitchen.baker.config).clone() };
     assert!(Baker::new(config).is_err());
 }
 

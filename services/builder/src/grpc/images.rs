@@ -10,6 +10,7 @@ use kiln_api::builder::{
 use kiln_image::{ImageStore, Thoroughness, read_trusted_key};
 use kiln_model::digest::Digest;
 use kiln_service::clock::Clock;
+use kiln_service::config::Trust;
 use kiln_service::error::ApiError;
 use kiln_service::requests;
 use kiln_store::{AuditRecord, Batch, Store};
@@ -46,16 +47,21 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
         request: &GetImageRequest,
     ) -> Result<GetImageResponse, ApiError> {
         let digest = self.image_digest(&request.image).await?;
-        let (images, trusted) = (self.images.clone(), self.trusted.clone());
+        let stored = self.builder.documents.image(&digest).await?.map(|read| read.value);
+        let server = stored.as_ref().map(|stored| stored.server.to_string()).unwrap_or_default();
+        let (images, trust) = (self.images.clone(), self.signing.trust(&server).cloned());
         let read = tokio::task::spawn_blocking(move || {
             let image = images.image(&digest)?;
-            let key = read_trusted_key(&trusted)?;
-            let verified = images.verify(&digest, &[key], Thoroughness::Manifest);
-            Ok::<_, kiln_image::Error>((image, verified.map(|key| key.to_string())))
+            let trust = trust.unwrap_or(Trust { keys: Vec::new(), threshold: 1 });
+            let trusted =
+                trust.keys.iter().map(|key| read_trusted_key(key)).collect::<Result<Vec<_>, _>>()?;
+            let verified = images.verify(&digest, &trusted, trust.threshold, Thoroughness::Manifest);
+            let ids =
+                verified.map(|keys| keys.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "));
+            Ok::<_, kiln_image::Error>((image, ids))
         });
         let read = read.await.map_err(|error| ApiError::internal(&error))?;
         let (image, verified) = read.map_err(|error| image_error(&error, &digest))?;
-        let stored = self.builder.documents.image(&digest).await?.map(|read| read.value);
         let config = serde_json::to_string(&image.config).map_err(|error| ApiError::internal(&error))?;
         let layers = image.layers.into_iter().map(|layer| Layer {
             digest: layer.diff_id.to_string(),

@@ -26,6 +26,7 @@ use kiln_model::revision::Revision;
 use kiln_model::signal::{Remedy, Signal, SignalId, SignalState};
 use kiln_service::access::from_local;
 use kiln_service::clock::SystemClock;
+use kiln_service::config::Signing;
 use kiln_service::members::Members;
 use kiln_store::{Batch, Change, Store as _};
 use tokio::sync::watch;
@@ -310,7 +311,11 @@ impl World {
     }
 
     pub(crate) fn api(&self) -> Api<Contended, FakeBakery, SystemClock> {
-        Api::new(self.builder.clone(), self.images(), PathBuf::from("signing.pub"))
+        Api::new(
+            self.builder.clone(),
+            self.images(),
+            Signing::with_one_key("signing.key".into(), "signing.pub".into()),
+        )
     }
 
     /// The outcome of a call for a build.

@@ -114,6 +114,7 @@ fn fresh(home: &Home) -> Outcome<SiteFile> {
         pki: Default::default(),
         poll: Default::default(),
         builder: Default::default(),
+        signing: Default::default(),
     })
 }
 

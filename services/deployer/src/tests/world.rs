@@ -297,7 +297,7 @@ pub(super) struct FakeNode {
 
 #[async_trait]
 impl Engine for FakeNode {
-    async fn verify(&self, _: &Digest) -> Result<Verdict, Problem> {
+    async fn verify(&self, _: &ServerName, _: &Digest) -> Result<Verdict, Problem> {
         self.life.alive().await;
         drop(self.world.reachable()?);
         Ok(Verdict::Right)

@@ -88,7 +88,7 @@ async fn what_can_t_be_verified_is_not_run() {
     let unsigned = unsigned_image(&site.images(), site.home.path(), "root", &["/bin/server", "other"]);
     let missing = format!("sha256:{}", "0".repeat(64));
     let verify = async |image: &str| {
-        let request = VerifyRequest { image_digest: image.to_owned() };
+        let request = VerifyRequest { image_digest: image.to_owned(), server: String::new() };
         site.client().verify(request).await.unwrap().into_inner()
     };
     let verified = verify(&good).await;

@@ -75,6 +75,7 @@ impl TestSite {
             pki: Default::default(),
             poll: kiln_service::config::PollFile { resync: "1s".to_owned(), ..Default::default() },
             builder: kiln_service::config::BuilderFile::default(),
+            signing: Default::default(),
         };
         std::fs::write(home.path().join("site.toml"), toml::to_string(&file).unwrap()).unwrap();
         for dir in ["run", "keys", "images", "node", "logs"] {
@@ -152,7 +153,7 @@ impl TestSite {
         let public =
             key.verifying_key().to_public_key_pem(ed25519_dalek::pkcs8::spki::der::pem::LineEnding::LF);
         std::fs::write(self.site.paths().signing_pub(), public.unwrap()).unwrap();
-        store.sign(&digest.parse().unwrap(), &key).unwrap();
+        store.sign(&digest.parse().unwrap(), &key.into()).unwrap();
         digest
     }
 

@@ -181,6 +181,9 @@ pub struct CheckResponse {
 pub struct VerifyRequest {
     #[prost(string, tag = "1")]
     pub image_digest: ::prost::alloc::string::String,
+    /// Whose image it is: which keys count depends on it. Empty: those that count for all servers.
+    #[prost(string, tag = "2")]
+    pub server: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct VerifyResponse {

@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::{PermissionsExt as _, chown, symlink};
 use std::thread;
 
@@ -7,7 +7,7 @@ use rustix::fs::{self as rfs, AtFlags, FileType, Mode, XattrFlags};
 
 use super::*;
 use crate::index::Index;
-use crate::{Error, Layer, NewImage, Packer, Thoroughness, Whiteouts};
+use crate::{Error, Layer, NewImage, Packer, Signer, Thoroughness, Whiteouts};
 
 fn key(seed: u8) -> SigningKey {
     SigningKey::from_bytes(&[seed; 32])
@@ -157,15 +157,16 @@ fn only_a_trusted_signature_of_this_image_counts() {
     let (good, other) = (image(&store, &["good"]), image(&store, &["other"]));
     let (ours, theirs) = (key(1), key(2));
     let trusted = [ours.verifying_key()];
-    let verify = |digest| store.verify(digest, &trusted, Thoroughness::Blobs);
+    let verify = |digest| store.verify(digest, &trusted, 1, Thoroughness::Blobs);
 
     assert!(matches!(verify(&good), Err(Error::Unsigned(_))));
-    store.sign(&good, &theirs).unwrap();
+    store.sign(&good, &theirs.into()).unwrap();
     assert!(matches!(verify(&good), Err(Error::Untrusted { .. })));
+    let ours = Signer::from(ours);
     let id = store.sign(&good, &ours).unwrap();
-    assert_eq!(verify(&good).unwrap(), id);
+    assert_eq!(verify(&good).unwrap(), BTreeSet::from([id]));
     assert_eq!(store.sign(&good, &ours).unwrap(), id);
-    assert!(store.verify(&good, &[], Thoroughness::Manifest).is_err());
+    assert!(store.verify(&good, &[], 1, Thoroughness::Manifest).is_err());
 
     // Somebody who can write the index says that the signature is the other image's.
     assert!(matches!(verify(&other), Err(Error::Unsigned(_))));
@@ -181,10 +182,92 @@ fn only_a_trusted_signature_of_this_image_counts() {
 }
 
 #[test]
+fn a_threshold_is_of_distinct_keys() {
+    let (_folder, store) = store();
+    let digest = image(&store, &["good"]);
+    let trusted = [key(1).verifying_key(), key(2).verifying_key(), key(1).verifying_key()];
+    let verify = |threshold| store.verify(&digest, &trusted, threshold, Thoroughness::Manifest);
+    store.sign(&digest, &key(1).into()).unwrap();
+    store.sign(&digest, &key(1).into()).unwrap();
+    store.sign(&digest, &key(3).into()).unwrap();
+    assert_eq!(verify(1).unwrap().len(), 1);
+    // Nor does a threshold of none let anything through.
+    assert!(store.verify(&digest, &[key(4).verifying_key()], 0, Thoroughness::Manifest).is_err());
+    let refused = verify(2).unwrap_err().to_string();
+    assert!(refused.contains("1 of the 2 keys"), "{refused}");
+    store.sign(&digest, &key(2).into()).unwrap();
+    assert_eq!(verify(2).unwrap().len(), 2);
+    assert!(verify(3).is_err(), "a key that is named twice counts once");
+}
+
+/// A command with the key, as a shell script that answers with what was made before.
+#[test]
+fn a_command_signs_and_what_it_prints_is_checked() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let (folder, store) = store();
+    let digest = image(&store, &["good"]);
+    let signed = store.sign(&digest, &key(1).into()).unwrap();
+    let envelope = store.signature_blobs(&store.signatures_of(&digest).unwrap()[0]).unwrap()[1];
+    let envelope = store.small_blob(&envelope, 1 << 16).unwrap();
+    let envelope: serde_json::Value = serde_json::from_slice(&envelope).unwrap();
+    let signature = envelope["signatures"][0]["sig"].as_str().unwrap();
+    let public = |seed| {
+        use ed25519_dalek::pkcs8::EncodePublicKey as _;
+        let path = folder.path().join(format!("{seed}.pub"));
+        let pem = key(seed).verifying_key().to_public_key_pem(Default::default()).unwrap();
+        std::fs::write(&path, pem).unwrap();
+        path
+    };
+    let command = |name: &str, does: &str, seed| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, format!("#!/bin/sh\n{does}\n")).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        Signer::command(vec![path.display().to_string()], &public(seed)).unwrap()
+    };
+    let good = command("good", &format!("cat > /dev/null; echo {signature}"), 1);
+    assert_eq!(store.sign(&digest, &good).unwrap(), signed);
+    for (name, does, seed, said) in [
+        ("another", format!("echo {signature}"), 2, "not one of the public key"),
+        ("junk", "echo junk".to_owned(), 1, "no signature in base64"),
+        ("fails", "exit 3".to_owned(), 1, "exit status: 3"),
+    ] {
+        let refused = store.sign(&digest, &command(name, &format!("cat > /dev/null; {does}"), seed));
+        let refused = refused.unwrap_err().to_string();
+        assert!(refused.contains(said), "{name}: {refused}");
+    }
+}
+
+/// Images, their blobs and their signatures in another store, each blob once.
+#[test]
+fn what_an_image_is_made_of_makes_it_elsewhere() {
+    let (_folder, store) = store();
+    let (one, two) = (image(&store, &["base", "one"]), image(&store, &["base", "two"]));
+    for digest in [&one, &two] {
+        store.sign(digest, &key(1).into()).unwrap();
+    }
+    let mut blobs = BTreeSet::new();
+    blobs.extend(store.blobs_of(&one).unwrap());
+    let (_other, elsewhere) = self::store();
+    let part = store.index_of(&[one]).unwrap();
+    assert!(elsewhere.take_over(&part).is_err(), "what it names is not there yet");
+    for blob in &blobs {
+        let (mut content, _) = store.open_blob(blob).unwrap();
+        elsewhere.put_blob(&mut content, Some(blob)).unwrap();
+    }
+    elsewhere.take_over(&part).unwrap();
+    elsewhere.take_over(&part).unwrap();
+    assert_eq!(elsewhere.images().unwrap(), [one]);
+    elsewhere.verify(&one, &[key(1).verifying_key()], 1, Thoroughness::Blobs).unwrap();
+    let both = blobs.len() + store.blobs_of(&two).unwrap().len();
+    blobs.extend(store.blobs_of(&two).unwrap());
+    assert!(blobs.len() < both, "the base is there once");
+}
+
+#[test]
 fn a_changed_blob_is_found() {
     let (_folder, store) = store();
     let digest = image(&store, &["x"]);
-    store.sign(&digest, &key(1)).unwrap();
+    store.sign(&digest, &key(1).into()).unwrap();
     let trusted = [key(1).verifying_key()];
     let layer = store.image(&digest).unwrap().layers[0].diff_id;
     let path = store.blob_path(&layer);
@@ -194,13 +277,13 @@ fn a_changed_blob_is_found() {
     content[at] = b'y';
     fs::write(&path, &content).unwrap();
     // Of the same size, so looking at the manifest alone does not show it; extracting does.
-    store.verify(&digest, &trusted, Thoroughness::Manifest).unwrap();
-    assert!(matches!(store.verify(&digest, &trusted, Thoroughness::Blobs), Err(Error::Corrupt { .. })));
+    store.verify(&digest, &trusted, 1, Thoroughness::Manifest).unwrap();
+    assert!(matches!(store.verify(&digest, &trusted, 1, Thoroughness::Blobs), Err(Error::Corrupt { .. })));
     assert!(store.layer_tree(&layer).is_err());
     assert!(!store.root().join("layers").join(layer.hex()).exists());
     content.push(0);
     fs::write(&path, &content).unwrap();
-    assert!(store.verify(&digest, &trusted, Thoroughness::Manifest).is_err());
+    assert!(store.verify(&digest, &trusted, 1, Thoroughness::Manifest).is_err());
 }
 
 #[test]
@@ -326,8 +409,8 @@ fn a_tree_of_before_the_last_boot_is_made_anew() {
 fn deleting_keeps_what_others_have() {
     let (_folder, store) = store();
     let (one, two) = (image(&store, &["shared", "one"]), image(&store, &["shared", "two"]));
-    store.sign(&one, &key(1)).unwrap();
-    store.sign(&two, &key(1)).unwrap();
+    store.sign(&one, &key(1).into()).unwrap();
+    store.sign(&two, &key(1).into()).unwrap();
     let layers = |digest| store.image(digest).unwrap().layers;
     let (gone, kept) = (layers(&one), layers(&two));
     for layer in &gone {
@@ -338,7 +421,7 @@ fn deleting_keeps_what_others_have() {
     assert_eq!(store.images().unwrap(), [two]);
     assert!(!store.has_blob(&gone[1].diff_id) && store.has_blob(&kept[0].diff_id));
     assert!(!store.root().join("layers").join(gone[1].diff_id.hex()).exists());
-    store.verify(&two, &[key(1).verifying_key()], Thoroughness::Blobs).unwrap();
+    store.verify(&two, &[key(1).verifying_key()], 1, Thoroughness::Blobs).unwrap();
 }
 
 #[test]
@@ -346,7 +429,7 @@ fn an_export_is_a_layout_with_just_this_image() {
     let (folder, store) = store();
     let digest = image(&store, &["x", "y"]);
     image(&store, &["z"]);
-    store.sign(&digest, &key(1)).unwrap();
+    store.sign(&digest, &key(1).into()).unwrap();
     let mut bytes = Vec::new();
     store.export(&digest, "web", &mut bytes).unwrap();
     let mut reader = crate::tar::Reader::new(bytes.as_slice());
