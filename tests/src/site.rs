@@ -82,6 +82,23 @@ impl Site {
         Self::start(name, &[], folder(), Some(Postgres::start(&[])?))
     }
 
+    /// As [`Site::up_on_postgres`], with more settings of `site.toml`.
+    ///
+    /// # Errors
+    /// What `kiln up` said.
+    pub fn up_on_postgres_with(name: &str, settings: &[&str]) -> Result<Self> {
+        Self::start(name, settings, folder(), Some(Postgres::start(&[])?))
+    }
+
+    /// Where the site's PostgreSQL server keeps its data.
+    ///
+    /// # Errors
+    /// Where there is none.
+    pub fn database_folder(&self) -> Result<PathBuf> {
+        let database = self.database.as_ref().ok_or("the site has no database")?;
+        Ok(database.lock().map_err(|_| "another thread broke off there")?.data())
+    }
+
     /// As [`Site::up_on_postgres`], with the home below a folder.
     ///
     /// # Errors

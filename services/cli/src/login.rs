@@ -10,6 +10,7 @@ use kiln_service::client::{self, Channel};
 use kiln_service::config::Address;
 use kiln_service::tls::TlsFiles;
 use serde::{Deserialize, Serialize};
+use zeroize::Zeroizing;
 
 use crate::failure::{Code, During as _, Failure, Outcome};
 use crate::site::keys::write;
@@ -50,8 +51,8 @@ impl Servers {
 /// How a person shows who it is.
 pub(crate) enum Proof {
     /// PEM of a certificate and its key.
-    Certificate(String),
-    Token(String),
+    Certificate(Zeroizing<String>),
+    Token(Zeroizing<String>),
 }
 
 #[derive(Debug)]

@@ -13,11 +13,12 @@ use std::time::Duration;
 
 use async_nats::connection::State;
 use async_nats::jetstream::{self, Context};
-use async_nats::{Client, ConnectOptions, HeaderMap};
+use async_nats::{Auth, AuthError, Client, ConnectOptions, HeaderMap};
 use async_trait::async_trait;
 use kiln_model::event::{Event, EventType};
 use kiln_model::name::{ServerName, SiteName};
 use tokio::sync::watch;
+use zeroize::Zeroizing;
 
 use crate::delivery::Target;
 use crate::headers::{check_size, headers};
@@ -36,7 +37,7 @@ const ASK: Duration = Duration::from_secs(5);
 /// How long `connect` waits for a broker before it goes on without.
 const FIRST_CONNECT: Duration = Duration::from_secs(2);
 
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct NatsOptions {
     /// `nats://127.0.0.1:4222`; those of a cluster with commas between them.
     pub url: String,
@@ -46,7 +47,18 @@ pub struct NatsOptions {
     /// Whom the broker is told that this is; also the prefix of the inboxes.
     pub user: User,
     /// The user's nkey seed; none where the broker asks nobody who they are.
-    pub seed: Option<String>,
+    pub seed: Option<Zeroizing<String>>,
+}
+
+impl std::fmt::Debug for NatsOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { url, site, user, .. } = self;
+        f.debug_struct("NatsOptions")
+            .field("url", url)
+            .field("site", site)
+            .field("user", user)
+            .finish_non_exhaustive()
+    }
 }
 
 /// Cheap to clone; every clone is the same connection.
@@ -105,6 +117,15 @@ impl Signs {
     }
 }
 
+/// What the broker is shown: the public key, and its word given back signed.
+fn proof(seed: &str, nonce: &[u8]) -> Result<Auth, AuthError> {
+    let pair = nkeys::KeyPair::from_seed(seed.trim()).map_err(AuthError::new)?;
+    let mut auth = Auth::new();
+    auth.signature = Some(pair.sign(nonce).map_err(AuthError::new)?);
+    auth.nkey = Some(pair.public_key());
+    Ok(auth)
+}
+
 impl NatsBus {
     /// Connects, and goes on connecting for ever: a broker that is away is no error here.
     ///
@@ -120,7 +141,17 @@ impl NatsBus {
         let (connected, mut connections) = watch::channel(0);
         let signs =
             Arc::new(Signs { connected, suitable: AtomicBool::new(false), refusal: Mutex::default() });
-        let mut connect = ConnectOptions::new()
+        let connect = match seed {
+            Some(seed) => {
+                // Looked at here, since the client would try for ever with a wrong one.
+                nkeys::KeyPair::from_seed(seed.trim())
+                    .map_err(|error| unsuitable(format!("the seed of user {user} is none: {error}")))?;
+                // The client would keep a copy that nobody wipes.
+                ConnectOptions::with_auth_callback(move |nonce| std::future::ready(proof(&seed, &nonce)))
+            }
+            None => ConnectOptions::new(),
+        };
+        let connect = connect
             .name(format!("kiln-{user}"))
             .custom_inbox_prefix(user.inbox())
             .retry_on_initial_connect()
@@ -137,12 +168,6 @@ impl NatsBus {
                     std::future::ready(())
                 }
             });
-        if let Some(seed) = seed {
-            // Looked at here, since the client would try for ever with a wrong one.
-            nkeys::KeyPair::from_seed(seed.trim())
-                .map_err(|error| unsuitable(format!("the seed of user {user} is none: {error}")))?;
-            connect = connect.nkey(seed.trim().to_owned());
-        }
         let servers: Vec<_> = url.split(',').collect();
         let client =
             connect.connect(servers.as_slice()).await.map_err(|error| unsuitable(error.to_string()))?;

@@ -253,7 +253,7 @@ impl Site {
         let seed = std::fs::read_to_string(&path)
             .map_err(|error| Error::Unreadable { path: path.clone(), reason: error.to_string() })?;
         let (url, site) = (self.nats_url.clone(), self.name.clone());
-        Ok(NatsOptions { url, replicas: self.nats_replicas, site, user, seed: Some(seed.trim().to_owned()) })
+        Ok(NatsOptions { url, replicas: self.nats_replicas, site, user, seed: Some(seed.into()) })
     }
 }
 

@@ -9,6 +9,7 @@ use rcgen::{
     KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType,
 };
 use sha2::{Digest as _, Sha256};
+use zeroize::{Zeroize as _, Zeroizing};
 
 use crate::access::Identity;
 
@@ -40,16 +41,22 @@ pub struct Authority {
     key: KeyPair,
 }
 
+impl Drop for Authority {
+    fn drop(&mut self) {
+        self.key.zeroize();
+    }
+}
+
 /// A certificate with its key. Both are one text, so that a file of it is replaced as a whole.
 pub struct Issued {
     pub certificate: String,
-    key: String,
+    key: Zeroizing<String>,
 }
 
 impl Issued {
     /// PEM: the certificate, then its key.
-    pub fn reveal(&self) -> String {
-        format!("{}{}", self.certificate, self.key)
+    pub fn reveal(&self) -> Zeroizing<String> {
+        Zeroizing::new([self.certificate.as_str(), self.key.as_str()].concat())
     }
 }
 
@@ -74,8 +81,8 @@ impl Authority {
     }
 
     /// PKCS #8, in PEM.
-    pub fn reveal_key(&self) -> String {
-        self.key.serialize_pem()
+    pub fn reveal_key(&self) -> Zeroizing<String> {
+        Zeroizing::new(self.key.serialize_pem())
     }
 
     /// As it stands in what it gives out: `CN=kiln home 1a2b3c4d`.
@@ -119,7 +126,7 @@ impl Authority {
         life: Duration,
         now: SystemTime,
     ) -> Result<Issued, Error> {
-        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+        let mut key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let mut params = CertificateParams::default();
         params.distinguished_name = rcgen::DistinguishedName::new();
         params.distinguished_name.push(DnType::CommonName, identity.name());
@@ -137,8 +144,10 @@ impl Authority {
         params.not_before = (now - SKEW.min(life / 10)).into();
         params.not_after = (now + life).into();
         let issuer = Issuer::new(self.params(), &self.key);
-        let certificate = params.signed_by(&key, &issuer)?;
-        Ok(Issued { certificate: certificate.pem(), key: key.serialize_pem() })
+        let certificate = params.signed_by(&key, &issuer)?.pem();
+        let pem = Zeroizing::new(key.serialize_pem());
+        key.zeroize();
+        Ok(Issued { certificate, key: pem })
     }
 }
 

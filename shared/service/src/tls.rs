@@ -13,6 +13,8 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig, client::Resumption, version::TLS13};
 
+use zeroize::Zeroizing;
+
 use crate::access::Role;
 use crate::reloaded::{Reloaded, text};
 
@@ -54,7 +56,7 @@ fn authorities(path: &Path) -> Result<RootCertStore, String> {
 type Own = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 
 fn own(path: &Path) -> Result<Own, String> {
-    let pem = text(path)?;
+    let pem = Zeroizing::new(text(path)?);
     let failed =
         |what: &str, error: String| format!("the {what} in {} can't be used: {error}", path.display());
     let chain = CertificateDer::pem_slice_iter(pem.as_bytes()).collect::<Result<Vec<_>, _>>();

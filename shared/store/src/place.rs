@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use url::Url;
+use zeroize::Zeroizing;
 
 #[derive(Debug, Clone)]
 pub enum Place {
@@ -29,13 +30,13 @@ pub struct Database {
     pub seen: PathBuf,
 }
 
-/// Never shown.
+/// Never shown, and wiped where it was held. What the driver of the database holds of it is the driver's.
 #[derive(Clone)]
-pub struct Password(String);
+pub struct Password(Zeroizing<String>);
 
 impl Password {
     pub fn new(text: String) -> Self {
-        Self(text)
+        Self(Zeroizing::new(text))
     }
 
     pub(crate) fn expose(&self) -> &str {

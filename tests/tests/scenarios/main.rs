@@ -20,4 +20,5 @@ mod protocol;
 mod remote;
 mod rollback;
 mod rollout;
+mod secrets;
 mod signing;

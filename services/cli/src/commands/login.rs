@@ -10,6 +10,7 @@ use kiln_api::types::ListOptions;
 use kiln_model::event::Service;
 use kiln_service::certificate::Certificate;
 use serde_json::json;
+use zeroize::Zeroizing;
 
 use crate::clients::look;
 use crate::failure::{Code, During as _, Failure, Outcome};
@@ -43,8 +44,8 @@ pub(crate) struct Login {
 /// More than any of the files has.
 const MOST: u64 = 1 << 20;
 
-fn text(path: &Path) -> Outcome<String> {
-    let mut text = String::new();
+fn text(path: &Path) -> Outcome<Zeroizing<String>> {
+    let mut text = Zeroizing::new(String::new());
     let opened = std::fs::File::open(path).and_then(|it| it.take(MOST).read_to_string(&mut text));
     opened.during(format_args!("reading {}", path.display()))?;
     Ok(text)
@@ -68,11 +69,11 @@ pub(crate) async fn run(it: &Login, home: &Home, screen: Screen) -> Outcome {
             })?;
             Proof::Certificate(pem)
         }
-        (None, Some(path)) => Proof::Token(text(path)?.trim().to_owned()),
+        (None, Some(path)) => Proof::Token(text(path)?.trim().to_owned().into()),
         (None, None) => {
-            let mut token = String::new();
+            let mut token = Zeroizing::new(String::new());
             std::io::stdin().take(MOST).read_to_string(&mut token).during("reading the token")?;
-            Proof::Token(token.trim().to_owned())
+            Proof::Token(token.trim().to_owned().into())
         }
     };
     let kept = Kept::keep(site, servers, &authority, &proof)?;

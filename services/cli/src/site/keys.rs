@@ -11,6 +11,7 @@ use ed25519_dalek::pkcs8::{EncodePrivateKey as _, EncodePublicKey as _};
 use kiln_bus::User;
 use kiln_model::name::SiteName;
 use kiln_service::config::Paths;
+use zeroize::Zeroizing;
 
 use crate::failure::{During as _, Failure, Outcome};
 
@@ -19,10 +20,10 @@ pub(crate) fn ensure(paths: Paths<'_>) -> Outcome {
     let path = paths.signing_key();
     if !path.exists() {
         let what = "making the key that signs images";
-        let mut secret = [0; 32];
+        let mut secret = Zeroizing::new([0; 32]);
         // The kernel's own source, asked directly: what is signed with it must not be guessed.
         File::open("/dev/urandom")
-            .and_then(|mut it| std::io::Read::read_exact(&mut it, &mut secret))
+            .and_then(|mut it| std::io::Read::read_exact(&mut it, secret.as_mut_slice()))
             .during(what)?;
         let key = SigningKey::from_bytes(&secret);
         let public = key.verifying_key().to_public_key_pem(LineEnding::LF);
@@ -38,7 +39,7 @@ pub(crate) fn ensure(paths: Paths<'_>) -> Outcome {
             let key = kiln_bus::new_key().map_err(|error| {
                 Failure::failed(format!("making the key of the broker's user {user}"), error)
             })?;
-            write(&path, &format!("{}\n", key.seed))?;
+            write(&path, &Zeroizing::new([key.seed.as_str(), "\n"].concat()))?;
         }
     }
     Ok(())
@@ -50,6 +51,7 @@ pub(crate) fn accounts_section(paths: Paths<'_>, site: &SiteName) -> Outcome<Str
     for user in User::ALL {
         let path = paths.nats_seed(user);
         let seed = std::fs::read_to_string(&path).during(format_args!("reading {}", path.display()))?;
+        let seed = Zeroizing::new(seed);
         let pair = nkeys::KeyPair::from_seed(seed.trim())
             .map_err(|error| Failure::failed(format!("the key {}", path.display()), error))?;
         users.push((user, pair.public_key()));

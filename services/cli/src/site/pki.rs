@@ -9,6 +9,7 @@ use kiln_service::access::{Identity, Role};
 use kiln_service::certificate::Certificate;
 use kiln_service::config::Site;
 use kiln_service::pki::{self, Authority, Issued};
+use zeroize::Zeroizing;
 
 use super::keys::write;
 use crate::failure::{Code, During as _, Failure, Outcome};
@@ -48,7 +49,8 @@ pub(crate) fn authority(site: &Site) -> Outcome<Authority> {
         .reason("no_authority")
         .todo("do it on the machine that has it; `kiln pki init` makes one for a site that has none"));
     }
-    Authority::of_key(site.name.clone(), &read(&path)?).map_err(failed("reading the authority's key"))
+    Authority::of_key(site.name.clone(), &Zeroizing::new(read(&path)?))
+        .map_err(failed("reading the authority's key"))
 }
 
 /// Makes the authority where there is none, and the certificates that are missing or due. A machine that was given its
@@ -128,7 +130,7 @@ pub(crate) fn period(site: &Site) -> Duration {
 pub(crate) fn prepare(site: &Site) -> Outcome {
     let (bundle, next) = (site.paths().authority(), next_key(site));
     let key = if next.exists() {
-        Authority::of_key(site.name.clone(), &read(&next)?)
+        Authority::of_key(site.name.clone(), &Zeroizing::new(read(&next)?))
     } else {
         Authority::new(site.name.clone())
     };

@@ -279,7 +279,7 @@ async fn those_who_look_on_see_events_and_the_cli_may_report() {
     let past = cli.past(jiff::Timestamp::UNIX_EPOCH).await.unwrap();
     assert_eq!(past.iter().filter(|event| event.is_err()).count(), 1);
     assert_eq!(past.last().unwrap().as_ref().unwrap().event.aggregate_version, 89);
-    let other = async_nats::ConnectOptions::new().nkey(nats.server.seed(User::Cli));
+    let other = async_nats::ConnectOptions::new().nkey(nats.server.seed(User::Cli).to_string());
     let other = other.connect(nats.server.url()).await.unwrap();
     let mut spy = other.subscribe("_INBOX.monitor.>").await.unwrap();
     other.flush().await.unwrap();
@@ -402,8 +402,14 @@ async fn a_consumer_with_other_settings_is_not_used() {
 #[tokio::test]
 async fn a_wrong_seed_is_told() {
     let nats = Nats::start().await;
-    let options = |seed: String| NatsOptions { seed: Some(seed), ..nats.server.options(User::Builder) };
-    assert!(matches!(NatsBus::connect(options("nonsense".to_owned())).await, Err(Error::Unsuitable { .. })));
+    let options = |seed: zeroize::Zeroizing<String>| NatsOptions {
+        seed: Some(seed),
+        ..nats.server.options(User::Builder)
+    };
+    assert!(matches!(
+        NatsBus::connect(options("nonsense".to_owned().into())).await,
+        Err(Error::Unsuitable { .. })
+    ));
     // A good one that the broker does not know: it may be about to be told of it, so this is tried again.
     let stranger = NatsBus::connect(options(new_key().unwrap().seed)).await.unwrap();
     let refused = stranger.publish(&event("server", 1)).await.unwrap_err().to_string();

@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use kiln_model::event::Service;
 use kiln_model::name::SiteName;
+use zeroize::Zeroizing;
 
 use crate::interests;
 use crate::subjects::{Stream, filters, report_filter};
@@ -172,9 +173,9 @@ impl FromStr for User {
 }
 
 /// A user's key pair: the seed is its secret, the public key stands in the broker's configuration.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct NewKey {
-    pub seed: String,
+    pub seed: Zeroizing<String>,
     pub public: String,
 }
 
@@ -184,7 +185,7 @@ pub struct NewKey {
 /// Where the machine gives no random bytes.
 pub fn new_key() -> Result<NewKey, nkeys::error::Error> {
     let pair = nkeys::KeyPair::new_user();
-    Ok(NewKey { seed: pair.seed()?, public: pair.public_key() })
+    Ok(NewKey { seed: Zeroizing::new(pair.seed()?), public: pair.public_key() })
 }
 
 /// The `accounts` section of the broker's configuration, for users with their public keys.

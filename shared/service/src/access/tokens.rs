@@ -9,6 +9,7 @@ use kiln_model::name::SiteName;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use subtle::ConstantTimeEq as _;
+use zeroize::Zeroizing;
 
 use super::caller::{Caller, Identity, PersonName, Role};
 
@@ -17,12 +18,13 @@ const PREFIX: &str = "kiln_";
 const BYTES: usize = 32;
 
 /// A secret of 256 random bits. It is shown once, to whoever makes it.
-pub struct Secret(String);
+pub struct Secret(Zeroizing<String>);
 
 impl Secret {
     /// Of bytes from the kernel's source of randomness.
     pub fn of(random: [u8; BYTES]) -> Self {
-        Self(format!("{PREFIX}{}", hex::encode(random)))
+        let digits = Zeroizing::new(hex::encode(random));
+        Self(Zeroizing::new([PREFIX, digits.as_str()].concat()))
     }
 
     pub fn reveal(&self) -> &str {

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use zeroize::Zeroizing;
+
 use crate::{NatsOptions, NewKey, User, accounts_section, new_key};
 
 pub(super) struct Server {
@@ -73,7 +75,7 @@ impl Server {
         format!("nats://127.0.0.1:{}", self.port)
     }
 
-    pub(super) fn seed(&self, user: User) -> String {
+    pub(super) fn seed(&self, user: User) -> Zeroizing<String> {
         self.keys.iter().find(|(known, _)| *known == user).unwrap().1.seed.clone()
     }
 
@@ -88,7 +90,7 @@ impl Server {
     }
 
     pub(super) async fn root(&self) -> async_nats::Client {
-        async_nats::ConnectOptions::new().nkey(self.root.seed.clone()).connect(self.url()).await.unwrap()
+        async_nats::ConnectOptions::new().nkey(self.root.seed.to_string()).connect(self.url()).await.unwrap()
     }
 }
 
