@@ -27,6 +27,10 @@ pub fn accept(fleet: &Fleet, releases: &Releases, revision: &Revision, now: Now)
         RevisionContent::Removed { .. } => return Some(remove(fleet, releases, revision.generation, now)),
         RevisionContent::Image(content) => content,
     };
+    let newest = releases.values().find(|release| release.generation == fleet.revision);
+    if let Some(newest) = newest.filter(|newest| newest.is_of(content)) {
+        return Some(made_again(fleet, newest, revision.generation));
+    }
     let mut release = Release {
         number: fleet.next_release,
         generation: revision.generation,
@@ -81,6 +85,14 @@ pub fn accept(fleet: &Fleet, releases: &Releases, revision: &Revision, now: Now)
         }
     }
     Some(Accepted { fleet: work.fleet, releases: work.changed.into_values().collect(), events: work.events })
+}
+
+/// A builder whose store was restored has forgotten what it made, and makes the same again: that is no other release. From
+/// then on it is asked about by the generation that the builder knows.
+fn made_again(fleet: &Fleet, newest: &Release, generation: u64) -> Accepted {
+    let release = Release { generation, ..newest.clone() };
+    let fleet = Fleet { revision: generation, ..fleet.clone() };
+    Accepted { fleet, releases: vec![release], events: Vec::new() }
 }
 
 /// The fleet is retired; the numbers stay, so that a server of the same name goes on counting.

@@ -16,7 +16,7 @@ pub type Releases = BTreeMap<u64, Release>;
 pub struct Release {
     /// Never reset, never used twice.
     pub number: u64,
-    /// Of the revision. There is one release for each.
+    /// Of the revision; where that was made again, of the newest one. There is one release for each.
     pub generation: u64,
     pub revision: ImageRevision,
     /// When the revision was made.
@@ -38,6 +38,12 @@ pub struct Content {
 impl Release {
     pub fn content(&self) -> Content {
         Content { image: self.revision.image_digest, run: self.revision.run_digest }
+    }
+
+    /// Whether a revision says of this server what this release says already.
+    pub fn is_of(&self, revision: &ImageRevision) -> bool {
+        let said = |of: &ImageRevision| (of.definition_digest, of.image_digest, of.run_digest);
+        said(&self.revision) == said(revision)
     }
 
     pub fn replicas(&self) -> u32 {

@@ -503,3 +503,23 @@ fn a_release_is_not_blamed_for_what_a_restored_node_has_forgotten() {
         assert!(world.fleet.quarantine.is_empty(), "{}", world.told());
     }
 }
+
+#[test]
+fn what_a_restored_builder_makes_again_is_no_other_release() {
+    for looks in [0, 1, 5, 10_000] {
+        let mut world = standing();
+        let second = Made::new("second", "two");
+        world.revise(&second);
+        for _ in 0..looks {
+            world.look();
+        }
+        let moving = world.fleet.rollout.clone();
+        world.revise(&second);
+        assert_eq!((&world.fleet.rollout, world.fleet.revision), (&moving, 3));
+        assert_eq!(world.releases[&2].generation, 3, "for whoever looks for that of the newest revision");
+        world.play(60_000);
+        assert_eq!((world.fleet.release, world.fleet.last_good, world.releases.len()), (2, 2, 2));
+        world.revise(&Made::new("first", "one"));
+        assert_eq!(world.fleet.release, 3, "one that comes back after another one is");
+    }
+}
