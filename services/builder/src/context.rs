@@ -5,6 +5,7 @@ use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
+use jiff::Timestamp;
 use kiln_builder_core::definition::StoredDefinition;
 use kiln_model::definition::{
     ContextEntry, Definition, DefinitionErrors, EntryKind, ImageSpec, Source, Step, WrongPath,
@@ -330,14 +331,26 @@ impl Contexts {
     ///
     /// # Errors
     /// Input and output: a full disk. Nothing half is left under the digest.
-    pub async fn put(&self, readable: &Readable) -> std::io::Result<()> {
+    pub async fn put(&self, readable: &Readable, now: Timestamp) -> std::io::Result<()> {
         let (root, target) = (self.root.clone(), self.folder(&readable.stored.digest));
         let files = readable.files.clone();
-        aside(move || write(&root, &target, &files)).await.map_err(std::io::Error::other)?
+        aside(move || write(&root, &target, &files, now)).await.map_err(std::io::Error::other)?
+    }
+
+    /// When a definition's files were first written. A store that is restored forgets what was applied since, and the
+    /// folder does not.
+    ///
+    /// # Errors
+    /// It is not there.
+    pub async fn first_written(&self, digest: &Digest) -> std::io::Result<Timestamp> {
+        let folder = self.folder(digest);
+        let modified = aside(move || std::fs::metadata(folder)?.modified());
+        let modified = modified.await.map_err(std::io::Error::other)??;
+        Timestamp::try_from(modified).map_err(std::io::Error::other)
     }
 }
 
-fn write(root: &Path, target: &Path, files: &Tree) -> std::io::Result<()> {
+fn write(root: &Path, target: &Path, files: &Tree, now: Timestamp) -> std::io::Result<()> {
     if target.exists() {
         return Ok(());
     }
@@ -361,6 +374,7 @@ fn write(root: &Path, target: &Path, files: &Tree) -> std::io::Result<()> {
         }
     }
     let handle = std::fs::File::open(aside.path())?;
+    handle.set_modified(now.into())?;
     // One flush for all files, before the name that promises them.
     rustix::fs::syncfs(&handle)?;
     match std::fs::rename(aside.path(), target) {
@@ -483,11 +497,13 @@ mod tests {
         let contexts = Contexts::new(folder.path().join("contexts"));
         let readable =
             only(&[("server.yaml", WEB), ("site/index.html", "Hello"), ("site/l", "-> index.html")]).unwrap();
-        contexts.put(&readable).await.unwrap();
-        contexts.put(&readable).await.unwrap();
+        let at = |second| Timestamp::from_second(second).unwrap();
+        contexts.put(&readable, at(1_000_000)).await.unwrap();
+        contexts.put(&readable, at(2_000_000)).await.unwrap();
         let kept = contexts.folder(&readable.stored.digest);
         assert_eq!(std::fs::read_to_string(kept.join("site/l")).unwrap(), "Hello");
         let names: Vec<_> = std::fs::read_dir(folder.path().join("contexts")).unwrap().collect();
         assert_eq!(names.len(), 1, "nothing else is left");
+        assert_eq!(contexts.first_written(&readable.stored.digest).await.unwrap(), at(1_000_000));
     }
 }

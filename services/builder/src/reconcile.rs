@@ -441,7 +441,7 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
                 Ok(look) => look,
                 Err(error) => return self.look_failed(id, &error).await,
             };
-            if let Err(error) = self.sources.keep(&look).await {
+            if let Err(error) = self.sources.keep(&look, self.now()).await {
                 return self.look_failed(id, &error).await;
             }
             for _ in 0..crate::builder::TRIES {

@@ -150,10 +150,10 @@ impl<S: Store> Sources<S> {
     ///
     /// # Errors
     /// The disk is full, or refuses.
-    pub async fn keep(&self, look: &Look) -> Result<(), Error> {
+    pub async fn keep(&self, look: &Look, now: Timestamp) -> Result<(), Error> {
         for found in &look.found {
             if let Ok(readable) = &found.read {
-                self.contexts.put(readable).await?;
+                self.contexts.put(readable, now).await?;
             }
         }
         Ok(())
@@ -304,6 +304,7 @@ impl<S: Store> Sources<S> {
 /// Servers and their source while definitions are taken over, then one change of the store.
 struct Taking<'a, S> {
     documents: &'a Documents<S>,
+    contexts: &'a Contexts,
     look: &'a Look,
     now: Timestamp,
     edit: Edit,
@@ -322,12 +323,13 @@ struct Touched {
 
 impl<'a, S: Store> Taking<'a, S> {
     async fn new(sources: &'a Sources<S>, look: &'a Look, now: Timestamp) -> Result<Self, Error> {
-        let documents = &sources.documents;
+        let Sources { documents, contexts, .. } = sources;
         let known = documents.source(look.place.id().as_str()).await?;
         let source_before = known.as_ref().map(|source| source.value.clone());
         let source = known.unwrap_or_else(|| Read { version: 0, value: Source::new(look.place.clone()) });
         let (servers, written) = (BTreeMap::new(), BTreeSet::new());
-        Ok(Self { documents, look, now, edit: Edit::new(now), source, source_before, servers, written })
+        let edit = Edit::new(now);
+        Ok(Self { documents, contexts, look, now, edit, source, source_before, servers, written })
     }
 
     async fn touched(&mut self, name: &ServerName) -> Result<&mut Touched, Error> {
@@ -387,8 +389,13 @@ impl<'a, S: Store> Taking<'a, S> {
         }
         let context = stored.image_context;
         if self.written.insert(context) && self.documents.image_context(&context).await?.is_none() {
+            let written = match self.contexts.first_written(&stored.digest).await {
+                // It is only tried whether it can be taken.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => self.now,
+                written => written?,
+            };
             // Whole seconds: what file systems and archives keep of it differs below that.
-            let first_applied = Timestamp::from_second(self.now.as_second()).unwrap_or(self.now);
+            let first_applied = Timestamp::from_second(written.as_second()).unwrap_or(written);
             let context = ImageContext { digest: context, first_applied };
             self.edit.put(IMAGE_CONTEXT_KIND, &context.digest.hex(), 0, &context)?;
         }

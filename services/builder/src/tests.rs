@@ -12,6 +12,7 @@ mod world;
 
 use std::time::Duration;
 
+use jiff::Timestamp;
 use kiln_api::builder::builder_service_server::BuilderService as _;
 use kiln_api::builder::plan_response::Item;
 use kiln_api::builder::{ApplyOutcome, BuildRequest, CancelBuildRequest, PlanRequest, RemoveRequest};
@@ -59,6 +60,20 @@ async fn what_is_applied_is_built_and_released_once() {
             "revision.created"
         ]
     );
+}
+
+#[tokio::test]
+async fn what_was_applied_is_stamped_with_the_same_time_when_the_store_has_forgotten_it() {
+    let world = World::new().await;
+    world.apply("r1", &yaml("web", "a", 3)).await.unwrap();
+    let head = world.builder.documents.server(&"web".parse().unwrap()).await.unwrap().unwrap().value.head;
+    let folder = world.builder.sources.contexts().folder(&head.digest);
+    let long_ago = Timestamp::from_second(1_000_000_000).unwrap();
+    std::fs::File::open(folder).unwrap().set_modified(long_ago.into()).unwrap();
+    let world = world.without_its_store().await;
+    world.apply("r1", &yaml("web", "a", 3)).await.unwrap();
+    let context = world.builder.documents.image_context(&head.image_context).await.unwrap().unwrap();
+    assert_eq!(context.first_applied, long_ago);
 }
 
 #[tokio::test]

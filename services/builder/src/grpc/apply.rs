@@ -64,7 +64,7 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
         // Faults are told before anything is written, also to disk.
         let cause = apply_cause(&request.request_id, &by, &look, self.builder.now());
         self.builder.sources.apply(&look, &cause, self.builder.now()).await.map_err(refused)?;
-        self.builder.sources.keep(&look).await.map_err(refused)?;
+        self.builder.sources.keep(&look, self.builder.now()).await.map_err(refused)?;
         Ok(requests::once(store, &id, &request, || self.decide(&look, &cause)).await?)
     }
 

@@ -251,7 +251,15 @@ pub(crate) struct World {
 
 impl World {
     pub(crate) async fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        Self::in_folder(tempfile::tempdir().unwrap()).await
+    }
+
+    /// With an empty store, and everything on disk as it was.
+    pub(crate) async fn without_its_store(self) -> Self {
+        Self::in_folder(self.folder).await
+    }
+
+    async fn in_folder(folder: tempfile::TempDir) -> Self {
         let documents = Documents::new(Contended::new().await);
         let contexts = Contexts::new(folder.path().join("contexts"));
         let bakery = FakeBakery::new();
