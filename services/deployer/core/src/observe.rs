@@ -153,10 +153,15 @@ fn advance(
             take(instance, seen, InstanceState::Failed);
             Some(InstanceVerb::Failed)
         }
-        (InstanceState::Launching, Some(SeenState::Retiring | SeenState::Retired)) => {
-            take(instance, seen, InstanceState::Failed);
-            "the node has retired this id".clone_into(&mut instance.detail);
-            Some(InstanceVerb::Failed)
+        // It leaves or left on an order that our store, restored since, has forgotten: the node lets none end unasked.
+        (InstanceState::Launching | InstanceState::Running, Some(SeenState::Retiring)) => {
+            take(instance, seen, InstanceState::Draining);
+            None
+        }
+        (InstanceState::Launching | InstanceState::Running, Some(SeenState::Retired)) => {
+            take(instance, seen, InstanceState::Retired);
+            "it was retired before the store was restored".clone_into(&mut instance.detail);
+            Some(InstanceVerb::Retired)
         }
         (InstanceState::Launching, None | Some(SeenState::Launching)) => {
             let reason = view.refused.get(id)?;
@@ -165,7 +170,7 @@ fn advance(
             Some(InstanceVerb::Failed)
         }
         (InstanceState::Launching | InstanceState::Running, Some(SeenState::Exited))
-        | (InstanceState::Running, Some(SeenState::Failed | SeenState::Retiring | SeenState::Retired)) => {
+        | (InstanceState::Running, Some(SeenState::Failed)) => {
             take(instance, seen, InstanceState::Exited);
             Some(InstanceVerb::Exited)
         }

@@ -1,11 +1,11 @@
 //! Scripts that read like stories: what a person, a commit or an accident does is marked `>`.
 
 use insta::assert_snapshot;
-use kiln_deployer_core::{Refused, RolloutState};
+use kiln_deployer_core::{Instance, Refused, RolloutState, SeenState};
 use kiln_model::cause::CauseKind;
 use kiln_model::definition::Mode;
 use kiln_model::name::InstanceId;
-use kiln_model::run::Strategy;
+use kiln_model::run::{RunSpec, Strategy};
 use kiln_model::time::Millis;
 
 use crate::world::{Behaviour, Made, World};
@@ -501,6 +501,36 @@ fn a_release_is_not_blamed_for_what_a_restored_node_has_forgotten() {
         world.play(60_000);
         assert_eq!((world.fleet.last_good, world.running().len()), (2, 3), "{}", world.told());
         assert!(world.fleet.quarantine.is_empty(), "{}", world.told());
+    }
+}
+
+/// Put back as it was before the second release: what runs of that is unknown, and what is known is retired.
+fn restored(change: fn(&mut RunSpec)) -> World {
+    let mut world = World::new();
+    world.revise(&Made::new("first", "one").with(change));
+    world.play(60_000);
+    let (fleet, releases) = (world.fleet.clone(), world.releases.clone());
+    world.revise(&Made::new("second", "two").with(change));
+    world.play(60_000);
+    (world.fleet, world.releases) = (fleet.numbered_above(50), releases);
+    world.crash();
+    world
+}
+
+#[test]
+fn what_left_on_an_order_that_is_forgotten_did_not_end_by_itself() {
+    for state in [SeenState::Retiring, SeenState::Retired] {
+        let mut world = restored(|_| ());
+        for seen in world.view.engine.iter_mut().flatten().filter(|(id, _)| id.release == 1) {
+            seen.1.state = state;
+        }
+        world.story.clear();
+        for _ in 0..5 {
+            world.look();
+            assert!(!world.fleet.instances.values().any(Instance::is_broken), "{:?}", world.fleet.instances);
+        }
+        let told = world.told();
+        assert!(told.contains("web-r1-0-a1 retired") && !told.contains("exited"), "{told}");
     }
 }
 
