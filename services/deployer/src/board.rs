@@ -8,7 +8,9 @@ use std::time::Duration;
 use jiff::Timestamp;
 use kiln_api::convert::{self, Invalid};
 use kiln_api::{engine, monitor, types};
-use kiln_deployer_core::{Evidence, Fleet, InstanceState, OwnChecks, Seen, SeenState, Told, Verdict, View};
+use kiln_deployer_core::{
+    Evidence, Fleet, InstanceState, Listener, OwnChecks, Seen, SeenState, Told, Verdict, View,
+};
 use kiln_model::check::CheckResult;
 use kiln_model::digest::Digest;
 use kiln_model::name::{InstanceId, ServerName};
@@ -44,6 +46,7 @@ struct Server {
     refused: BTreeMap<InstanceId, String>,
     retired: BTreeSet<InstanceId>,
     routed: Option<u64>,
+    edge: Vec<Listener>,
     refusals: (u64, u32, String),
     health: BTreeMap<InstanceId, Heard>,
     checks: BTreeMap<InstanceId, (OwnChecks, Duration)>,
@@ -160,16 +163,13 @@ impl Board {
         for server in known.servers.values_mut() {
             server.engine.retain(|_, held| held.at >= since);
         }
-        let routes = listing
-            .routes
-            .into_iter()
-            .filter_map(|route| Some((route.server.parse::<ServerName>().ok()?, route.generation)));
-        let routes: BTreeMap<ServerName, u64> = routes.collect();
-        for (name, server) in &mut known.servers {
-            server.routed = routes.get(name).copied();
+        for server in known.servers.values_mut() {
+            (server.routed, server.edge) = (None, Vec::new());
         }
-        for (name, generation) in routes {
-            known.servers.entry(name).or_default().routed = Some(generation);
+        for route in listing.routes {
+            let Ok(name) = route.server.parse::<ServerName>() else { continue };
+            let server = known.servers.entry(name).or_default();
+            (server.routed, server.edge) = (Some(route.generation), wire::edge(route.listeners));
         }
         known.synced = true;
         known.listed = since;
@@ -283,6 +283,7 @@ impl Board {
             refused: server.refused.clone(),
             retired: server.retired.clone(),
             routed: server.routed,
+            edge: server.edge.clone(),
             unroutable: (*times >= REFUSALS).then(|| (*generation, why.clone())),
             health: server
                 .health

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use kiln_api::convert::{self, Invalid, from_optional_timestamp, to_timestamp};
 use kiln_api::{deployer, engine, types};
 use kiln_deployer_core::{
-    Fleet, InstanceState, Listener, Quarantine, Release, Rollout, RolloutState, Seen, SeenState,
+    Backend, Fleet, InstanceState, Listener, Quarantine, Release, Rollout, RolloutState, Seen, SeenState,
 };
 use kiln_model::name::{InstanceId, ServerName};
 use kiln_model::revision::{Revision, RevisionContent};
@@ -16,7 +16,7 @@ use crate::record::InstanceRecord;
 const NODE: &str = "local";
 
 pub(crate) fn listener(listener: &Listener) -> engine::Listener {
-    let backend = |backend: &kiln_deployer_core::Backend| engine::Backend {
+    let backend = |backend: &Backend| engine::Backend {
         instance: backend.instance.to_string(),
         target: backend.target.into(),
     };
@@ -24,6 +24,18 @@ pub(crate) fn listener(listener: &Listener) -> engine::Listener {
         listen: listener.listen.into(),
         backends: listener.backends.iter().map(backend).collect(),
     }
+}
+
+/// What the node has on the edge, as far as it can be understood.
+pub(crate) fn edge(listeners: Vec<engine::Listener>) -> Vec<Listener> {
+    let backend = |backend: engine::Backend| {
+        Some(Backend { instance: backend.instance.parse().ok()?, target: backend.target.try_into().ok()? })
+    };
+    let listener = |listener: engine::Listener| {
+        let backends = listener.backends.into_iter().filter_map(backend).collect();
+        Some(Listener { listen: listener.listen.try_into().ok()?, backends })
+    };
+    listeners.into_iter().filter_map(listener).collect()
 }
 
 /// An instance of a fleet as the node has it. `None` for one of an image's tests: those are the builder's.

@@ -17,6 +17,7 @@ mod plan;
 mod quarantine;
 mod release;
 mod rollout;
+mod strangers;
 mod view;
 
 pub use accept::{Accepted, accept};

@@ -11,7 +11,7 @@ use crate::fleet::{Fleet, Instance, InstanceState};
 use crate::next::Decision;
 use crate::release::{Release, Releases};
 use crate::rollout::{Rollout, RolloutState};
-use crate::view::View;
+use crate::view::{Seen, SeenState, View};
 
 /// An invariant that a decision breaks, with its number where it has one.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -140,7 +140,11 @@ impl Lint<'_> {
         let on_edge: BTreeSet<&InstanceId> = backends.collect();
         for id in &on_edge {
             let fit = |i: &Instance| i.state == InstanceState::Running && i.passed;
-            if !self.after.instances.get(*id).is_some_and(fit) {
+            // One that the fleet has forgotten stays where it was found.
+            let runs = |seen: &Seen| seen.state == SeenState::Running;
+            let found = view.edge.iter().flat_map(|l| &l.backends).any(|backend| backend.instance == **id);
+            let stranger = || found && view.engine.as_ref().and_then(|e| e.get(*id)).is_some_and(runs);
+            if !self.after.instances.get(*id).map_or_else(stranger, fit) {
                 self.wrong(1, format!("{id} is on the edge and has not passed its gate, or does not run"));
             }
         }

@@ -14,6 +14,7 @@ use crate::fleet::{Fleet, InstanceState};
 use crate::observe::{self, COUNT_EVERY, MAX_TICK};
 use crate::release::{Release, Releases};
 use crate::rollout::{Rollout, RolloutState};
+use crate::strangers::{self, Strangers};
 use crate::view::{SeenState, View};
 use crate::{gate, plan};
 
@@ -40,11 +41,19 @@ pub(crate) struct Work<'a> {
     pub(crate) changed: Releases,
     pub(crate) events: Vec<Event>,
     pub(crate) now: Timestamp,
+    pub(crate) strangers: Strangers,
 }
 
 impl<'a> Work<'a> {
     pub(crate) fn new(fleet: &Fleet, releases: &'a Releases, now: Timestamp) -> Self {
-        Self { fleet: fleet.clone(), releases, changed: Releases::new(), events: Vec::new(), now }
+        Self {
+            fleet: fleet.clone(),
+            releases,
+            changed: Releases::new(),
+            events: Vec::new(),
+            now,
+            strangers: Strangers::default(),
+        }
     }
 
     /// A release as it was before this decision; only its marks can differ from what it is after.
@@ -128,6 +137,7 @@ pub fn next(fleet: &Fleet, releases: &Releases, view: &View, now: Now) -> Decisi
     };
 
     let mut work = Work::new(fleet, releases, now.wall);
+    work.strangers = Strangers::find(fleet, engine, view);
     observe::tick(&mut work, view, view.elapsed.min(MAX_TICK).into());
     let ticked = work.fleet.clone();
 
@@ -217,15 +227,11 @@ fn effects(
         }
     }
     if acknowledged {
-        // What the node runs in our name and we do not mean to exist: left over from a store that was restored.
-        let unknown = engine.iter().filter(|(id, seen)| {
-            !fleet.instances.contains_key(*id)
-                && !matches!(seen.state, SeenState::Retired | SeenState::Retiring)
-                && !view.retired.contains(*id)
-        });
-        effects.extend(unknown.map(|(id, _)| Effect::Retire {
+        // Users may have come to them a moment ago.
+        let drain = work.target().map_or(Millis(0), |target| target.revision.run.drain);
+        effects.extend(strangers::leavers(work).map(|id| Effect::Retire {
             id: id.clone(),
-            drain: Millis(0),
+            drain,
             generation,
             traceparent: String::new(),
         }));

@@ -14,6 +14,7 @@ use crate::next::{Work, is_cleared};
 use crate::observe;
 use crate::release::{Release, Releases};
 use crate::rollout::RolloutState;
+use crate::strangers;
 use crate::view::{Seen, View};
 
 /// The bounds of invariant 1, over all releases that the fleet is between.
@@ -144,7 +145,7 @@ fn launch(work: &mut Work<'_>, target: &Release, bounds: &Bounds) -> usize {
         (0..target.replicas()).filter(|ordinal| !held.contains_key(ordinal)).collect();
     // First where nobody serves.
     missing.sort_by_key(|ordinal| (serves(&work.fleet, *ordinal), *ordinal));
-    let mut room = bounds.most.saturating_sub(taken(&work.fleet));
+    let mut room = bounds.most.saturating_sub(taken(work));
     let mut waiting = 0;
     let steady = work.fleet.rollout.is_none();
     for ordinal in missing {
@@ -195,8 +196,9 @@ fn launch(work: &mut Work<'_>, target: &Release, bounds: &Bounds) -> usize {
     waiting
 }
 
-pub(crate) fn taken(fleet: &Fleet) -> u32 {
-    u32::try_from(fleet.instances.values().filter(|i| i.takes_room()).count()).unwrap_or(u32::MAX)
+fn taken(work: &Work<'_>) -> u32 {
+    let own = work.fleet.instances.values().filter(|i| i.takes_room()).count();
+    u32::try_from(own).unwrap_or(u32::MAX).saturating_add(work.strangers.count)
 }
 
 fn serves(fleet: &Fleet, ordinal: u32) -> bool {
@@ -248,8 +250,7 @@ fn cause_of(work: &Work<'_>, target: &Release, ordinal: u32) -> Cause {
 /// What is unhealthy leaves when another one serves in its place, or when there is no room for that one otherwise.
 fn drain_unhealthy(work: &mut Work<'_>, target: &Release, bounds: &Bounds, waiting: usize) {
     let draining = work.fleet.instances.values().filter(|i| i.state == InstanceState::Draining).count();
-    let mut room_needed =
-        if taken(&work.fleet) >= bounds.most { waiting.saturating_sub(draining) } else { 0 };
+    let mut room_needed = if taken(work) >= bounds.most { waiting.saturating_sub(draining) } else { 0 };
     let complete = keepers(work).len() == target.replicas() as usize;
     for id in leavers(work) {
         if work.fleet.instances.get(&id).is_none_or(Instance::is_up) {
@@ -315,6 +316,7 @@ pub(crate) fn edge(work: &Work<'_>) -> Vec<Listener> {
             listeners.entry(*listen).or_default().push(backend);
         }
     }
+    strangers::serve(work, &mut listeners);
     listeners.into_iter().map(|(listen, backends)| Listener { listen, backends }).collect()
 }
 

@@ -9,6 +9,8 @@ use kiln_model::digest::Digest;
 use kiln_model::name::InstanceId;
 use kiln_model::signal::HealthState;
 
+use crate::fleet::Listener;
+
 #[derive(Debug, Clone, Default)]
 pub struct View {
     /// What the node has of this server, if it has told everything and its watch stands; else nothing is decided.
@@ -19,6 +21,8 @@ pub struct View {
     pub retired: BTreeSet<InstanceId>,
     /// The generation of what the node has on the edge.
     pub routed: Option<u64>,
+    /// What that was when the node was last asked for everything.
+    pub edge: Vec<Listener>,
     /// An edge that the node refuses and goes on refusing: its generation, and why.
     pub unroutable: Option<(u64, String)>,
     pub health: BTreeMap<InstanceId, Told>,

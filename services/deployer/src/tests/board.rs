@@ -2,7 +2,7 @@
 
 use kiln_api::convert::to_timestamp;
 use kiln_api::{engine, monitor, types};
-use kiln_deployer_core::SeenState;
+use kiln_deployer_core::{Backend, Listener, SeenState};
 use kiln_model::signal::HealthState;
 use kiln_model::time::Now;
 
@@ -92,4 +92,20 @@ fn what_the_node_lists_counts_although_its_store_was_restored_and_what_came_sinc
 
 fn now(monotonic: Duration) -> Now {
     Now { wall: Timestamp::UNIX_EPOCH, monotonic }
+}
+
+#[test]
+fn what_the_node_lists_on_the_edge_is_known_until_it_lists_anew() {
+    let board = Board::default();
+    let backend = |instance: &str| engine::Backend { instance: instance.to_owned(), target: 80 };
+    let listener = engine::Listener { listen: 8080, backends: vec![backend(ID), backend("none of ours")] };
+    let route = engine::Route { server: "web".to_owned(), generation: 4, listeners: vec![listener] };
+    let listed = |routes| {
+        board.listing(Listing { instances: Vec::new(), routes }, Duration::ZERO, Duration::ZERO);
+        let view = board.view(&"web".parse().unwrap(), now(Duration::ZERO), Duration::ZERO, Duration::ZERO);
+        (view.routed, view.edge)
+    };
+    let backends = vec![Backend { instance: ID.parse().unwrap(), target: 80 }];
+    assert_eq!(listed(vec![route]), (Some(4), vec![Listener { listen: 8080, backends }]));
+    assert_eq!(listed(Vec::new()), (None, Vec::new()));
 }

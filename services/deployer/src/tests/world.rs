@@ -412,10 +412,10 @@ impl Engine for FakeNode {
     async fn list(&self) -> Result<Listing, Problem> {
         self.life.alive().await;
         let state = self.world.reachable()?;
-        let route = |(server, (generation, _)): (&ServerName, &(u64, Vec<Listener>))| engine::Route {
+        let route = |(server, (generation, listeners)): (&ServerName, &(u64, Vec<Listener>))| engine::Route {
             server: server.to_string(),
             generation: *generation,
-            listeners: Vec::new(),
+            listeners: listeners.iter().map(crate::wire::listener).collect(),
         };
         Ok(Listing {
             instances: state.instances.values().map(message).collect(),

@@ -8,7 +8,7 @@ use kiln_model::name::InstanceId;
 use kiln_model::run::{RunSpec, Strategy};
 use kiln_model::time::Millis;
 
-use crate::world::{Behaviour, Made, World};
+use crate::world::{Behaviour, Made, World, run};
 
 fn id(text: &str) -> InstanceId {
     text.parse().unwrap()
@@ -515,6 +515,33 @@ fn restored(change: fn(&mut RunSpec)) -> World {
     (world.fleet, world.releases) = (fleet.numbered_above(50), releases);
     world.crash();
     world
+}
+
+#[test]
+fn users_are_served_by_what_a_restored_fleet_has_forgotten_until_its_own_serve() {
+    let mut world = restored(|_| ());
+    let forgotten = world.running();
+    world.revise(&Made::new("third", "three"));
+    world.play(60_000);
+    assert_eq!((world.outages, world.fleet.release), (0, 51), "{}", world.told());
+    let running = world.running();
+    assert!(running.len() == 3 && running.iter().all(|id| id.release == 51), "{running:?}");
+    assert!(forgotten.iter().all(|id| world.drains[id] == run().drain), "{:?}", world.drains);
+}
+
+#[test]
+fn a_restored_fleet_takes_no_more_room_together_with_what_it_has_forgotten() {
+    for change in [|_: &mut RunSpec| (), |run: &mut RunSpec| run.ports.clear()] {
+        let mut world = restored(change);
+        for _ in 0..200 {
+            world.look();
+            world.now += 20;
+            let running = world.running();
+            assert!((3..=4).contains(&running.len()), "{running:?}\n{}", world.told());
+        }
+        let running = world.running();
+        assert!(running.iter().all(|id| id.release == 1 && id.attempt > 50), "{running:?}");
+    }
 }
 
 #[test]

@@ -115,6 +115,8 @@ pub(crate) struct World {
     /// A port that somebody else holds.
     pub(crate) refuse_edge_with: Option<u16>,
     generation: u64,
+    /// How long users may stay with what was retired.
+    pub(crate) drains: BTreeMap<InstanceId, Millis>,
     pub(crate) story: Vec<String>,
     /// Requests that find nobody, from the first time on that somebody answered.
     pub(crate) outages: u32,
@@ -159,6 +161,7 @@ impl World {
             committed_at: 0,
             refuse_edge_with: None,
             generation: 0,
+            drains: BTreeMap::new(),
             story: Vec::new(),
             outages: 0,
             served: false,
@@ -291,6 +294,7 @@ impl World {
     fn relist(&mut self) {
         self.view.engine = Some(self.node.iter().map(|(id, r)| (id.clone(), r.seen.clone())).collect());
         self.view.routed = (self.edge.0 > 0).then_some(self.edge.0);
+        self.view.edge = self.edge.1.clone();
     }
 
     pub(crate) fn exit(&mut self, id: &InstanceId, code: i32) {
@@ -494,7 +498,8 @@ impl World {
                     self.view.routed = Some(generation);
                 }
             }
-            Effect::Retire { id, .. } => {
+            Effect::Retire { id, drain, .. } => {
+                self.drains.insert(id.clone(), drain);
                 let on_edge =
                     self.edge.1.iter().flat_map(|l| &l.backends).any(|backend| backend.instance == id);
                 assert!(!on_edge, "{id} is retired on the edge\n{}", self.story.join("\n"));
