@@ -46,10 +46,6 @@ impl Kind {
         Self::StoreRestored,
         Self::AllKilled,
     ];
-    /// What a site comes through at whatever moment. What is played in full alone does not hold at every one yet: for
-    /// instances that a restored deployer does not know, the monitor says `gone` when they are retired.
-    pub(crate) const SAMPLED: [Self; 6] =
-        [Self::Killed, Self::Frozen, Self::BrokerWiped, Self::BrokerCut, Self::DiskFull, Self::AllKilled];
     pub(crate) const OF_DATABASE: [Self; 2] = [Self::DatabaseKilled, Self::DatabaseFrozen];
     pub(crate) const ON_POSTGRES: [Self; 8] = [
         Self::DatabaseKilled,
