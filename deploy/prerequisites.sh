@@ -27,7 +27,7 @@ case "${1:-}" in
     "") ;;
     --tests)
         needs+=(
-            skopeo:skopeo umoci:umoci docker:docker.io dockerd:docker.io mmdebstrap:mmdebstrap buildah:buildah
+            skopeo:skopeo umoci:umoci docker:docker.io dockerd:docker.io mmdebstrap:mmdebstrap buildah:buildah docker-registry:docker-registry
             dpkg-deb:dpkg gpg:gnupg gpgconf:gpgconf psql:postgresql-client systemd-analyze:systemd
         )
         # By its version of Debian 12: the server is not on the path.

@@ -12,6 +12,7 @@ use crate::{Error, Result};
 pub struct Neighbour {
     name: String,
     host: Ipv4Addr,
+    own: Ipv4Addr,
 }
 
 impl Neighbour {
@@ -22,14 +23,16 @@ impl Neighbour {
     pub fn new(number: u8) -> Result<Self> {
         let name = format!("kiln-beside{number}");
         let host = Ipv4Addr::new(10, 231, number, 1);
-        let neighbour = Self { name: name.clone(), host };
+        let own = Ipv4Addr::new(10, 231, number, 2);
+        let neighbour = Self { name: name.clone(), host, own };
         let ip = |arguments: String| run(Command::new("ip").args(arguments.split(' '))).map(drop);
         ip(format!("netns add {name}"))?;
         ip(format!("link add kilnb{number} type veth peer name eth0 netns {name}"))?;
         ip(format!("address add {host}/30 dev kilnb{number}"))?;
         ip(format!("link set kilnb{number} up"))?;
-        ip(format!("-n {name} address add 10.231.{number}.2/30 dev eth0"))?;
+        ip(format!("-n {name} address add {own}/30 dev eth0"))?;
         ip(format!("-n {name} link set eth0 up"))?;
+        ip(format!("-n {name} link set lo up"))?;
         ip(format!("-n {name} route add default via {host}"))?;
         Ok(neighbour)
     }
@@ -37,6 +40,18 @@ impl Neighbour {
     /// The host's address as the neighbour sees it.
     pub fn host(&self) -> Ipv4Addr {
         self.host
+    }
+
+    /// Its own address.
+    pub fn address(&self) -> Ipv4Addr {
+        self.own
+    }
+
+    /// A program with the neighbour's network, and all else of the host.
+    pub fn command(&self, program: &Path) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/run/netns/{}", self.name)).arg("--").arg(program);
+        command
     }
 
     /// Starts load from here on a port of the host.

@@ -164,6 +164,10 @@ impl Site {
         Ok((site, arguments))
     }
 
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     pub fn home(&self) -> &Path {
         self.home.path()
     }
@@ -484,6 +488,11 @@ const PORTS: u32 = 8_000;
 /// Where users reach a port of the edge.
 pub fn edge(port: u16) -> SocketAddr {
     SocketAddr::from((Ipv4Addr::LOCALHOST, port))
+}
+
+/// For homes beside a site's.
+pub(crate) fn folder_of_homes() -> PathBuf {
+    folder().unwrap_or_else(std::env::temp_dir)
 }
 
 /// Where sites are made, from `KILN_TEST_FOLDER`: `tests/run.sh` sets it to a file system in memory, where scenarios that

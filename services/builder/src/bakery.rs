@@ -3,6 +3,7 @@
 use async_trait::async_trait;
 use kiln_model::digest::Digest;
 use kiln_model::lock::Lock;
+use kiln_model::name::ServerName;
 
 use crate::bake::{BakeError, BakeRun, BakedImage, Baker, Resolution, ResolveRequest};
 
@@ -16,6 +17,9 @@ pub trait Bakery: Clone + Send + Sync + 'static {
 
     /// Signs an image, and gives the key's id.
     async fn sign(&self, image: Digest) -> Result<String, BakeError>;
+
+    /// Puts a signed image where the nodes of other machines find it. True where the site has such a place.
+    async fn share(&self, server: &ServerName, image: Digest) -> Result<bool, BakeError>;
 }
 
 #[async_trait]
@@ -30,5 +34,9 @@ impl Bakery for Baker {
 
     async fn sign(&self, image: Digest) -> Result<String, BakeError> {
         Self::sign(self, image).await
+    }
+
+    async fn share(&self, server: &ServerName, image: Digest) -> Result<bool, BakeError> {
+        Self::share(self, server, image).await
     }
 }

@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use kiln_builder_core::definition::StoredDefinition;
 use kiln_model::definition::{
-    ContextEntry, Definition, DefinitionErrors, EntryKind, ImageSpec, Source, Step, WrongPath,
-    context_digest, parse, wrong_parent, wrong_paths,
+    ContextEntry, Definition, DefinitionErrors, EntryKind, ImageSpec, Named, Source, Step, WrongPath,
+    context_digest, parse, wrong_name, wrong_paths,
 };
 use kiln_model::digest::Digest;
-use kiln_model::name::ServerName;
+use kiln_model::name::{NodeName, ServerName};
 use kiln_service::aside::aside;
 use serde::Serialize;
 
@@ -69,19 +69,35 @@ impl Faulty {
 impl Readable {
     /// Why this definition can't begin with the parent that it names.
     pub fn wrong_parent(&self, folder: &str, problem: String) -> Fault {
+        let help = "name a server that is applied, or comes with this one, and does not begin with this one";
+        self.wrong_name(folder, Named::Parent, problem, help)
+    }
+
+    fn wrong_name(&self, folder: &str, named: Named, problem: String, help: &str) -> Fault {
         let file = if folder == "." { FILE.to_owned() } else { format!("{folder}/{FILE}") };
         let text = match self.files.get(FILE) {
             Some(Node::File { content, .. }) => content.bytes(),
             _ => &[],
         };
-        let help = "name a server that is applied, or comes with this one, and does not begin with this one"
-            .to_owned();
-        let (_, faults) = refusal(&wrong_parent(text, &file, problem.clone(), help));
+        let (_, faults) = refusal(&wrong_name(text, &file, named, problem.clone(), help.to_owned()));
         faults.into_iter().next().unwrap_or(Fault { place: format!("{file}:1:1"), why: problem })
     }
 }
 
 impl Found {
+    /// Makes it one that can't be taken where it is to run on a machine that the site does not have.
+    pub fn refuse_unknown_node(&mut self, nodes: &BTreeSet<NodeName>) {
+        let Ok(readable) = &self.read else { return };
+        let definition = &readable.stored.definition;
+        let Some(node) = definition.run.node.as_ref().filter(|node| !nodes.contains(*node)) else { return };
+        let names: Vec<_> = nodes.iter().map(|node| format!("`{node}`")).collect();
+        let problem = format!("the site has no node `{node}`");
+        let help = format!("name one of {}, or add it to `[nodes]` in site.toml", names.join(", "));
+        let fault = readable.wrong_name(&self.folder, Named::Node, problem, &help);
+        let (name, digest) = (Some(definition.name.clone()), readable.stored.digest);
+        self.read = Err(Faulty { name, digest, faults: vec![fault] });
+    }
+
     pub fn name(&self) -> Option<&ServerName> {
         match &self.read {
             Ok(readable) => Some(&readable.stored.definition.name),

@@ -1,6 +1,7 @@
 //! An image's tests: a throwaway instance, and checks in the words of server-spec tools. The instance is retired
 //! whatever becomes of them.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -14,7 +15,7 @@ use kiln_builder_core::build::{Build, State, TestResult};
 use kiln_model::check::Check;
 use kiln_model::definition::Definition;
 use kiln_model::digest::Digest;
-use kiln_model::name::{BuildId, InstanceId};
+use kiln_model::name::{BuildId, InstanceId, NodeName};
 use kiln_model::time::Millis;
 use kiln_service::client::Channel;
 use kiln_service::clock::Clock;
@@ -65,15 +66,21 @@ pub trait Tester: Clone + Send + Sync + 'static {
     async fn test(&self, run: TestRun<'_>) -> Result<Vec<TestResult>, TestFault>;
 }
 
-/// Tests on the site's engine.
+/// Tests on the engine that a server is to run on.
 #[derive(Debug, Clone)]
 pub struct EngineTester {
-    client: EngineServiceClient<Channel>,
+    nodes: BTreeMap<NodeName, EngineServiceClient<Channel>>,
 }
 
 impl EngineTester {
-    pub fn new(channel: Channel) -> Self {
-        Self { client: EngineServiceClient::new(channel) }
+    pub fn new(nodes: BTreeMap<NodeName, Channel>) -> Self {
+        let clients = nodes.into_iter().map(|(name, channel)| (name, EngineServiceClient::new(channel)));
+        Self { nodes: clients.collect() }
+    }
+
+    /// On the node that every site has.
+    pub fn local(channel: Channel) -> Self {
+        Self::new(BTreeMap::from([(NodeName::local(), channel)]))
     }
 
     /// Retires test instances that no running build owns, and says how many those were: a build whose process was killed
@@ -85,50 +92,65 @@ impl EngineTester {
         &self,
         builder: &Builder<S, K, C>,
     ) -> Result<usize, String> {
-        // Instances first: one that is launched after this look is not in it, and its build runs at the later one.
-        let instances = self.test_instances().await.map_err(|fault| fault.problem)?;
         let mut retired = 0;
-        for id in instances {
-            let build = BuildId { server: id.server.clone(), number: id.attempt };
-            let build = match builder.documents.build(&build).await {
-                Ok(build) => build.map(|read| read.value),
-                Err(error) => {
-                    tracing::error!(instance = %id, %error, "its build can't be read, and it stays");
-                    continue;
-                }
-            };
-            let owns = |build: &Build| {
-                matches!(build.state, State::Running { .. }) && build.token == u64::from(id.ordinal)
-            };
-            if !build.as_ref().is_some_and(owns) {
-                tracing::warn!(instance = %id, "is left over from a build that does not run, and is retired");
-                let mut instance = Instance { client: self.client.clone(), id };
-                instance.retire().await.map_err(|fault| fault.problem)?;
-                retired += 1;
+        let mut away = Vec::new();
+        for (node, client) in &self.nodes {
+            match retire_leftovers_of(client, builder).await {
+                Ok(count) => retired += count,
+                Err(problem) => away.push(format!("node {node}: {problem}")),
             }
         }
-        Ok(retired)
+        if away.is_empty() { Ok(retired) } else { Err(away.join("; ")) }
     }
+}
 
-    /// Those of image tests that are there.
-    async fn test_instances(&self) -> Result<Vec<InstanceId>, TestFault> {
-        let mut found = Vec::new();
-        let mut token = String::new();
-        loop {
-            let request = ListInstancesRequest { server: String::new(), page_size: 500, page_token: token };
-            let page = self.client.clone().list_instances(call(request)).await;
-            let page = page.map_err(|status| fault("listing instances", &status))?.into_inner();
-            let is_there = |instance: &engine::Instance| {
-                !matches!(instance.state(), InstanceState::Retiring | InstanceState::Retired)
-            };
-            let specs = page.instances.into_iter().filter(is_there).filter_map(|instance| instance.spec);
-            let tests = specs.filter(|spec| spec.role() == types::Role::Test);
-            found.extend(tests.filter_map(|spec| spec.id.parse().ok()));
-            if page.next_page_token.is_empty() {
-                return Ok(found);
+async fn retire_leftovers_of<S: Store, K: Bakery, C: Clock>(
+    client: &EngineServiceClient<Channel>,
+    builder: &Builder<S, K, C>,
+) -> Result<usize, String> {
+    // Instances first: one that is launched after this look is not in it, and its build runs at the later one.
+    let instances = test_instances(client).await.map_err(|fault| fault.problem)?;
+    let mut retired = 0;
+    for id in instances {
+        let build = BuildId { server: id.server.clone(), number: id.attempt };
+        let build = match builder.documents.build(&build).await {
+            Ok(build) => build.map(|read| read.value),
+            Err(error) => {
+                tracing::error!(instance = %id, %error, "its build can't be read, and it stays");
+                continue;
             }
-            token = page.next_page_token;
+        };
+        let owns = |build: &Build| {
+            matches!(build.state, State::Running { .. }) && build.token == u64::from(id.ordinal)
+        };
+        if !build.as_ref().is_some_and(owns) {
+            tracing::warn!(instance = %id, "is left over from a build that does not run, and is retired");
+            let mut instance = Instance { client: client.clone(), id };
+            instance.retire().await.map_err(|fault| fault.problem)?;
+            retired += 1;
         }
+    }
+    Ok(retired)
+}
+
+/// Those of image tests that are there.
+async fn test_instances(client: &EngineServiceClient<Channel>) -> Result<Vec<InstanceId>, TestFault> {
+    let mut found = Vec::new();
+    let mut token = String::new();
+    loop {
+        let request = ListInstancesRequest { server: String::new(), page_size: 500, page_token: token };
+        let page = client.clone().list_instances(call(request)).await;
+        let page = page.map_err(|status| fault("listing instances", &status))?.into_inner();
+        let is_there = |instance: &engine::Instance| {
+            !matches!(instance.state(), InstanceState::Retiring | InstanceState::Retired)
+        };
+        let specs = page.instances.into_iter().filter(is_there).filter_map(|instance| instance.spec);
+        let tests = specs.filter(|spec| spec.role() == types::Role::Test);
+        found.extend(tests.filter_map(|spec| spec.id.parse().ok()));
+        if page.next_page_token.is_empty() {
+            return Ok(found);
+        }
+        token = page.next_page_token;
     }
 }
 
@@ -158,10 +180,15 @@ impl Tester for EngineTester {
             run.log.line("no tests are defined");
             return Ok(Vec::new());
         }
-        let mut instance = Instance { client: self.client.clone(), id: instance_id(&run, run.attempt) };
+        let node = run.definition.run.node();
+        let client = self.nodes.get(&node).ok_or_else(|| TestFault {
+            problem: format!("there is no node `{node}` under `[nodes]` in site.toml"),
+            transient: false,
+        })?;
+        let mut instance = Instance { client: client.clone(), id: instance_id(&run, run.attempt) };
         // An attempt that was cut off left its instance.
         for earlier in 1..run.attempt {
-            Instance { client: self.client.clone(), id: instance_id(&run, earlier) }.retire().await?;
+            Instance { client: client.clone(), id: instance_id(&run, earlier) }.retire().await?;
         }
         run.log.line(&format!("testing in {}", instance.id));
         let tested = tokio::select! {

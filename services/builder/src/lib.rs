@@ -77,7 +77,7 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     let contexts = Contexts::new(home.join("contexts"));
     let mirrors = Arc::new(Mirrors::new(home.join("sources")));
     let builder = Builder {
-        sources: Sources::new(documents.clone(), contexts, mirrors),
+        sources: Sources::new(documents.clone(), contexts, mirrors).with_nodes(site.nodes.keys().cloned()),
         documents,
         bakery: baker,
         logs: Logs::open(home.join("logs"))?,
@@ -101,7 +101,7 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     let peer = |service| client::to(&site, Service::Builder, service);
     let loops = Loops {
         builder,
-        tester: EngineTester::new(peer(Service::Node)?),
+        tester: EngineTester::new(client::nodes(&site, Service::Builder)?),
         peers: SitePeers::new(peer(Service::Deployer)?, peer(Service::Monitor)?),
         images,
         options: WorkerOptions { members, workers: site.builder.workers },
@@ -130,7 +130,12 @@ async fn countersign<S: Store, C: Clock>(
         let Some(trust) = signing.trust(server.as_str()) else { continue };
         match builder.bakery.countersign(image, trust.clone()).await {
             Ok(false) => {}
-            Ok(true) => tracing::info!(%image, %server, "was signed by another key as well"),
+            Ok(true) => {
+                tracing::info!(%image, %server, "was signed by another key as well");
+                if let Err(error) = builder.bakery.share(&server, image).await {
+                    tracing::warn!(%image, %server, %error, "its new signature is not in the registry");
+                }
+            }
             // It is not launched, and whoever wants to says why.
             Err(error) => tracing::warn!(%image, %server, %error, "was not signed anew"),
         }
@@ -181,6 +186,7 @@ pub fn bake_config(site: &Site) -> BakeConfig {
         layer_cache: site.builder.layers.clone(),
         images: paths.images(),
         signing_keys: site.signing.keys.clone(),
+        registry: site.registry.clone(),
         runtime: "runc".into(),
         archives: Vec::new(),
         limits: BakeLimits::default(),

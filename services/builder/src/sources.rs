@@ -11,7 +11,7 @@ use kiln_builder_core::source::{Pending, Place, Source, SourceId};
 use kiln_builder_core::{graph, signal};
 use kiln_model::cause::{Cause, CauseKind};
 use kiln_model::digest::Digest;
-use kiln_model::name::ServerName;
+use kiln_model::name::{NodeName, ServerName};
 use kiln_service::aside::aside;
 use kiln_store::Store;
 
@@ -75,11 +75,22 @@ pub struct Sources<S> {
     repositories: Arc<dyn Repositories>,
     /// One fetch at a time of each.
     fetching: Arc<Mutex<HashMap<SourceId, Arc<tokio::sync::Mutex<()>>>>>,
+    /// Where servers can run.
+    nodes: Arc<BTreeSet<NodeName>>,
 }
 
 impl<S: Store> Sources<S> {
     pub fn new(documents: Documents<S>, contexts: Contexts, repositories: Arc<dyn Repositories>) -> Self {
-        Self { documents, contexts, repositories, fetching: Arc::default() }
+        let nodes = Arc::new(BTreeSet::from([NodeName::local()]));
+        Self { documents, contexts, repositories, fetching: Arc::default(), nodes }
+    }
+
+    /// Of a site with more machines than its own.
+    #[must_use]
+    pub fn with_nodes(mut self, names: impl IntoIterator<Item = NodeName>) -> Self {
+        let own = NodeName::local();
+        self.nodes = Arc::new(names.into_iter().chain([own]).collect());
+        self
     }
 
     pub fn contexts(&self) -> &Contexts {
@@ -121,6 +132,9 @@ impl<S: Store> Sources<S> {
         let found = aside(move || context::find(&tree)).await.map_err(std::io::Error::other)?;
         let mut look = Look { place, commit, found: found.map_err(Error::TooMuch)? };
         self.name_by_folder(&mut look).await?;
+        for found in &mut look.found {
+            found.refuse_unknown_node(&self.nodes);
+        }
         Ok(look)
     }
 

@@ -323,6 +323,7 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
         }
         // Signed before its tests: nothing runs an image whose signature it can't verify.
         let key_id = self.sign(image).await?;
+        self.share(image).await?;
         let run = TestRun {
             build: &build.id,
             attempt: self.token,
@@ -394,6 +395,14 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
 
     async fn sign(&self, image: Digest) -> Result<String, Fell> {
         self.builder.bakery.sign(image).await.map_err(|error| self.bake_fell(&error))
+    }
+
+    async fn share(&self, image: Digest) -> Result<(), Fell> {
+        let shared = self.builder.bakery.share(self.build.server(), image).await;
+        if shared.map_err(|error| self.bake_fell(&error))? {
+            self.log.line("pushed to the registry");
+        }
+        Ok(())
     }
 
     fn bake_fell(&self, error: &BakeError) -> Fell {

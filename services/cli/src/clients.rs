@@ -12,7 +12,7 @@ use kiln_api::monitor::monitor_service_client::MonitorServiceClient;
 use kiln_api::monitor::{self, Health};
 use kiln_api::types::{ListInfo, ListOptions, Revision, Signal};
 use kiln_model::event::Service;
-use kiln_model::name::SiteName;
+use kiln_model::name::{NodeName, SiteName};
 use kiln_service::client::{self, Channel};
 use kiln_service::config::{Place, Site};
 use tonic::Status;
@@ -30,6 +30,11 @@ const ANSWER: usize = 68 << 20;
 
 /// A look at what is known takes milliseconds; a service that is stopped or hangs answers never.
 const LOOK: Duration = Duration::from_secs(5);
+
+/// Whether a node is the one that every site has. Services of the version before name none.
+pub(crate) fn is_own(node: &str) -> bool {
+    node.is_empty() || node == NodeName::local().as_str()
+}
 
 pub(crate) struct Services {
     name: SiteName,
@@ -110,8 +115,24 @@ impl Services {
         MonitorServiceClient::new(self.monitor.clone()).max_decoding_message_size(ANSWER)
     }
 
-    pub(crate) fn engine(&self) -> EngineServiceClient<Channel> {
-        EngineServiceClient::new(self.node.clone())
+    /// Of the node that an instance is on.
+    ///
+    /// # Errors
+    /// Where it is another machine's, and nobody logged in, or the site's settings do not name it.
+    pub(crate) fn engine(&self, node: &str) -> Outcome<EngineServiceClient<Channel>> {
+        if is_own(node) {
+            return Ok(EngineServiceClient::new(self.node.clone()));
+        }
+        let what = format!("calling the node {node}");
+        let nodes = &self.site(&what)?.nodes;
+        let address = nodes.iter().find(|(name, _)| name.as_str() == node).map(|(_, address)| address);
+        let address = address
+            .ok_or_else(|| Failure::new(Code::Refused, &what, "`[nodes]` in site.toml does not name it"))?;
+        let login = Login::of(&self.name)?.ok_or_else(|| {
+            Failure::new(Code::Refused, &what, "it is on another machine, where you have to show who you are")
+                .todo("kiln login")
+        })?;
+        Ok(EngineServiceClient::new(login.channel(Service::Node, Some(address))?))
     }
 
     /// Of a service that keeps audit records.

@@ -13,7 +13,7 @@ use kiln_deployer_core::{
 };
 use kiln_model::check::CheckResult;
 use kiln_model::digest::Digest;
-use kiln_model::name::{InstanceId, ServerName};
+use kiln_model::name::{InstanceId, NodeName, ServerName};
 use kiln_model::signal::HealthState;
 use kiln_model::time::Now;
 use tokio::sync::Notify;
@@ -31,10 +31,8 @@ pub(crate) struct Board {
 
 #[derive(Debug, Default)]
 struct Known {
-    /// The node told everything, and its watch stands.
-    synced: bool,
-    /// When the node was last asked for everything.
-    listed: Duration,
+    /// Those that told everything, and whose watches stand: when they were last asked for everything.
+    synced: BTreeMap<NodeName, Duration>,
     servers: BTreeMap<ServerName, Server>,
 }
 
@@ -45,9 +43,10 @@ struct Server {
     engine: BTreeMap<InstanceId, Held>,
     refused: BTreeMap<InstanceId, String>,
     retired: BTreeSet<InstanceId>,
-    routed: Option<u64>,
-    edge: Vec<Listener>,
-    refusals: (u64, u32, String),
+    routed: BTreeMap<NodeName, u64>,
+    edge: BTreeMap<NodeName, Vec<Listener>>,
+    /// For which generation, how often, and why.
+    refusals: BTreeMap<NodeName, (u64, u32, String)>,
     health: BTreeMap<InstanceId, Heard>,
     checks: BTreeMap<InstanceId, (OwnChecks, Duration)>,
     verdicts: BTreeMap<Digest, Verdict>,
@@ -131,18 +130,29 @@ impl Board {
         self.lock().wake_all();
     }
 
-    /// Takes over one instance as the node has it. What is older than what is known is left out: answers and changes may
+    /// Takes over one instance as its node has it. What is older than what is known is left out: answers and changes may
     /// overtake each other.
-    pub(crate) fn engine(&self, instance: engine::Instance, at: Duration) -> Result<(), Invalid> {
+    pub(crate) fn engine(
+        &self,
+        node: &NodeName,
+        instance: engine::Instance,
+        at: Duration,
+    ) -> Result<(), Invalid> {
         // Nothing is known from before the beginning.
-        self.engine_since(instance, Duration::ZERO, at)
+        self.engine_since(node, instance, Duration::ZERO, at)
     }
 
     /// As it was asked for at `since`: what was known before that is older, whatever its version says. A node whose store
     /// was restored counts anew.
-    fn engine_since(&self, instance: engine::Instance, since: Duration, at: Duration) -> Result<(), Invalid> {
+    fn engine_since(
+        &self,
+        node: &NodeName,
+        instance: engine::Instance,
+        since: Duration,
+        at: Duration,
+    ) -> Result<(), Invalid> {
         let version = instance.version;
-        let Some((id, seen)) = wire::seen(instance)? else { return Ok(()) };
+        let Some((id, seen)) = wire::seen(node, instance)? else { return Ok(()) };
         self.change(&id.server.clone(), |server| {
             if server.engine.get(&id).is_none_or(|held| held.version <= version || held.at < since) {
                 server.engine.insert(id, Held { seen, version, at });
@@ -151,49 +161,54 @@ impl Board {
         Ok(())
     }
 
-    /// Takes over everything that the node has, as it was asked for at `since`: what it did not name, and what nobody
+    /// Takes over everything that a node has, as it was asked for at `since`: what it did not name, and what nobody
     /// told of since, is not there.
-    pub(crate) fn listing(&self, listing: crate::ports::Listing, since: Duration, at: Duration) {
+    pub(crate) fn listing(
+        &self,
+        node: &NodeName,
+        listing: crate::ports::Listing,
+        since: Duration,
+        at: Duration,
+    ) {
         for instance in listing.instances {
-            if let Err(invalid) = self.engine_since(instance, since, at) {
-                tracing::warn!(error = %invalid, "the node lists an instance that makes no sense");
+            if let Err(invalid) = self.engine_since(node, instance, since, at) {
+                tracing::warn!(%node, error = %invalid, "the node lists an instance that makes no sense");
             }
         }
         let mut known = self.lock();
         for server in known.servers.values_mut() {
-            server.engine.retain(|_, held| held.at >= since);
-        }
-        for server in known.servers.values_mut() {
-            (server.routed, server.edge) = (None, Vec::new());
+            server.engine.retain(|_, held| held.seen.node != *node || held.at >= since);
+            server.routed.remove(node);
+            server.edge.remove(node);
         }
         for route in listing.routes {
             let Ok(name) = route.server.parse::<ServerName>() else { continue };
             let server = known.servers.entry(name).or_default();
-            (server.routed, server.edge) = (Some(route.generation), wire::edge(route.listeners));
+            server.routed.insert(node.clone(), route.generation);
+            server.edge.insert(node.clone(), wire::edge(route.listeners));
         }
-        known.synced = true;
-        known.listed = since;
+        known.synced.insert(node.clone(), since);
         known.wake_all();
     }
 
-    /// Whether the fleet, as it was read at `read`, runs an instance that the node was not asked about since. It may have
-    /// been launched by another process while this one stood still: that nothing is known of it says nothing then.
-    pub(crate) fn is_behind(&self, fleet: &Fleet, read: Duration) -> bool {
+    /// A node that was not asked since the fleet was read, at `read`, though the fleet runs an instance there of which
+    /// nothing is known. It may have been launched by another process while this one stood still: then that says nothing.
+    pub(crate) fn behind(&self, fleet: &Fleet, read: Duration) -> Option<NodeName> {
         let known = self.lock();
         let engine = known.servers.get(&fleet.server).map(|server| &server.engine);
-        let mut running = fleet.instances.iter().filter(|(_, i)| i.state == InstanceState::Running);
-        known.synced
-            && known.listed < read
-            && running.any(|(id, _)| engine.is_none_or(|engine| !engine.contains_key(id)))
+        let is_unknown = |id: &InstanceId| engine.is_none_or(|engine| !engine.contains_key(id));
+        let running = fleet.instances.iter().filter(|(_, i)| i.state == InstanceState::Running);
+        let mut nodes = running.filter(|(id, _)| is_unknown(id)).map(|(_, instance)| &instance.node);
+        nodes.find(|node| known.synced.get(*node).is_some_and(|listed| *listed < read)).cloned()
     }
 
-    /// The node's watch broke: until it stands again nothing is known of what runs.
-    pub(crate) fn node_away(&self) {
-        self.lock().synced = false;
+    /// A node's watch broke: until it stands again nothing is known of what runs there.
+    pub(crate) fn node_away(&self, node: &NodeName) {
+        self.lock().synced.remove(node);
     }
 
-    pub(crate) fn is_synced(&self) -> bool {
-        self.lock().synced
+    pub(crate) fn is_synced(&self, node: &NodeName) -> bool {
+        self.lock().synced.contains_key(node)
     }
 
     /// Takes over what the monitor says of an instance.
@@ -234,17 +249,18 @@ impl Board {
         self.change(&id.server, |server| server.retired.insert(id.clone()));
     }
 
-    pub(crate) fn routed(&self, name: &ServerName, generation: u64) {
+    pub(crate) fn routed(&self, name: &ServerName, node: &NodeName, generation: u64) {
         self.change(name, |server| {
-            server.routed = Some(generation);
-            server.refusals = Default::default();
+            server.routed.insert(node.clone(), generation);
+            server.refusals.remove(node);
         });
     }
 
-    pub(crate) fn route_refused(&self, name: &ServerName, generation: u64, why: String) {
+    pub(crate) fn route_refused(&self, name: &ServerName, node: &NodeName, generation: u64, why: String) {
         self.change(name, |server| {
-            let times = if server.refusals.0 == generation { server.refusals.1 + 1 } else { 1 };
-            server.refusals = (generation, times, why);
+            let before = server.refusals.get(node).filter(|(of, ..)| *of == generation);
+            let times = before.map_or(0, |(_, times, _)| *times) + 1;
+            server.refusals.insert(node.clone(), (generation, times, why));
         });
     }
 
@@ -270,21 +286,29 @@ impl Board {
         self.change(name, |server| server.held = Some(images));
     }
 
-    /// What is known of a server at this moment. `started` is when this process began to listen.
-    pub(crate) fn view(&self, name: &ServerName, now: Now, started: Duration, elapsed: Duration) -> View {
+    /// What is known at this moment of a server whose fleet has something on these nodes, or is to have. `started` is
+    /// when this process began to listen.
+    pub(crate) fn view(
+        &self,
+        name: &ServerName,
+        nodes: &BTreeSet<NodeName>,
+        now: Now,
+        started: Duration,
+        elapsed: Duration,
+    ) -> View {
         let since = |at: Duration| now.monotonic.saturating_sub(at);
         let mut known = self.lock();
-        let synced = known.synced;
+        let synced = nodes.iter().all(|node| known.synced.contains_key(node));
         let server = known.servers.entry(name.clone()).or_default();
-        let (generation, times, why) = &server.refusals;
+        let mut refusals = server.refusals.values().filter(|(_, times, _)| *times >= REFUSALS);
         View {
             engine: synced
                 .then(|| server.engine.iter().map(|(id, held)| (id.clone(), held.seen.clone())).collect()),
             refused: server.refused.clone(),
             retired: server.retired.clone(),
-            routed: server.routed,
-            edge: server.edge.clone(),
-            unroutable: (*times >= REFUSALS).then(|| (*generation, why.clone())),
+            routed: server.routed.clone(),
+            edge: server.edge.values().flatten().cloned().collect(),
+            unroutable: refusals.next().map(|(generation, _, why)| (*generation, why.clone())),
             health: server
                 .health
                 .iter()

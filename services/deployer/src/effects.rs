@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use kiln_deployer_core::Effect;
 use kiln_model::digest::Digest;
-use kiln_model::name::{InstanceId, ServerName};
+use kiln_model::name::{InstanceId, NodeName, ServerName};
 use kiln_model::time::Now;
 use kiln_service::clock::Clock;
 use kiln_service::trace;
@@ -16,7 +16,7 @@ use tracing::Instrument as _;
 
 use crate::board::{Board, How};
 use crate::metrics;
-use crate::ports::{Builder, Engine, Launch, Monitor, Problem};
+use crate::ports::{Builder, Launch, Monitor, Nodes, Problem};
 
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
@@ -25,7 +25,7 @@ const EVIDENCE: Duration = Duration::from_secs(10);
 /// The others, as effects reach them.
 #[derive(Clone)]
 pub struct Peers {
-    pub engine: Arc<dyn Engine>,
+    pub nodes: Nodes,
     pub monitor: Arc<dyn Monitor>,
     pub builder: Arc<dyn Builder>,
 }
@@ -35,7 +35,7 @@ pub struct Peers {
 enum Key {
     Verify(Digest),
     Launch(InstanceId),
-    Route(u64),
+    Route(NodeName, u64),
     Retire(InstanceId),
     Check(InstanceId),
     Observe,
@@ -48,11 +48,11 @@ impl Key {
         match effect {
             Effect::Verify { image, .. } => Self::Verify(*image),
             Effect::Launch { id, .. } => Self::Launch(id.clone()),
-            Effect::Route { generation, .. } => Self::Route(*generation),
+            Effect::Route { node, generation, .. } => Self::Route(node.clone(), *generation),
             Effect::Retire { id, .. } => Self::Retire(id.clone()),
             Effect::Check { id, .. } => Self::Check(id.clone()),
             Effect::Observe { .. } => Self::Observe,
-            Effect::Evidence { id } => Self::Evidence(id.clone()),
+            Effect::Evidence { id, .. } => Self::Evidence(id.clone()),
             Effect::Hold { .. } => Self::Hold,
         }
     }
@@ -61,7 +61,7 @@ impl Key {
         match self {
             Self::Verify(_) => "verify",
             Self::Launch(_) => "launch",
-            Self::Route(_) => "route",
+            Self::Route(..) => "route",
             Self::Retire(_) => "retire",
             Self::Check(_) => "check",
             Self::Observe => "observe",
@@ -189,33 +189,35 @@ impl<C: Clock> Task<C> {
 
     async fn carry_out(self, effect: Effect) -> Outcome {
         match effect {
-            Effect::Verify { image, traceparent } => {
+            Effect::Verify { node, image, traceparent } => {
                 let span = trace::span_under(&traceparent, "verify");
-                self.verify(image).instrument(span).await
+                self.verify(&node, image).instrument(span).await
             }
-            Effect::Launch { id, image, run, generation, traceparent } => {
+            Effect::Launch { node, id, image, run, generation, traceparent } => {
                 let span = trace::span_under(&traceparent, "launch");
-                self.launch(Launch { id, image, run: *run, generation }).instrument(span).await
+                self.launch(&node, Launch { id, image, run: *run, generation }).instrument(span).await
             }
-            Effect::Route { listeners, generation, traceparent } => {
+            Effect::Route { node, listeners, generation, traceparent } => {
                 let span = trace::span_under(&traceparent, "route");
-                let routed = self.peers.engine.route(&self.server, generation, &listeners).instrument(span);
-                match routed.await {
+                let route =
+                    async { self.peers.nodes.of(&node)?.route(&self.server, generation, &listeners).await };
+                match route.instrument(span).await {
                     Ok(()) => {
-                        self.board.routed(&self.server, generation);
+                        self.board.routed(&self.server, &node, generation);
                         Outcome::Done
                     }
                     Err(problem) => {
                         if let Problem::Refused(why) = &problem {
-                            self.board.route_refused(&self.server, generation, why.clone());
+                            self.board.route_refused(&self.server, &node, generation, why.clone());
                         }
-                        self.later("route", &self.server, &problem)
+                        self.later("route", &node, &problem)
                     }
                 }
             }
-            Effect::Retire { id, drain, generation, traceparent } => {
+            Effect::Retire { node, id, drain, generation, traceparent } => {
                 let span = trace::span_under(&traceparent, "retire");
-                match self.peers.engine.retire(&id, generation, drain).instrument(span).await {
+                let retire = async { self.peers.nodes.of(&node)?.retire(&id, generation, drain).await };
+                match retire.instrument(span).await {
                     Ok(()) => {
                         self.board.retired(&id);
                         Outcome::Done
@@ -223,8 +225,9 @@ impl<C: Clock> Task<C> {
                     Err(problem) => self.later("retire", &id, &problem),
                 }
             }
-            Effect::Check { id, check, timeout } => {
-                match self.peers.engine.check(&id, &check, timeout).await {
+            Effect::Check { node, id, check, timeout } => {
+                let checked = async { self.peers.nodes.of(&node)?.check(&id, &check, timeout).await };
+                match checked.await {
                     Ok(result) => {
                         self.board.checked(&id, result, self.now().monotonic);
                         Outcome::Done
@@ -233,9 +236,9 @@ impl<C: Clock> Task<C> {
                 }
             }
             Effect::Observe { interval } => self.observe(interval).await,
-            Effect::Evidence { id } => {
-                let asked = tokio::time::timeout(EVIDENCE, self.peers.engine.last_log(&id)).await;
-                let lines = match asked {
+            Effect::Evidence { node, id } => {
+                let log = async { self.peers.nodes.of(&node)?.last_log(&id).await };
+                let lines = match tokio::time::timeout(EVIDENCE, log).await {
                     Ok(Ok(lines)) => lines,
                     Ok(Err(Problem::Later(why))) => {
                         return self.later("fetch the log", &id, &Problem::Later(why));
@@ -256,8 +259,9 @@ impl<C: Clock> Task<C> {
         }
     }
 
-    async fn verify(&self, image: Digest) -> Outcome {
-        match self.peers.engine.verify(&self.server, &image).await {
+    async fn verify(&self, node: &NodeName, image: Digest) -> Outcome {
+        let verify = async { self.peers.nodes.of(node)?.verify(&self.server, &image).await };
+        match verify.await {
             Ok(verdict) => {
                 self.board.verdict(&self.server, image, verdict);
                 Outcome::Done
@@ -266,10 +270,11 @@ impl<C: Clock> Task<C> {
         }
     }
 
-    async fn launch(&self, launch: Launch) -> Outcome {
+    async fn launch(&self, node: &NodeName, launch: Launch) -> Outcome {
         let id = launch.id.clone();
-        match self.peers.engine.launch(&launch).await {
-            Ok(instance) => match self.board.engine(instance, self.now().monotonic) {
+        let launched = async { self.peers.nodes.of(node)?.launch(&launch).await };
+        match launched.await {
+            Ok(instance) => match self.board.engine(node, instance, self.now().monotonic) {
                 Ok(()) => Outcome::Done,
                 Err(invalid) => self.later("launch", &id, &Problem::Later(invalid.to_string())),
             },

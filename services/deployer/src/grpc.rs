@@ -27,7 +27,7 @@ use tonic::{Request, Response, Status};
 
 use crate::audit::standing;
 use crate::ports::Problem;
-use crate::reconcile::Deployer;
+use crate::reconcile::{Deployer, nodes_needed};
 use crate::record::{
     FLEET, INSTANCE, InstanceRecord, RELEASE, ROLLOUT, RolloutRecord, SCHEMA, server_of_release,
 };
@@ -195,15 +195,16 @@ impl<S: Store, C: Clock> Api<S, C> {
 
     /// Going back to what can't be launched would end with neither: better refused while something runs.
     async fn require_image(&self, server: &ServerName, target: &Release) -> Result<(), ApiError> {
-        let image = target.revision.image_digest;
-        match self.deployer.peers.engine.verify(server, &image).await {
+        let (node, image) = (target.revision.run.node(), target.revision.image_digest);
+        let verify = async { self.deployer.peers.nodes.of(&node)?.verify(server, &image).await };
+        match verify.await {
             Ok(Verdict::Right) => Ok(()),
             Ok(Verdict::Wrong(why)) | Err(Problem::Refused(why)) => Err(ApiError::precondition(
                 format!("{server} r{} can't be launched: {why}", target.number),
                 "choose another release; `kiln history` lists them",
             )),
             Err(Problem::Later(why)) => {
-                Err(ApiError::Unavailable(format!("the node could not verify {image}: {why}")))
+                Err(ApiError::Unavailable(format!("the node {node} could not verify {image}: {why}")))
             }
         }
     }
@@ -253,7 +254,13 @@ impl<S: Store, C: Clock> Api<S, C> {
     }
 
     async fn fleet(&self, server: &ServerName) -> Result<deployer::Fleet, ApiError> {
-        let Loaded { fleet, version, releases } = self.existing(server).await?;
+        let loaded = self.existing(server).await?;
+        let away: Vec<String> = nodes_needed(&loaded)
+            .into_iter()
+            .filter(|node| !self.deployer.board.is_synced(node))
+            .map(|node| format!("`{node}`"))
+            .collect();
+        let Loaded { fleet, version, releases } = loaded;
         let store = &self.deployer.store;
         let mut instances = Vec::new();
         for id in fleet.instances.keys() {
@@ -271,9 +278,11 @@ impl<S: Store, C: Clock> Api<S, C> {
             None => None,
         };
         let mut message = wire::fleet(&fleet, version, releases.get(&fleet.release), rollout, instances);
-        if !self.deployer.board.is_synced() {
-            let away =
-                "the node can't be reached: what runs goes on running, and nothing is changed meanwhile";
+        if !away.is_empty() {
+            let away = format!(
+                "node {} can't be reached: what runs goes on running, and nothing is changed meanwhile",
+                away.join(", ")
+            );
             let gap = if message.problem.is_empty() { "" } else { "; " };
             message.problem = format!("{away}{gap}{}", message.problem);
         }

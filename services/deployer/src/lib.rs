@@ -21,7 +21,7 @@ mod watch;
 mod wire;
 
 pub use effects::Peers;
-pub use ports::{Builder, Engine, Launch, Listing, Monitor, Problem, Revisions, Signals};
+pub use ports::{Builder, Engine, Launch, Listing, Monitor, Nodes, Problem, Revisions, Signals};
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -55,8 +55,9 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     let store = SqlStore::open(&site.store_of(Service::Deployer)?).await?;
     let bus = NatsBus::connect(site.nats(User::Deployer)?).await?;
     let peer = |service| client::to(&site, Service::Deployer, service);
+    let engine = |(name, channel)| (name, Arc::new(peers::Node::new(channel)) as Arc<dyn Engine>);
     let peers = Peers {
-        engine: Arc::new(peers::Node::new(peer(Service::Node)?)),
+        nodes: Nodes::new(client::nodes(&site, Service::Deployer)?.into_iter().map(engine).collect()),
         monitor: Arc::new(peers::Watcher::new(peer(Service::Monitor)?)),
         builder: Arc::new(peers::Bakery::new(peer(Service::Builder)?)),
     };
@@ -113,7 +114,7 @@ impl<S: Store, C: Clock> Loops<S, C> {
         tokio::join!(
             follow::events(stop.clone(), || bus.consume(DURABLE, interests, handler.clone(), stop.clone())),
             relay::run(store.clone(), bus.clone(), stop.clone()),
-            watch::node(deployer.clone()),
+            watch::nodes(deployer.clone()),
             watch::monitor(deployer.clone()),
             watch::replicas(deployer.clone()),
             resyncing,

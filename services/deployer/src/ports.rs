@@ -1,7 +1,8 @@
 //! What the deployer needs of others. Its loops know nothing else of them, so the same loops run against the real ones,
 //! against fakes in tests, and in the simulation.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use futures::stream::BoxStream;
@@ -9,7 +10,7 @@ use kiln_api::{engine, monitor, types};
 use kiln_deployer_core::{Listener, Verdict};
 use kiln_model::check::{Check, CheckResult};
 use kiln_model::digest::Digest;
-use kiln_model::name::{InstanceId, ServerName};
+use kiln_model::name::{InstanceId, NodeName, ServerName};
 use kiln_model::run::RunSpec;
 use kiln_model::time::Millis;
 
@@ -59,6 +60,31 @@ pub trait Engine: Send + Sync + 'static {
     async fn list(&self) -> Result<Listing, Problem>;
     /// Changes from the moment on at which this answers. It ends when the engine does.
     async fn watch(&self) -> Result<BoxStream<'static, engine::Instance>, Problem>;
+}
+
+/// The site's nodes by their names.
+#[derive(Clone)]
+pub struct Nodes(Arc<BTreeMap<NodeName, Arc<dyn Engine>>>);
+
+impl Nodes {
+    pub fn new(nodes: BTreeMap<NodeName, Arc<dyn Engine>>) -> Self {
+        Self(Arc::new(nodes))
+    }
+
+    /// The node that every site has, and no other.
+    pub fn local(engine: impl Engine) -> Self {
+        let engine: Arc<dyn Engine> = Arc::new(engine);
+        Self::new(BTreeMap::from([(NodeName::local(), engine)]))
+    }
+
+    pub(crate) fn names(&self) -> impl Iterator<Item = &NodeName> {
+        self.0.keys()
+    }
+
+    pub(crate) fn of(&self, node: &NodeName) -> Result<&dyn Engine, Problem> {
+        let unknown = || Problem::Later(format!("there is no node `{node}` under `[nodes]` in site.toml"));
+        self.0.get(node).map(AsRef::as_ref).ok_or_else(unknown)
+    }
 }
 
 /// Every signal, and the epoch of the store that their versions count in.

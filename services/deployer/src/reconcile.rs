@@ -1,12 +1,12 @@
 //! The loop: load a fleet, decide, commit, act, and learn of the results. One for each server, woken by facts, and
 //! ticking only while something is due.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use kiln_deployer_core::{Decision, next};
-use kiln_model::name::ServerName;
+use kiln_model::name::{NodeName, ServerName};
 use kiln_service::clock::Clock;
 use kiln_service::members::Members;
 use kiln_service::shutdown::requested;
@@ -106,6 +106,13 @@ async fn reconcile<S: Store, C: Clock>(deployer: Deployer<S, C>, server: ServerN
     }
 }
 
+/// Nodes that a decision on the fleet is about.
+pub(crate) fn nodes_needed(loaded: &Loaded) -> BTreeSet<NodeName> {
+    let target = loaded.releases.get(&loaded.fleet.target()).filter(|_| !loaded.fleet.removed);
+    let target = target.map(|release| release.revision.run.node());
+    loaded.fleet.nodes().into_iter().cloned().chain(target).collect()
+}
+
 enum Looked {
     /// Something was committed: what follows from it is decided at once.
     Again,
@@ -133,15 +140,16 @@ impl<S: Store, C: Clock> Desk<'_, S, C> {
             // Not a server of ours (yet): what runs under its name is not ours to judge.
             return Ok(Looked::Rest(None));
         }
-        if self.deployer.board.is_behind(&loaded.fleet, self.committed)
-            && let Err(problem) = list_node(self.deployer).await
+        if let Some(node) = self.deployer.board.behind(&loaded.fleet, self.committed)
+            && let Err(problem) = list_node(self.deployer, &node).await
         {
-            tracing::warn!(server = %self.server, %problem, "the node could not be asked");
+            tracing::warn!(server = %self.server, %node, %problem, "the node could not be asked");
             return Ok(Looked::Rest(Some(RETRY)));
         }
         let now = self.deployer.clock.now();
         let elapsed = now.monotonic.saturating_sub(self.committed);
-        let view = self.deployer.board.view(self.server, now, self.deployer.started, elapsed);
+        let nodes = nodes_needed(&loaded);
+        let view = self.deployer.board.view(self.server, &nodes, now, self.deployer.started, elapsed);
         let decision = next(&loaded.fleet, &loaded.releases, &view, now);
         let changed = decision.fleet != loaded.fleet;
         if changed && !self.commit(&loaded, &decision, now).await? {

@@ -8,7 +8,7 @@ use futures::StreamExt as _;
 use futures::stream::BoxStream;
 use jiff::{SignedDuration, Timestamp};
 use kiln_api::{engine, types};
-use kiln_model::name::ServerName;
+use kiln_model::name::{NodeName, ServerName};
 use kiln_model::revision::Revision;
 use kiln_service::changes::Follower;
 use kiln_service::clock::Clock;
@@ -28,45 +28,52 @@ const REVISIONS: &str = "builder.revision";
 /// Records of instances are kept as long as the node keeps their logs.
 const KEPT: SignedDuration = SignedDuration::from_hours(7 * 24);
 
-/// Follows the node, for ever.
-pub(crate) async fn node<S: Store, C: Clock>(deployer: Deployer<S, C>) {
+/// Follows each node, for ever.
+pub(crate) async fn nodes<S: Store, C: Clock>(deployer: Deployer<S, C>) {
+    futures::future::join_all(deployer.peers.nodes.names().map(|name| node(&deployer, name))).await;
+}
+
+async fn node<S: Store, C: Clock>(deployer: &Deployer<S, C>, node: &NodeName) {
     let mut stop = deployer.stop();
     let mut pause = FIRST_PAUSE;
     while !*stop.borrow() {
         let followed = tokio::select! {
             biased;
             () = requested(&mut stop) => return,
-            followed = follow_node(&deployer) => followed,
+            followed = follow_node(deployer, node) => followed,
         };
-        deployer.board.node_away();
+        deployer.board.node_away(node);
         match followed {
             Ok(()) => {
-                tracing::warn!("the node's watch ended; it is begun anew");
+                tracing::warn!(%node, "the node's watch ended; it is begun anew");
                 pause = FIRST_PAUSE;
             }
-            Err(problem) => tracing::warn!(%problem, again_in = ?pause, "the node can't be followed"),
+            Err(problem) => tracing::warn!(%node, %problem, again_in = ?pause, "the node can't be followed"),
         }
         deployer.clock.sleep(pause).await;
         pause = LONGEST_PAUSE.min(pause * 2);
     }
 }
 
-async fn follow_node<S: Store, C: Clock>(deployer: &Deployer<S, C>) -> Result<(), Problem> {
+async fn follow_node<S: Store, C: Clock>(deployer: &Deployer<S, C>, node: &NodeName) -> Result<(), Problem> {
     // First the watch, then the list: what changes in between comes by the watch.
-    let mut changes: BoxStream<'_, engine::Instance> = deployer.peers.engine.watch().await?;
-    list_node(deployer).await?;
+    let mut changes: BoxStream<'_, engine::Instance> = deployer.peers.nodes.of(node)?.watch().await?;
+    list_node(deployer, node).await?;
     while let Some(instance) = changes.next().await {
-        if let Err(invalid) = deployer.board.engine(instance, deployer.clock.now().monotonic) {
-            tracing::warn!(error = %invalid, "the node tells of an instance that makes no sense");
+        if let Err(invalid) = deployer.board.engine(node, instance, deployer.clock.now().monotonic) {
+            tracing::warn!(%node, error = %invalid, "the node tells of an instance that makes no sense");
         }
     }
     Ok(())
 }
 
-pub(crate) async fn list_node<S: Store, C: Clock>(deployer: &Deployer<S, C>) -> Result<(), Problem> {
+pub(crate) async fn list_node<S: Store, C: Clock>(
+    deployer: &Deployer<S, C>,
+    node: &NodeName,
+) -> Result<(), Problem> {
     let since = deployer.clock.now().monotonic;
-    let listing: ports::Listing = deployer.peers.engine.list().await?;
-    deployer.board.listing(listing, since, deployer.clock.now().monotonic);
+    let listing: ports::Listing = deployer.peers.nodes.of(node)?.list().await?;
+    deployer.board.listing(node, listing, since, deployer.clock.now().monotonic);
     Ok(())
 }
 
@@ -152,10 +159,10 @@ pub(crate) async fn resync<S: Store, C: Clock>(deployer: &Deployer<S, C>) -> Res
     for server in servers(&deployer.store).await? {
         deployer.look_after(&server);
     }
-    if deployer.board.is_synced()
-        && let Err(problem) = list_node(deployer).await
-    {
-        tracing::warn!(%problem, "the node could not be asked");
+    for node in deployer.peers.nodes.names().filter(|node| deployer.board.is_synced(node)) {
+        if let Err(problem) = list_node(deployer, node).await {
+            tracing::warn!(%node, %problem, "the node could not be asked");
+        }
     }
     if let Err(problem) = list_health(deployer).await {
         tracing::warn!(%problem, "the monitor could not be asked for health");

@@ -7,13 +7,10 @@ use kiln_api::{deployer, engine, types};
 use kiln_deployer_core::{
     Backend, Fleet, InstanceState, Listener, Quarantine, Release, Rollout, RolloutState, Seen, SeenState,
 };
-use kiln_model::name::{InstanceId, ServerName};
+use kiln_model::name::{InstanceId, NodeName, ServerName};
 use kiln_model::revision::{Revision, RevisionContent};
 
 use crate::record::InstanceRecord;
-
-/// The host engine is this machine; other nodes bring names of their own.
-const NODE: &str = "local";
 
 pub(crate) fn listener(listener: &Listener) -> engine::Listener {
     let backend = |backend: &Backend| engine::Backend {
@@ -42,7 +39,10 @@ pub(crate) fn edge(listeners: Vec<engine::Listener>) -> Vec<Listener> {
 ///
 /// # Errors
 /// [`Invalid`] where the message makes no sense.
-pub(crate) fn seen(instance: engine::Instance) -> Result<Option<(InstanceId, Seen)>, Invalid> {
+pub(crate) fn seen(
+    node: &NodeName,
+    instance: engine::Instance,
+) -> Result<Option<(InstanceId, Seen)>, Invalid> {
     let spec = instance.spec.ok_or_else(|| Invalid::new("spec", "is missing"))?;
     let id: InstanceId = convert::text("spec.id", &spec.id)?;
     if spec.role == i32::from(types::Role::Test) || id.release == 0 {
@@ -65,6 +65,7 @@ pub(crate) fn seen(instance: engine::Instance) -> Result<Option<(InstanceId, See
         return Err(Invalid::new("address", format!("`{address}` is none")));
     }
     let seen = Seen {
+        node: node.clone(),
         state,
         address,
         launched: from_optional_timestamp("launched", instance.launched)?,
@@ -175,7 +176,7 @@ pub(crate) fn instance(id: &InstanceId, record: &InstanceRecord, version: u64) -
         cause: Some(instance.cause.clone().into()),
         detail: instance.detail.clone(),
         version,
-        node: NODE.to_owned(),
+        node: instance.node.to_string(),
         image_digest: instance.content.image.to_string(),
         last_checks: instance.last_checks.iter().cloned().map(Into::into).collect(),
         cut_off: instance.cut_off,

@@ -2,7 +2,7 @@
 
 use kiln_model::definition::{Mode, UpdatePolicy};
 use kiln_model::digest::Digest;
-use kiln_model::name::{InstanceId, ServerName};
+use kiln_model::name::{InstanceId, NodeName, ServerName};
 use kiln_model::run::HealthPolicy;
 use kiln_model::signal::HealthState;
 use kiln_model::time::Millis;
@@ -38,6 +38,8 @@ impl Seen {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Watched {
     pub id: InstanceId,
+    #[serde(default = "NodeName::local")]
+    pub node: NodeName,
     pub state: HealthState,
     /// Gone, as far as the engine did not know it.
     #[serde(default)]

@@ -1,13 +1,13 @@
 //! What the engine says of instances: an exit is known as soon as it happens, and its view counts only while it
 //! answers.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::StreamExt;
 use kiln_api::engine::{Instance, InstanceState, WatchInstancesResponse};
-use kiln_model::name::InstanceId;
+use kiln_model::name::{InstanceId, NodeName};
 use kiln_monitor_core::health::Fact;
 use kiln_service::clock::Clock;
 use kiln_service::shutdown;
@@ -70,27 +70,71 @@ impl View {
     }
 }
 
-/// Follows the engine until told to stop, whenever it is there.
-pub async fn follow<S: Store, C: Clock>(
-    engine: Arc<dyn Engine>,
-    view: Arc<View>,
-    watcher: Watcher<S, C>,
-    clock: C,
+/// One node's engine, and what it said.
+#[derive(Clone)]
+pub struct Followed {
+    pub engine: Arc<dyn Engine>,
+    pub view: Arc<View>,
+    /// On this machine, where its instances answer: on another one they are looked at through it.
+    pub is_here: bool,
+}
+
+/// The engines of a site, by the names of their nodes.
+#[derive(Clone)]
+pub struct Engines(Arc<BTreeMap<NodeName, Followed>>);
+
+impl Engines {
+    /// With each engine whether it is on this machine.
+    pub fn new(engines: impl IntoIterator<Item = (NodeName, Arc<dyn Engine>, bool)>) -> Self {
+        let followed = engines
+            .into_iter()
+            .map(|(name, engine, is_here)| (name, Followed { engine, view: Arc::default(), is_here }));
+        Self(Arc::new(followed.collect()))
+    }
+
+    /// The node that every site has, on this machine, and no other.
+    pub fn local(engine: Arc<dyn Engine>) -> Self {
+        Self::new([(NodeName::local(), engine, true)])
+    }
+
+    pub(crate) fn of(&self, node: &NodeName) -> Option<&Followed> {
+        self.0.get(node)
+    }
+
+    /// Follows each of them until told to stop.
+    pub(crate) async fn follow<S: Store, C: Clock>(
+        &self,
+        watcher: &Watcher<S, C>,
+        clock: &C,
+        stop: &watch::Receiver<bool>,
+    ) {
+        let each = self.0.iter().map(|(node, followed)| follow(node, followed, watcher, clock, stop.clone()));
+        futures::future::join_all(each).await;
+    }
+}
+
+/// Follows an engine until told to stop, whenever it is there.
+async fn follow<S: Store, C: Clock>(
+    node: &NodeName,
+    followed: &Followed,
+    watcher: &Watcher<S, C>,
+    clock: &C,
     mut stop: watch::Receiver<bool>,
 ) {
+    let view = &followed.view;
     let mut pause = FIRST_PAUSE;
     let mut lost = false;
     while !*stop.borrow() {
         let problem = tokio::select! {
             biased;
             () = shutdown::requested(&mut stop) => return,
-            problem = once(&*engine, &view, &watcher, &clock, &mut pause) => problem,
+            problem = once(node, followed, watcher, clock, &mut pause) => problem,
         };
         view.lose();
         if lost {
-            tracing::debug!(%problem, "the engine is still away");
+            tracing::debug!(%node, %problem, "the engine is still away");
         } else {
-            tracing::warn!(%problem, "the engine is not watched for now");
+            tracing::warn!(%node, %problem, "the engine is not watched for now");
         }
         lost = pause > FIRST_PAUSE;
         tokio::select! {
@@ -104,13 +148,14 @@ pub async fn follow<S: Store, C: Clock>(
 
 /// Follows one stream to its end, and says why it ended.
 async fn once<S: Store, C: Clock>(
-    engine: &dyn Engine,
-    view: &View,
+    node: &NodeName,
+    followed: &Followed,
     watcher: &Watcher<S, C>,
     clock: &C,
     pause: &mut Duration,
 ) -> Problem {
-    let before = watcher.launched();
+    let Followed { engine, view, .. } = followed;
+    let before = watcher.launched(node);
     let mut stream = match engine.watch().await {
         Ok(stream) => stream,
         Err(problem) => return problem,

@@ -1,6 +1,5 @@
-//! How an instance is looked at: over the network, through the engine, or by what the engine says of it.
+//! How an instance is looked at: over the network, through its engine, or by what the engine says of it.
 
-use std::sync::Arc;
 use std::time::Instant;
 
 use async_trait::async_trait;
@@ -8,18 +7,17 @@ use kiln_model::check::{Check, CheckResult};
 use kiln_probe::{Verdict, probe};
 use kiln_service::clock::Clock;
 
-use crate::engine::View;
-use crate::ports::{Engine, Eyes, Target};
+use crate::engine::{Engines, Followed};
+use crate::ports::{Eyes, Target};
 
 pub struct Probes<C> {
-    engine: Arc<dyn Engine>,
-    view: Arc<View>,
+    engines: Engines,
     clock: C,
 }
 
 impl<C: Clock> Probes<C> {
-    pub fn new(engine: Arc<dyn Engine>, view: Arc<View>, clock: C) -> Self {
-        Self { engine, view, clock }
+    pub fn new(engines: Engines, clock: C) -> Self {
+        Self { engines, clock }
     }
 }
 
@@ -27,17 +25,21 @@ impl<C: Clock> Probes<C> {
 impl<C: Clock> Eyes for Probes<C> {
     async fn look(&self, target: &Target) -> Option<CheckResult> {
         let started = Instant::now();
+        let Some(Followed { engine, view, is_here }) = self.engines.of(&target.node) else {
+            tracing::debug!(instance = %target.id, node = %target.node, "there is no such node in site.toml");
+            return None;
+        };
         let Some(policy) = &target.policy else {
             // That it does not run is told by its exit; until it is known to run, nothing is known.
-            let runs = self.view.runs(&target.id, self.clock.now().monotonic)?;
+            let runs = view.runs(&target.id, self.clock.now().monotonic)?;
             return runs.then(|| Verdict::passed("the engine says that it runs").since(started));
         };
         match &policy.check {
-            check @ (Check::Http(_) | Check::Tcp(_)) => {
+            check @ (Check::Http(_) | Check::Tcp(_)) if *is_here => {
                 Some(probe(target.address, check, policy.timeout.as_duration()).await)
             }
             // That the engine can't be asked says nothing of the instance.
-            check => match self.engine.check(&target.id, check, policy.timeout).await {
+            check => match engine.check(&target.id, check, policy.timeout).await {
                 Ok(result) => Some(result),
                 Err(problem) => {
                     tracing::debug!(instance = %target.id, %problem, "an instance could not be checked");

@@ -8,7 +8,7 @@ use futures::stream::BoxStream;
 use kiln_api::{builder, deployer, engine, monitor};
 use kiln_model::check::{Check, CheckResult};
 use kiln_model::digest::Digest;
-use kiln_model::name::{InstanceId, ServerName};
+use kiln_model::name::{InstanceId, NodeName, ServerName};
 use kiln_model::run::HealthPolicy;
 use kiln_model::time::Millis;
 use kiln_monitor_core::release::ReleaseFile;
@@ -77,6 +77,7 @@ pub trait Archive: Send + Sync + 'static {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
     pub id: InstanceId,
+    pub node: NodeName,
     pub address: IpAddr,
     /// Without one it is healthy while the engine says that it runs.
     pub policy: Option<HealthPolicy>,

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use kiln_api::monitor::monitor_service_server::MonitorServiceServer;
 use kiln_bus::{Bus, NatsBus, User, interests};
 use kiln_model::event::Service;
+use kiln_model::name::NodeName;
 use kiln_service::audit;
 use kiln_service::clock::{Clock, SystemClock};
-use kiln_service::config::Poll;
+use kiln_service::config::{Place, Poll, Site};
 use kiln_service::members::Members;
 use kiln_service::run::{Failure, Start};
 use kiln_service::server::{self, ServerOptions};
@@ -19,7 +20,7 @@ use tonic::service::Routes;
 
 use crate::definitions::Definitions;
 use crate::download::AptHelper;
-use crate::engine::{self, View};
+use crate::engine::Engines;
 use crate::events::Events;
 use crate::eyes::Probes;
 use crate::grpc::Api;
@@ -41,7 +42,7 @@ const DURABLE: &str = "monitor";
 pub struct Ports {
     pub deployer: Arc<dyn Deployer>,
     pub builder: Arc<dyn Builder>,
-    pub engine: Arc<dyn Engine>,
+    pub engines: Engines,
     pub git: Arc<dyn Git>,
     pub archive: Arc<dyn Archive>,
     pub others: Arc<dyn Others>,
@@ -53,7 +54,6 @@ pub struct Monitor<S, C> {
     clock: C,
     ports: Ports,
     poll: Poll,
-    view: Arc<View>,
     events: Events<S, C>,
     definitions: Definitions<S, C>,
     packages: Packages<S, C>,
@@ -64,8 +64,7 @@ impl<S: Store, C: Clock> Monitor<S, C> {
     /// # Errors
     /// Where the store can't be read.
     pub async fn load(store: S, clock: C, members: Members, ports: Ports, poll: Poll) -> Result<Self, Error> {
-        let view = Arc::new(View::default());
-        let eyes: Arc<dyn Eyes> = Arc::new(Probes::new(ports.engine.clone(), view.clone(), clock.clone()));
+        let eyes: Arc<dyn Eyes> = Arc::new(Probes::new(ports.engines.clone(), clock.clone()));
         let servers = Servers::load(store.clone()).await?;
         let signals = Signals::load(store.clone(), clock.clone(), servers.clone()).await?;
         let watcher =
@@ -99,7 +98,7 @@ impl<S: Store, C: Clock> Monitor<S, C> {
         );
         let events =
             Events { watcher, servers, signals, clock: clock.clone(), builder_changed: Arc::default() };
-        Ok(Self { store, clock, ports, poll, view, events, definitions, packages, replicas })
+        Ok(Self { store, clock, ports, poll, events, definitions, packages, replicas })
     }
 
     pub fn api(&self, stop: watch::Receiver<bool>) -> Api<S, C> {
@@ -128,7 +127,6 @@ impl<S: Store, C: Clock> Monitor<S, C> {
             answers.find(&*self.ports.builder, signals, now, period).await?;
             signals.forget().await.map_err(|error| crate::ports::Problem(error.to_string()))
         };
-        let engine = self.ports.engine.clone();
         tokio::join!(
             follow::events(stop.clone(), || {
                 bus.consume(DURABLE, interests(Service::Monitor), handler.clone(), stop.clone())
@@ -137,7 +135,7 @@ impl<S: Store, C: Clock> Monitor<S, C> {
             loops::every(period, stop.clone(), Arc::new(Notify::new()), instances),
             loops::every(period, stop.clone(), builder_changed.clone(), from_builder),
             loops::every(period, stop.clone(), Arc::new(Notify::new()), housekeeping),
-            engine::follow(engine, self.view.clone(), watcher.clone(), self.clock.clone(), stop.clone()),
+            self.ports.engines.follow(watcher, &self.clock, &stop),
             self.definitions.run(stop.clone()),
             self.packages.run(stop.clone()),
             self.replicas.run(stop.clone()),
@@ -164,7 +162,7 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     let ports = Ports {
         deployer: Arc::new(DeployerPeer::new(peer(Service::Deployer)?)),
         builder: Arc::new(BuilderPeer::new(peer(Service::Builder)?)),
-        engine: Arc::new(EnginePeer::new(peer(Service::Node)?)),
+        engines: engines(&site)?,
         git: Arc::new(LocalGit::new(&folder)?),
         archive: Arc::new(AptHelper::new(&folder)),
         others: Arc::new(OtherMonitors::new(site.tls(Service::Monitor))),
@@ -181,6 +179,16 @@ pub async fn run(start: Start) -> Result<(), Failure> {
         Ok(())
     })?;
     Ok(())
+}
+
+fn engines(site: &Site) -> Result<Engines, client::Error> {
+    let is_here =
+        |name: &NodeName| *name == NodeName::local() && matches!(site.place(Service::Node), Place::Socket(_));
+    let channels = client::nodes(site, Service::Monitor)?;
+    Ok(Engines::new(channels.into_iter().map(|(name, channel)| {
+        let is_here = is_here(&name);
+        (name, Arc::new(EnginePeer::new(channel)) as Arc<dyn Engine>, is_here)
+    })))
 }
 
 /// Each look may hold a socket: the soft limit of 1,024 files is for programs that use select(2).

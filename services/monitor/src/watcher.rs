@@ -9,7 +9,7 @@ use std::time::Duration;
 use futures::{StreamExt, TryStreamExt, stream};
 use kiln_api::convert::{Invalid, text};
 use kiln_api::{deployer, monitor};
-use kiln_model::name::{InstanceId, ServerName};
+use kiln_model::name::{InstanceId, NodeName, ServerName};
 use kiln_monitor_core::health::Fact;
 use kiln_service::clock::Clock;
 use kiln_service::members::Members;
@@ -222,14 +222,11 @@ impl<S: Store, C: Clock> Watcher<S, C> {
         self.tracked().keys().cloned().collect()
     }
 
-    /// Those that were launched, as far as the deployer told.
-    pub fn launched(&self) -> BTreeSet<InstanceId> {
+    /// Those that were launched on a node, as far as the deployer told.
+    pub fn launched(&self, node: &NodeName) -> BTreeSet<InstanceId> {
         let tracked = self.tracked();
-        tracked
-            .values()
-            .filter(|tracked| tracked.target().is_some())
-            .map(|tracked| tracked.id.clone())
-            .collect()
+        let targets = tracked.values().filter_map(|tracked| tracked.target());
+        targets.filter(|(target, _)| target.node == *node).map(|(target, _)| target.id).collect()
     }
 
     /// What the engine says of an instance beside any check of it.

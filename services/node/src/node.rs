@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use kiln_image::ImageStore;
 use kiln_model::name::{InstanceId, ServerName};
+use kiln_registry::Registry;
 use kiln_service::config::Site;
 use kiln_service::error::ApiError;
 use kiln_store::Store;
@@ -62,6 +63,8 @@ impl<S: Store> Node<S> {
         network::firewall::ensure(&names, &helpers).await?;
         let book = Book::open(store).await?;
         let images = ImageStore::open(&site.paths().images()).map_err(|error| ApiError::internal(&error))?;
+        let registry = site.registry.as_ref().map(Registry::new).transpose();
+        let registry = registry.map_err(|error| ApiError::internal(&error))?;
         let routes = book.routes().await?;
         let cni = Cni::new(&names, helpers.clone())?;
         Ok(Arc::new(Self {
@@ -72,7 +75,7 @@ impl<S: Store> Node<S> {
             ended: Mutex::default(),
             orphans: Mutex::default(),
             left_edge: Mutex::default(),
-            verifier: Verifier::new(images, site.signing.clone()),
+            verifier: Verifier::new(images, site.signing.clone(), registry),
             at_once: Arc::new(Semaphore::new(AT_ONCE)),
             flows: Mutex::default(),
             book,

@@ -2,9 +2,13 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
 
 use kiln_image::{Image, ImageStore, Thoroughness};
 use kiln_model::digest::Digest;
+use kiln_model::name::ServerName;
+use kiln_registry::Registry;
 use kiln_service::config::Signing;
 use kiln_service::error::{ApiError, chain};
 use kiln_store::Store;
@@ -12,12 +16,15 @@ use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 
 use crate::book::Book;
-use crate::node::blocking;
+use crate::node::{blocking, to_the_end};
 
 #[derive(Debug, Clone)]
 pub(crate) struct Verifier {
     images: ImageStore,
     signing: Signing,
+    registry: Option<Registry>,
+    /// One at a time: several instances of an image come at once, and the first brings it for all.
+    pulling: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// An image that may run, with its layers' trees from the lowest to the topmost.
@@ -38,8 +45,32 @@ struct BlobState {
 }
 
 impl Verifier {
-    pub(crate) fn new(images: ImageStore, signing: Signing) -> Self {
-        Self { images, signing }
+    pub(crate) fn new(images: ImageStore, signing: Signing, registry: Option<Registry>) -> Self {
+        Self { images, signing, registry, pulling: Arc::default() }
+    }
+
+    /// Brings an image that is not here from the registry, if the site has one. What is wrong with it is found when it is
+    /// verified.
+    async fn fetch(&self, digest: Digest, server: &str) -> Result<(), ApiError> {
+        let (Some(registry), Ok(server)) = (self.registry.clone(), server.parse::<ServerName>()) else {
+            return Ok(());
+        };
+        let (images, pulling) = (self.images.clone(), Arc::clone(&self.pulling));
+        let pull = async move {
+            let _turn = pulling.lock().await;
+            let held = images.clone();
+            if blocking(move || held.image(&digest)).await?.is_ok() {
+                return Ok(());
+            }
+            let began = Instant::now();
+            registry.pull(&images, &server, &digest).await.map_err(|error| {
+                ApiError::Unavailable(format!("image {digest} of {server} is not here: {}", chain(&error)))
+            })?;
+            tracing::info!(%server, image = %digest, took = ?began.elapsed(), "was brought from the registry");
+            Ok(())
+        };
+        // Whoever asks for it may give up before it is here, and asks again.
+        to_the_end(pull).await
     }
 
     /// How an image wants to be told to stop.
@@ -105,6 +136,7 @@ impl Verifier {
         digest: Digest,
         server: &str,
     ) -> Result<Verified, ApiError> {
+        self.fetch(digest, server).await?;
         let server = server.to_owned();
         let name = digest.to_string();
         let before: Option<Vec<BlobState>> = book.verified(&name).await?;

@@ -64,6 +64,17 @@ impl ImageStore {
         Ok(index)
     }
 
+    /// Adds those that are not there yet.
+    pub(crate) fn add_entries(&self, added: Vec<Entry>) -> Result<(), Error> {
+        self.change_index(|entries| {
+            for entry in added {
+                if !entries.iter().any(|known| known.digest == entry.digest) {
+                    entries.push(entry);
+                }
+            }
+        })
+    }
+
     /// Read, change, write, with other processes locked out.
     pub(crate) fn change_index(&self, change: impl FnOnce(&mut Vec<Entry>)) -> Result<(), Error> {
         let _lock = Lock::exclusive(&self.lock_path("index"))?;

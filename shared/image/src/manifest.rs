@@ -98,18 +98,7 @@ impl ImageStore {
             "layers": layers,
         });
         let (digest, size) = self.put_json(&manifest)?;
-        let entry = Entry {
-            media_type: MANIFEST_TYPE.to_owned(),
-            digest,
-            size,
-            artifact_type: None,
-            annotations: BTreeMap::from([(NAME.to_owned(), digest.hex())]),
-        };
-        self.change_index(|entries| {
-            if !entries.iter().any(|e| e.digest == digest) {
-                entries.push(entry);
-            }
-        })?;
+        self.add_entries(vec![image_entry(digest, size)])?;
         Ok(digest)
     }
 
@@ -184,6 +173,16 @@ impl ImageStore {
     pub fn images(&self) -> Result<Vec<Digest>, Error> {
         let index = self.index()?;
         Ok(index.manifests.iter().filter(|e| e.artifact_type.is_none()).map(|e| e.digest).collect())
+    }
+}
+
+pub(crate) fn image_entry(digest: Digest, size: u64) -> Entry {
+    Entry {
+        media_type: MANIFEST_TYPE.to_owned(),
+        digest,
+        size,
+        artifact_type: None,
+        annotations: BTreeMap::from([(NAME.to_owned(), digest.hex())]),
     }
 }
 

@@ -11,13 +11,14 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use ed25519_dalek::pkcs8::{DecodePrivateKey as _, DecodePublicKey as _};
 use ed25519_dalek::{Signature, SigningKey, VerifyingKey};
 use kiln_model::digest::Digest;
+use oci_spec::image::ImageManifest;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use zeroize::Zeroizing;
 
 use crate::error::Error;
 use crate::index::{Entry, Index, MANIFEST_TYPE, SUBJECT};
-use crate::manifest::{MANIFEST_LIMIT, parse_digest, parse_manifest};
+use crate::manifest::{MANIFEST_LIMIT, image_entry, parse_digest, parse_manifest};
 use crate::signer::Signer;
 use crate::store::ImageStore;
 
@@ -111,19 +112,37 @@ impl ImageStore {
             "subject": {"mediaType": MANIFEST_TYPE, "digest": digest, "size": image.size},
         });
         let (manifest_digest, size) = self.put_json(&manifest)?;
-        let entry = Entry {
-            media_type: MANIFEST_TYPE.to_owned(),
-            digest: manifest_digest,
-            size,
-            artifact_type: Some(ARTIFACT_TYPE.to_owned()),
-            annotations: BTreeMap::from([(SUBJECT.to_owned(), digest.to_string())]),
-        };
-        self.change_index(|entries| {
-            if !entries.iter().any(|e| e.digest == manifest_digest) {
-                entries.push(entry);
-            }
-        })?;
+        self.add_entries(vec![signature_entry(digest, manifest_digest, size)])?;
         Ok(id)
+    }
+
+    /// Names an image that was brought here from elsewhere, once its blobs and those of its signatures are in the store.
+    /// Nothing is believed of what is said about the signatures: what is none of this image is refused.
+    ///
+    /// # Errors
+    /// Something is missing, is not well-formed, or is about another image.
+    pub fn adopt(&self, digest: &Digest, signatures: &[Digest]) -> Result<(), Error> {
+        let image = self.image(digest)?;
+        let mut entries = vec![image_entry(*digest, image.size)];
+        for signature in signatures.iter().take(SIGNATURES_LIMIT) {
+            let content = self.small_blob(signature, MANIFEST_LIMIT)?;
+            if subject_of(&parse_manifest(signature, &content)?) != Some(digest.to_string()) {
+                let why = format!("it is not about image {digest}");
+                return Err(Error::malformed(format!("signature {signature}"), why));
+            }
+            entries.push(signature_entry(digest, *signature, content.len() as u64));
+        }
+        self.add_entries(entries)
+    }
+
+    /// The blobs that a manifest in the store names, with the sizes that it gives them: its configuration, its layers.
+    ///
+    /// # Errors
+    /// It is not there, or is not well-formed.
+    pub fn parts_of(&self, manifest: &Digest) -> Result<Vec<(Digest, u64)>, Error> {
+        let parsed = parse_manifest(manifest, &self.small_blob(manifest, MANIFEST_LIMIT)?)?;
+        let parts = [parsed.config()].into_iter().chain(parsed.layers());
+        parts.map(|part| Ok((parse_digest(part.digest().as_ref())?, part.size()))).collect()
     }
 
     /// Checks that so many different ones of the trusted keys signed the image, and that the image is what was signed.
@@ -171,7 +190,11 @@ impl ImageStore {
         Ok(signers)
     }
 
-    pub(crate) fn signatures_of(&self, digest: &Digest) -> Result<Vec<Digest>, Error> {
+    /// The manifests of an image's signatures.
+    ///
+    /// # Errors
+    /// The index can't be read.
+    pub fn signatures_of(&self, digest: &Digest) -> Result<Vec<Digest>, Error> {
         let subject = digest.to_string();
         let index = self.index()?;
         Ok(index
@@ -236,13 +259,7 @@ impl ImageStore {
         for entry in &part.manifests {
             self.small_blob(&entry.digest, MANIFEST_LIMIT)?;
         }
-        self.change_index(|entries| {
-            for entry in part.manifests {
-                if !entries.iter().any(|known| known.digest == entry.digest) {
-                    entries.push(entry);
-                }
-            }
-        })
+        self.add_entries(part.manifests)
     }
 
     fn check_signature(
@@ -253,8 +270,7 @@ impl ImageStore {
     ) -> Result<BTreeSet<KeyId>, String> {
         let content = self.small_blob(manifest, MANIFEST_LIMIT).map_err(|e| e.to_string())?;
         let parsed = parse_manifest(manifest, &content).map_err(|e| e.to_string())?;
-        let subject = parsed.subject().as_ref().map(|s| s.digest().to_string());
-        if subject != Some(wanted.image.to_string()) {
+        if subject_of(&parsed) != Some(wanted.image.to_string()) {
             return Err(format!("signature {manifest} is about another image"));
         }
         let [layer] = parsed.layers().as_slice() else {
@@ -263,6 +279,21 @@ impl ImageStore {
         let envelope = parse_digest(layer.digest().as_ref()).map_err(|e| e.to_string())?;
         let content = self.small_blob(&envelope, ENVELOPE_LIMIT).map_err(|e| e.to_string())?;
         check_envelope(&content, wanted, trusted)
+    }
+}
+
+/// Of a signature's manifest: the digest of what it is about.
+fn subject_of(manifest: &ImageManifest) -> Option<String> {
+    manifest.subject().as_ref().map(|subject| subject.digest().to_string())
+}
+
+fn signature_entry(image: &Digest, manifest: Digest, size: u64) -> Entry {
+    Entry {
+        media_type: MANIFEST_TYPE.to_owned(),
+        digest: manifest,
+        size,
+        artifact_type: Some(ARTIFACT_TYPE.to_owned()),
+        annotations: BTreeMap::from([(SUBJECT.to_owned(), image.to_string())]),
     }
 }
 

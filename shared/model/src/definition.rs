@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::context::{ContextEntry, EntryKind, context_digest};
 pub use self::parents::{Cycle, order_by_parent};
-pub use self::parse::{MAX_TEXT, WrongPath, parse, wrong_parent, wrong_paths};
+pub use self::parse::{MAX_TEXT, Named, WrongPath, parse, wrong_name, wrong_paths};
 pub use self::problem::{DefinitionErrors, Problem, Report};
 pub use self::schema::json_schema;
 pub use self::template::{TemplateError, render};

@@ -94,6 +94,20 @@ text_name!(
 );
 
 text_name!(
+    /// The name of a machine with a Kiln node, as `[nodes]` in site.toml has it.
+    NodeName,
+    "a node name: a DNS label of at most 40 characters (a-z, 0-9, `-`; begins and ends with a letter or digit)",
+    |text| is_label(text, 40)
+);
+
+impl NodeName {
+    /// The node that a site always has, and where servers run that name none.
+    pub fn local() -> Self {
+        Self("local".to_owned())
+    }
+}
+
+text_name!(
     /// Eight hexadecimal digits that mark everything a site makes on a machine.
     SiteId,
     "a site id: eight lower-case hexadecimal digits",

@@ -6,11 +6,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::check::Check;
 use crate::digest::Digest;
+use crate::name::NodeName;
 use crate::time::Millis;
 
 /// Everything under `run` of a definition, checked and with its defaults filled in.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunSpec {
+    /// Where they run; none for the site's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<NodeName>,
     pub replicas: u32,
     pub ports: Vec<Port>,
     /// Absolute paths that are in memory, starting as a copy of the image's content.
@@ -53,6 +57,10 @@ pub const GRANTABLE: [&str; 21] = [
 ];
 
 impl RunSpec {
+    pub fn node(&self) -> NodeName {
+        self.node.clone().unwrap_or_else(NodeName::local)
+    }
+
     /// # Errors
     /// None in practice: every field has a JSON form.
     pub fn digest(&self) -> Result<Digest, serde_json::Error> {

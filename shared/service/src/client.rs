@@ -2,6 +2,7 @@
 //! away, and carries the trace on. On this machine by Unix socket; to another one with mutual TLS, and anew when a
 //! certificate was renewed.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
@@ -11,6 +12,7 @@ use futures::future::BoxFuture;
 use http::{HeaderValue, Request, Response, header};
 use hyper_util::rt::TokioIo;
 use kiln_model::event::Service as ServiceName;
+use kiln_model::name::NodeName;
 use tokio::io::AsyncBufReadExt as _;
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
@@ -93,6 +95,19 @@ pub fn to(site: &Site, own: ServiceName, service: ServiceName) -> Result<Channel
         Place::Socket(socket) => Ok(channel(&socket)),
         Place::Tcp(address) => remote(address, &site.tls(own), service, None),
     }
+}
+
+/// Channels from one service of the site to the node of each machine, by its name.
+///
+/// # Errors
+/// Where the files for TLS can't be read.
+pub fn nodes(site: &Site, own: ServiceName) -> Result<BTreeMap<NodeName, Channel>, Error> {
+    let mut channels = BTreeMap::from([(NodeName::local(), to(site, own, ServiceName::Node)?)]);
+    for (name, address) in &site.nodes {
+        let channel = remote(address.clone(), &site.tls(own), ServiceName::Node, None)?;
+        channels.insert(name.clone(), channel);
+    }
+    Ok(channels)
 }
 
 /// Where the other replicas of a service reach this one.

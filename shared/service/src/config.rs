@@ -2,9 +2,11 @@
 //!
 //! What stands in the file ([`SiteFile`]) and what was checked ([`Site`]) are different types.
 
+mod nodes;
 mod signing;
 mod store;
 
+pub use nodes::{Registry, RegistryFile};
 pub use signing::{Key as SigningKey, Signing, SigningFile, Trust};
 pub use store::{Store, StoreFile};
 
@@ -18,7 +20,7 @@ use std::time::Duration;
 use jiff::SignedDuration;
 use kiln_bus::{NatsOptions, User};
 use kiln_model::event::Service;
-use kiln_model::name::{SiteId, SiteName};
+use kiln_model::name::{NodeName, SiteId, SiteName};
 use serde::{Deserialize, Serialize};
 
 use crate::tls::TlsFiles;
@@ -67,6 +69,12 @@ pub struct SiteFile {
     /// `node = "https://10.0.0.6:7104"`: services that run on another machine.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub peers: BTreeMap<Service, String>,
+    /// `edge-2 = "https://10.0.0.7:7104"`: nodes on more machines, beside the site's own, which is called `local`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub nodes: BTreeMap<String, String>,
+    /// By which images get to nodes that do not share the builder's folder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub registry: Option<RegistryFile>,
     #[serde(default)]
     pub pki: PkiFile,
     #[serde(default)]
@@ -190,6 +198,9 @@ pub struct Site {
     pub metrics: BTreeMap<Service, SocketAddr>,
     pub listen: BTreeMap<Service, SocketAddr>,
     pub peers: BTreeMap<Service, Address>,
+    /// On more machines; the one that every site has is not among them.
+    pub nodes: BTreeMap<NodeName, Address>,
+    pub registry: Option<Registry>,
     pub pki: Pki,
     pub poll: Poll,
     pub builder: Builder,
@@ -317,6 +328,12 @@ impl SiteFile {
             metrics: reach::check_ports(&self.metrics).map_err(wrong("metrics"))?,
             listen: reach::check_ports(&self.listen).map_err(wrong("listen"))?,
             peers: reach::check_peers(&self.peers).map_err(wrong("peers"))?,
+            nodes: nodes::check_nodes(&self.nodes).map_err(wrong("nodes"))?,
+            registry: self
+                .registry
+                .map(|registry| registry.check(home))
+                .transpose()
+                .map_err(wrong("registry.repository"))?,
             pki: Pki {
                 life: check_duration(&self.pki.life)
                     .and_then(|life| reach::check_life(life, &self.pki.life))
@@ -506,7 +523,7 @@ git = "1s"
         let all: toml::Table = file.to_text().unwrap().parse().unwrap();
         let shown: toml::Table = text.parse().unwrap();
         assert_eq!(names(&all), names(&shown));
-        assert_eq!(names(&all).len(), 27);
+        assert_eq!(names(&all).len(), 31);
     }
 
     fn names(table: &toml::Table) -> Vec<String> {

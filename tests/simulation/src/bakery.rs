@@ -7,6 +7,7 @@ use kiln_builder::bake::{BakeError, BakeRun, BakedImage, ReleaseFile, Resolution
 use kiln_builder::bakery::Bakery;
 use kiln_model::digest::Digest;
 use kiln_model::lock::{BUILDER_FORMAT, Lock, LockedBase, LockedPackage};
+use kiln_model::name::ServerName;
 
 use crate::life::Life;
 use crate::nature::Nature;
@@ -95,5 +96,9 @@ impl Bakery for SimBakery {
         self.life.here().await;
         self.outside.sign(image);
         Ok("key".to_owned())
+    }
+
+    async fn share(&self, _: &ServerName, _: Digest) -> Result<bool, BakeError> {
+        Ok(false)
     }
 }

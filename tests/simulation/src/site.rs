@@ -21,6 +21,7 @@ use kiln_builder::store::Documents;
 use kiln_builder::workers::{self, WorkerOptions};
 use kiln_image::ImageStore;
 use kiln_model::event::Service;
+use kiln_monitor::engine::Engines;
 use kiln_monitor::peers::{BuilderPeer, DeployerPeer, EnginePeer};
 use kiln_monitor::ports::{Others, Problem};
 use kiln_monitor::{Monitor, Ports};
@@ -234,7 +235,7 @@ impl Site {
         self.directory.serve(life, BoxCloneSyncService::new(BuilderServiceServer::new(api)));
         let loops = kiln_builder::Loops {
             builder,
-            tester: EngineTester::new(to(Service::Node)),
+            tester: EngineTester::local(to(Service::Node)),
             peers: SitePeers::new(to(Service::Deployer), to(Service::Monitor)),
             images,
             options: WorkerOptions { members, workers: 2 },
@@ -248,7 +249,7 @@ impl Site {
     async fn deployer(&self, life: &Life) -> String {
         let to = |service| self.to(life, service);
         let peers = kiln_deployer::Peers {
-            engine: Arc::new(kiln_deployer::peers::Node::new(to(Service::Node))),
+            nodes: kiln_deployer::Nodes::local(kiln_deployer::peers::Node::new(to(Service::Node))),
             monitor: Arc::new(kiln_deployer::peers::Watcher::new(to(Service::Monitor))),
             builder: Arc::new(kiln_deployer::peers::Bakery::new(to(Service::Builder))),
         };
@@ -269,7 +270,7 @@ impl Site {
         let ports = Ports {
             deployer: Arc::new(DeployerPeer::new(to(Service::Deployer))),
             builder: Arc::new(BuilderPeer::new(to(Service::Builder))),
-            engine: Arc::new(EnginePeer::new(to(Service::Node))),
+            engines: Engines::local(Arc::new(EnginePeer::new(to(Service::Node)))),
             git: self.reach(life),
             archive: self.reach(life),
             others: Arc::new(SimOthers { site: self.clone(), life: life.clone() }),

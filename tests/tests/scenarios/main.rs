@@ -15,6 +15,7 @@ mod images;
 mod immutable;
 mod killed;
 mod mmdebstrap;
+mod nodes;
 mod packages;
 mod protocol;
 mod remote;

@@ -27,6 +27,9 @@ pub enum BakeError {
     #[error("image store: {0}")]
     Image(#[from] kiln_image::Error),
 
+    #[error(transparent)]
+    Registry(#[from] kiln_registry::Error),
+
     #[error("{doing} {}: {source}", path.display())]
     Io { doing: &'static str, path: PathBuf, source: io::Error },
 
@@ -38,7 +41,14 @@ pub enum BakeError {
 impl BakeError {
     /// Trying again, with nothing changed, may succeed.
     pub fn is_transient(&self) -> bool {
-        matches!(self, Self::Archive { .. } | Self::Io { .. } | Self::Machine { .. } | Self::Image(_))
+        matches!(
+            self,
+            Self::Archive { .. }
+                | Self::Io { .. }
+                | Self::Machine { .. }
+                | Self::Image(_)
+                | Self::Registry(_)
+        )
     }
 
     pub(crate) fn io(doing: &'static str, path: impl AsRef<Path>) -> impl FnOnce(io::Error) -> Self {

@@ -44,7 +44,8 @@ use kiln_image::{ImageStore, Signer, Thoroughness};
 use kiln_model::definition::{ArchiveSpec, Definition};
 use kiln_model::digest::Digest;
 use kiln_model::lock::Lock;
-use kiln_model::name::{BuildId, SiteId};
+use kiln_model::name::{BuildId, ServerName, SiteId};
+use kiln_registry::Registry;
 use kiln_service::config::{SigningKey, Trust};
 use kiln_service::machine::Leftover;
 use tokio::sync::Semaphore;
@@ -69,6 +70,8 @@ pub struct BakeConfig {
     /// Ed25519, PKCS#8 PEM.
     /// Each of them signs.
     pub signing_keys: Vec<SigningKey>,
+    /// By which images get to other machines.
+    pub registry: Option<kiln_service::config::Registry>,
     /// The OCI runtime's command: `runc`.
     pub runtime: PathBuf,
     /// Archives from the configuration, used before the host's own where the suite is theirs.
@@ -218,6 +221,7 @@ pub struct BakedImage {
 #[derive(Clone)]
 pub struct Baker {
     config: Arc<BakeConfig>,
+    registry: Option<Registry>,
     /// Each resolve keeps a thread and an apt, whoever asks: plans of the loop, and plans and builds of people.
     resolving: Arc<Semaphore>,
 }
@@ -226,14 +230,15 @@ impl Baker {
     /// Makes the folders that are not there yet.
     ///
     /// # Errors
-    /// Where a folder can't be made, or the signing key can't be read.
+    /// Where a folder can't be made, the signing key can't be read, or the registry's settings are wrong.
     pub fn new(config: BakeConfig) -> Result<Self, BakeError> {
         std::fs::create_dir_all(&config.home).map_err(BakeError::io("make folder", &config.home))?;
         ImageStore::open(&config.images)?;
         packages::PackageStore::open(&config.packages)?;
         cache::LayerCache::open(&config.layer_cache)?;
         signers(&config)?;
-        Ok(Self { config: Arc::new(config), resolving: Arc::new(Semaphore::new(RESOLVES)) })
+        let registry = config.registry.as_ref().map(Registry::new).transpose()?;
+        Ok(Self { config: Arc::new(config), registry, resolving: Arc::new(Semaphore::new(RESOLVES)) })
     }
 
     /// Every input of the definition's image, exactly.
@@ -300,6 +305,16 @@ impl Baker {
             Ok(ids.join(", "))
         })
         .await
+    }
+
+    /// Pushes an image to the registry, if the site has one.
+    ///
+    /// # Errors
+    /// The image is not in the store, or the registry does not take it.
+    pub async fn share(&self, server: &ServerName, image: Digest) -> Result<bool, BakeError> {
+        let Some(registry) = &self.registry else { return Ok(false) };
+        registry.push(&ImageStore::open(&self.config.images)?, server, &image).await?;
+        Ok(true)
     }
 
     /// Signs an image that may run with those of the site's keys that have not signed it yet: a key that takes another's

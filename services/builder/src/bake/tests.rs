@@ -34,6 +34,7 @@ impl Kitchen {
             packages: folder.path().join("packages"),
             layer_cache: folder.path().join("cache"),
             images: folder.path().join("images"),
+            registry: None,
             signing_keys: vec![KeyOf::File(signing_key)],
             runtime: PathBuf::from("runc"),
             archives: Vec::new(),

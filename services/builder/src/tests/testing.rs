@@ -139,7 +139,7 @@ impl Bench {
         let incoming = UnixListenerStream::new(UnixListener::bind(&socket).unwrap());
         let service = EngineServiceServer::new(engine.clone());
         tokio::spawn(tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming));
-        let tester = EngineTester::new(kiln_service::client::channel(&socket));
+        let tester = EngineTester::local(kiln_service::client::channel(&socket));
         Self { world: World::new().await, engine, tester, _folder: folder }
     }
 

@@ -174,6 +174,10 @@ impl Bakery for FakeBakery {
     async fn sign(&self, _image: Digest) -> Result<String, BakeError> {
         Ok("key".to_owned())
     }
+
+    async fn share(&self, _: &ServerName, _: Digest) -> Result<bool, BakeError> {
+        Ok(false)
+    }
 }
 
 #[derive(Clone, Default)]

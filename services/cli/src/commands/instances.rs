@@ -5,7 +5,7 @@ use comfy_table::Cell;
 use kiln_api::deployer::Instance;
 use serde_json::json;
 
-use crate::clients::Services;
+use crate::clients::{Services, is_own};
 use crate::failure::Outcome;
 use crate::json;
 use crate::screen::{Screen, plain};
@@ -53,8 +53,14 @@ pub(crate) fn row(it: &Instance) -> Vec<Cell> {
         tinted(instance_state(it.state())),
         tinted(health(it.health())),
         plain(if it.on_edge { "yes" } else { "no" }),
-        plain(or_dash(&it.address)),
+        plain(place(it)),
         plain(age(it.launched.as_ref())),
         plain(detail),
     ]
+}
+
+/// Where it answers, with the machine where that is not the site's own.
+fn place(it: &Instance) -> String {
+    let address = or_dash(&it.address);
+    if is_own(&it.node) { address.to_owned() } else { format!("{address} on {}", it.node) }
 }

@@ -41,18 +41,18 @@ pub(crate) async fn run(it: &Logs, services: &Services, screen: Screen) -> Outco
             other => return other,
         }
     }
-    let ids = instances(&it.target, services).await?;
-    if ids.is_empty() {
+    let instances = instances(&it.target, services).await?;
+    if instances.is_empty() {
         return Err(Failure::new(Code::NotFound, format!("{} has no instances", it.target), "")
             .todo(format!("kiln status {}", it.target)));
     }
-    let width = ids.iter().map(String::len).max().unwrap_or_default();
-    let many = ids.len() > 1;
+    let width = instances.iter().map(|(id, _)| id.len()).max().unwrap_or_default();
+    let many = instances.len() > 1;
     let mut lines = SelectAll::new();
-    for id in ids {
+    for (id, node) in instances {
         let request = LogsRequest { id: id.clone(), tail: it.tail, follow: it.follow };
         let what = format!("reading the log of {id}");
-        let stream = services.engine().logs(request).await.during(&what)?.into_inner();
+        let stream = services.engine(&node)?.logs(request).await.during(&what)?.into_inner();
         lines.push(stream.map(move |line| (id.clone(), line)));
     }
     if it.follow || screen.is_json() {
@@ -112,12 +112,16 @@ async fn build(it: &Logs, services: &Services, screen: Screen) -> Outcome {
     Ok(())
 }
 
-async fn instances(target: &str, services: &Services) -> Outcome<Vec<String>> {
-    if target.parse::<InstanceId>().is_ok() {
-        return Ok(vec![target.to_owned()]);
+/// Ids, each with its node.
+async fn instances(target: &str, services: &Services) -> Outcome<Vec<(String, String)>> {
+    if let Ok(id) = target.parse::<InstanceId>() {
+        // Where the deployer is away, or knows it no longer, it is looked for on the site's own node.
+        let known = services.instances(id.server.as_str(), true).await.unwrap_or_default();
+        let node = known.into_iter().find(|it| it.id == target).map(|it| it.node).unwrap_or_default();
+        return Ok(vec![(target.to_owned(), node)]);
     }
     services.released(target).await?;
-    Ok(services.instances(target, false).await?.into_iter().map(|instance| instance.id).collect())
+    Ok(services.instances(target, false).await?.into_iter().map(|it| (it.id, it.node)).collect())
 }
 
 fn show(id: &str, line: &LogsResponse, width: Option<usize>, screen: Screen) -> Outcome {

@@ -111,6 +111,8 @@ fn fresh(home: &Home) -> Outcome<SiteFile> {
         metrics: Service::ALL.into_iter().map(|service| (service, address())).collect(),
         listen: Default::default(),
         peers: Default::default(),
+        nodes: Default::default(),
+        registry: None,
         pki: Default::default(),
         poll: Default::default(),
         builder: Default::default(),

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use kiln_model::check::Check;
 use kiln_model::digest::Digest;
-use kiln_model::name::InstanceId;
+use kiln_model::name::{InstanceId, NodeName};
 use kiln_model::run::RunSpec;
 use kiln_model::time::Millis;
 
@@ -17,48 +17,28 @@ use crate::rollout::Rollout;
 /// another effect is not given before that one's result is in the view.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Effect {
-    /// Compare the image with its digest and signature.
-    Verify {
-        image: Digest,
-        traceparent: String,
-    },
+    /// Compare the image with its digest and signature, where it is to run.
+    Verify { node: NodeName, image: Digest, traceparent: String },
     Launch {
+        node: NodeName,
         id: InstanceId,
         image: Digest,
         run: Box<RunSpec>,
         generation: u64,
         traceparent: String,
     },
-    Route {
-        listeners: Vec<Listener>,
-        generation: u64,
-        traceparent: String,
-    },
+    /// The listeners with backends on this node.
+    Route { node: NodeName, listeners: Vec<Listener>, generation: u64, traceparent: String },
     /// Only what is not on the edge any more.
-    Retire {
-        id: InstanceId,
-        drain: Millis,
-        generation: u64,
-        traceparent: String,
-    },
+    Retire { node: NodeName, id: InstanceId, drain: Millis, generation: u64, traceparent: String },
     /// Ask an instance how it is, because the monitor does not say.
-    Check {
-        id: InstanceId,
-        check: Check,
-        timeout: Millis,
-    },
+    Check { node: NodeName, id: InstanceId, check: Check, timeout: Millis },
     /// Ask the monitor what it knows of this server.
-    Observe {
-        interval: Duration,
-    },
+    Observe { interval: Duration },
     /// Fetch what an instance wrote last.
-    Evidence {
-        id: InstanceId,
-    },
+    Evidence { node: NodeName, id: InstanceId },
     /// Have the builder keep these images, and none but these, for this server.
-    Hold {
-        images: BTreeSet<Digest>,
-    },
+    Hold { images: BTreeSet<Digest> },
 }
 
 /// What is told to others when the decision is committed.

@@ -1,11 +1,11 @@
 //! One server's fleet: the aggregate that every decision is made on and committed with.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 use kiln_model::cause::Cause;
 use kiln_model::check::CheckResult;
-use kiln_model::name::{InstanceId, ServerName};
+use kiln_model::name::{InstanceId, NodeName, ServerName};
 use kiln_model::signal::HealthState;
 use kiln_model::time::Millis;
 use serde::{Deserialize, Serialize};
@@ -44,8 +44,11 @@ pub struct Fleet {
     pub refused: Option<u64>,
     /// What is meant to be there, what is on its way out, and what ended by itself and has not been replaced.
     pub instances: BTreeMap<InstanceId, Instance>,
-    /// What the node is to have on the edge at `generation`.
+    /// What the nodes are to have on the edge at `generation`, each its own instances.
     pub edge: Vec<Listener>,
+    /// Nodes that have no instance of it any more, and have not confirmed that their edge is empty.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub left: BTreeSet<NodeName>,
     pub backoff: Backoff,
     pub quarantine: Vec<Quarantine>,
     pub removed: bool,
@@ -56,6 +59,8 @@ pub struct Fleet {
 /// An instance that was meant to exist from the commit that wrote it on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Instance {
+    #[serde(default = "NodeName::local")]
+    pub node: NodeName,
     pub content: Content,
     pub state: InstanceState,
     pub health: HealthState,
@@ -181,6 +186,7 @@ impl Fleet {
             refused: None,
             instances: BTreeMap::new(),
             edge: Vec::new(),
+            left: BTreeSet::new(),
             backoff: Backoff::default(),
             quarantine: Vec::new(),
             removed: false,
@@ -214,6 +220,11 @@ impl Fleet {
 
     pub fn on_edge(&self, id: &InstanceId) -> bool {
         self.edge.iter().flat_map(|listener| &listener.backends).any(|backend| backend.instance == *id)
+    }
+
+    /// Nodes that have, or may have, something of it, as far as it knows.
+    pub fn nodes(&self) -> BTreeSet<&NodeName> {
+        self.instances.values().map(|instance| &instance.node).chain(&self.left).collect()
     }
 
     /// Releases that a decision on this fleet may look at.

@@ -1,6 +1,6 @@
 //! Whether a rollout goes on, holds, turns back or ends.
 
-use kiln_model::name::InstanceId;
+use kiln_model::name::{InstanceId, NodeName};
 use kiln_model::signal::HealthState;
 use kiln_model::time::Millis;
 
@@ -127,8 +127,10 @@ fn overdue(work: &Work<'_>, rollout: &Rollout, target: &Release, view: &View) ->
 }
 
 fn failure(work: &Work<'_>, view: &View, instance: InstanceId) -> Failure {
+    let known = work.fleet.instances.get(&instance);
     Failure {
-        exit_code: work.fleet.instances.get(&instance).and_then(|i| i.exit_code),
+        node: known.map_or_else(NodeName::local, |instance| instance.node.clone()),
+        exit_code: known.and_then(|instance| instance.exit_code),
         last_checks: observe::last_checks(view, &instance),
         last_log: None,
         instance,

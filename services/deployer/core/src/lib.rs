@@ -12,6 +12,7 @@ mod fleet;
 mod gate;
 mod lint;
 mod next;
+mod nodes;
 mod observe;
 mod plan;
 mod quarantine;

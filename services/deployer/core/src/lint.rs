@@ -9,6 +9,7 @@ use kiln_model::signal::HealthState;
 use crate::effect::{Effect, Event};
 use crate::fleet::{Fleet, Instance, InstanceState};
 use crate::next::Decision;
+use crate::nodes;
 use crate::release::{Release, Releases};
 use crate::rollout::{Rollout, RolloutState};
 use crate::view::{Seen, SeenState, View};
@@ -148,7 +149,7 @@ impl Lint<'_> {
                 self.wrong(1, format!("{id} is on the edge and has not passed its gate, or does not run"));
             }
         }
-        let acknowledged = self.after.generation == 0 || view.routed == Some(self.after.generation);
+        let acknowledged = nodes::behind(self.after, view).is_empty();
         for effect in effects {
             let Effect::Retire { id, .. } = effect else { continue };
             let alive = self.after.instances.get(id).is_none_or(|i| !i.is_broken());

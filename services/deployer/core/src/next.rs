@@ -16,7 +16,7 @@ use crate::release::{Release, Releases};
 use crate::rollout::{Rollout, RolloutState};
 use crate::strangers::{self, Strangers};
 use crate::view::{SeenState, View};
-use crate::{gate, plan};
+use crate::{gate, nodes, plan};
 
 /// A poll of the monitor, or a check of our own, is not asked for more often than this.
 const MIN_ASK: Duration = Duration::from_millis(200);
@@ -118,7 +118,7 @@ impl<'a> Work<'a> {
     }
 
     pub(crate) fn acknowledged(&self, view: &View) -> bool {
-        self.fleet.generation == 0 || view.routed == Some(self.fleet.generation)
+        nodes::behind(&self.fleet, view).is_empty()
     }
 }
 
@@ -146,8 +146,8 @@ pub fn next(fleet: &Fleet, releases: &Releases, view: &View, now: Now) -> Decisi
     let acknowledged = work.acknowledged(view);
     observe::edge(&mut work, acknowledged);
     observe::evidence(&mut work, view);
-    if let Some(routed) = view.routed.filter(|routed| *routed > work.fleet.generation) {
-        // Our store is older than what the node remembers (it was restored): step past it, or nothing is accepted.
+    if let Some(routed) = view.routed.values().max().filter(|routed| **routed > work.fleet.generation) {
+        // Our store is older than what a node remembers (it was restored): step past it, or nothing is accepted.
         work.fleet.generation = routed + 1;
     }
     gate::judge(&mut work, view);
@@ -160,7 +160,10 @@ pub fn next(fleet: &Fleet, releases: &Releases, view: &View, now: Now) -> Decisi
     }
     let acknowledged = work.acknowledged(view);
     gate::complete(&mut work, acknowledged);
-    plan::forget(&mut work, engine, view);
+    if acknowledged {
+        work.fleet.left.clear();
+    }
+    plan::forget(&mut work, engine, view, acknowledged);
     gate::describe(&mut work, view);
 
     let effects = effects(&work, engine, view);
@@ -194,17 +197,20 @@ fn effects(
         && rollout.is_forward()
         && !rollout.verified
     {
-        effects
-            .push(Effect::Verify { image: target.revision.image_digest, traceparent: rollout_trace.clone() });
+        let (node, image) = (target.revision.run.node(), target.revision.image_digest);
+        effects.push(Effect::Verify { node, image, traceparent: rollout_trace.clone() });
     }
-    if !acknowledged {
-        let listeners = fleet.edge.clone();
-        effects.push(Effect::Route { listeners, generation, traceparent: rollout_trace.clone() });
-    }
+    effects.extend(nodes::behind(fleet, view).into_iter().map(|node| Effect::Route {
+        node: node.clone(),
+        listeners: nodes::edge_of(fleet, engine, node),
+        generation,
+        traceparent: rollout_trace.clone(),
+    }));
     for (id, instance) in &fleet.instances {
         let Some(release) = work.release(id.release) else { continue };
         let traceparent = trace(Some(&instance.cause));
         let retire = |drain| Effect::Retire {
+            node: instance.node.clone(),
             id: id.clone(),
             drain,
             generation,
@@ -213,6 +219,7 @@ fn effects(
         };
         match instance.state {
             InstanceState::Launching => effects.push(Effect::Launch {
+                node: instance.node.clone(),
                 id: id.clone(),
                 image: instance.content.image,
                 run: Box::new(release.revision.run.clone()),
@@ -229,7 +236,9 @@ fn effects(
     if acknowledged {
         // Users may have come to them a moment ago.
         let drain = work.target().map_or(Millis(0), |target| target.revision.run.drain);
-        effects.extend(strangers::leavers(work).map(|id| Effect::Retire {
+        let leaving = strangers::leavers(work).filter_map(|id| Some((id, engine.get(id)?)));
+        effects.extend(leaving.map(|(id, seen)| Effect::Retire {
+            node: seen.node.clone(),
             id: id.clone(),
             drain,
             generation,
@@ -258,7 +267,8 @@ fn questions(work: &Work<'_>, view: &View) -> Vec<Effect> {
         let Some(policy) = work.release(id.release).and_then(Release::health) else { continue };
         let interval = policy.interval.as_duration().max(MIN_ASK);
         if view.checks.get(&id).is_none_or(|own| own.age >= interval) {
-            effects.push(Effect::Check { id, check: policy.check.clone(), timeout: policy.timeout });
+            let Some(node) = fleet.instances.get(&id).map(|instance| instance.node.clone()) else { continue };
+            effects.push(Effect::Check { node, id, check: policy.check.clone(), timeout: policy.timeout });
         }
     }
     if fleet.is_forward() {
@@ -275,7 +285,7 @@ fn questions(work: &Work<'_>, view: &View) -> Vec<Effect> {
     let failures = fleet.rollout.iter().chain(&fleet.finished).filter_map(|r| r.failure.as_ref());
     for failure in failures.filter(|failure| failure.last_log.is_none()) {
         if !view.evidence.contains_key(&failure.instance) {
-            effects.push(Effect::Evidence { id: failure.instance.clone() });
+            effects.push(Effect::Evidence { node: failure.node.clone(), id: failure.instance.clone() });
         }
     }
     effects

@@ -172,6 +172,7 @@ fn launch(work: &mut Work<'_>, target: &Release, bounds: &Bounds) -> usize {
         };
         fleet.next_attempt += 1;
         let instance = Instance {
+            node: target.revision.run.node(),
             content: target.content(),
             state: InstanceState::Launching,
             health: HealthState::Starting,
@@ -321,7 +322,12 @@ pub(crate) fn edge(work: &Work<'_>) -> Vec<Listener> {
 }
 
 /// Drops what has ended, is cleared away, and decides nothing any more. Its own record stays.
-pub(crate) fn forget(work: &mut Work<'_>, engine: &BTreeMap<InstanceId, Seen>, view: &View) {
+pub(crate) fn forget(
+    work: &mut Work<'_>,
+    engine: &BTreeMap<InstanceId, Seen>,
+    view: &View,
+    acknowledged: bool,
+) {
     let target = work.target();
     let steady = work.fleet.rollout.is_none() && !work.fleet.removed;
     let held = keepers(work);
@@ -339,6 +345,7 @@ pub(crate) fn forget(work: &mut Work<'_>, engine: &BTreeMap<InstanceId, Seen>, v
         .map(|(id, _)| id.clone())
         .collect();
     for id in ended {
-        work.fleet.instances.remove(&id);
+        let forgotten = work.fleet.instances.remove(&id);
+        work.fleet.left.extend(forgotten.filter(|_| !acknowledged).map(|instance| instance.node));
     }
 }

@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use kiln_model::cause::Cause;
 use kiln_model::check::CheckResult;
-use kiln_model::name::InstanceId;
+use kiln_model::name::{InstanceId, NodeName};
 use kiln_model::time::Millis;
 use serde::{Deserialize, Serialize};
 
@@ -60,6 +60,8 @@ pub enum RolloutState {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
     pub instance: InstanceId,
+    #[serde(default = "NodeName::local")]
+    pub node: NodeName,
     pub exit_code: Option<i32>,
     pub last_checks: Vec<CheckResult>,
     /// Not asked for yet, or the node did not answer yet.

@@ -6,24 +6,25 @@ use std::time::Duration;
 use jiff::Timestamp;
 use kiln_model::check::CheckResult;
 use kiln_model::digest::Digest;
-use kiln_model::name::InstanceId;
+use kiln_model::name::{InstanceId, NodeName};
 use kiln_model::signal::HealthState;
 
 use crate::fleet::Listener;
 
 #[derive(Debug, Clone, Default)]
 pub struct View {
-    /// What the node has of this server, if it has told everything and its watch stands; else nothing is decided.
+    /// What the nodes have of this server, if those of its fleet have told everything and their watches stand; else
+    /// nothing is decided.
     pub engine: Option<BTreeMap<InstanceId, Seen>>,
     /// Launches that the node refused for good, with its words.
     pub refused: BTreeMap<InstanceId, String>,
     /// What the node has confirmed to be retired.
     pub retired: BTreeSet<InstanceId>,
-    /// The generation of what the node has on the edge.
-    pub routed: Option<u64>,
-    /// What that was when the node was last asked for everything.
+    /// The generation of what each node has on the edge.
+    pub routed: BTreeMap<NodeName, u64>,
+    /// What all of that was when each was last asked for everything.
     pub edge: Vec<Listener>,
-    /// An edge that the node refuses and goes on refusing: its generation, and why.
+    /// An edge that a node refuses and goes on refusing: its generation, and why.
     pub unroutable: Option<(u64, String)>,
     pub health: BTreeMap<InstanceId, Told>,
     pub checks: BTreeMap<InstanceId, OwnChecks>,
@@ -40,6 +41,7 @@ pub struct View {
 /// An instance as the node has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seen {
+    pub node: NodeName,
     pub state: SeenState,
     pub address: String,
     pub launched: Option<Timestamp>,

@@ -2,7 +2,8 @@
 
 use kiln_api::convert::to_timestamp;
 use kiln_api::{engine, monitor, types};
-use kiln_deployer_core::{Backend, Listener, SeenState};
+use kiln_deployer_core::{Backend, Listener, SeenState, View};
+use kiln_model::name::NodeName;
 use kiln_model::signal::HealthState;
 use kiln_model::time::Now;
 
@@ -36,7 +37,7 @@ fn hear(
     let now = |monotonic| Now { wall: Timestamp::from_second(second).unwrap(), monotonic };
     board.health(health, how, now(at)).unwrap();
     let later = now(at + Duration::from_secs(1));
-    let view = board.view(&"web".parse().unwrap(), later, Duration::ZERO, Duration::ZERO);
+    let view = view(board, &[], later);
     let told = &view.health[&ID.parse::<InstanceId>().unwrap()];
     (told.state, told.age)
 }
@@ -80,13 +81,13 @@ fn what_the_node_lists_counts_although_its_store_was_restored_and_what_came_sinc
     let second = Duration::from_secs;
     let list = |state, version, asked, answered| {
         let listing = Listing { instances: vec![instance(state, version)], routes: Vec::new() };
-        board.listing(listing, second(asked), second(answered));
-        let view = board.view(&"web".parse().unwrap(), now(second(answered)), Duration::ZERO, Duration::ZERO);
+        board.listing(&node("local"), listing, second(asked), second(answered));
+        let view = view(&board, &["local"], now(second(answered)));
         view.engine.unwrap().get(&ID.parse().unwrap()).unwrap().state
     };
     assert_eq!(list(engine::InstanceState::Exited, 7, 1, 2), SeenState::Exited);
     assert_eq!(list(engine::InstanceState::Launching, 3, 5, 6), SeenState::Launching, "it counts anew");
-    board.engine(instance(engine::InstanceState::Exited, 4), second(9)).unwrap();
+    board.engine(&node("local"), instance(engine::InstanceState::Exited, 4), second(9)).unwrap();
     assert_eq!(list(engine::InstanceState::Launching, 3, 8, 10), SeenState::Exited, "the watch was faster");
 }
 
@@ -101,11 +102,44 @@ fn what_the_node_lists_on_the_edge_is_known_until_it_lists_anew() {
     let listener = engine::Listener { listen: 8080, backends: vec![backend(ID), backend("none of ours")] };
     let route = engine::Route { server: "web".to_owned(), generation: 4, listeners: vec![listener] };
     let listed = |routes| {
-        board.listing(Listing { instances: Vec::new(), routes }, Duration::ZERO, Duration::ZERO);
-        let view = board.view(&"web".parse().unwrap(), now(Duration::ZERO), Duration::ZERO, Duration::ZERO);
-        (view.routed, view.edge)
+        let listing = Listing { instances: Vec::new(), routes };
+        board.listing(&node("local"), listing, Duration::ZERO, Duration::ZERO);
+        let view = view(&board, &["local"], now(Duration::ZERO));
+        (view.routed.into_values().next(), view.edge)
     };
     let backends = vec![Backend { instance: ID.parse().unwrap(), target: 80 }];
     assert_eq!(listed(vec![route]), (Some(4), vec![Listener { listen: 8080, backends }]));
     assert_eq!(listed(Vec::new()), (None, Vec::new()));
+}
+
+fn node(name: &str) -> NodeName {
+    name.parse().unwrap()
+}
+
+fn view(board: &Board, nodes: &[&str], now: Now) -> View {
+    let nodes = nodes.iter().map(|name| node(name)).collect();
+    board.view(&"web".parse().unwrap(), &nodes, now, Duration::ZERO, Duration::ZERO)
+}
+
+#[test]
+fn what_one_node_says_is_nothing_that_another_said() {
+    let board = Board::default();
+    let second = Duration::from_secs;
+    let routes =
+        |generation| vec![engine::Route { server: "web".to_owned(), generation, ..Default::default() }];
+    let here = vec![instance(engine::InstanceState::Exited, 1)];
+    board.listing(&node("local"), Listing { instances: here, routes: routes(3) }, second(1), second(2));
+    board.listing(
+        &node("edge-2"),
+        Listing { instances: Vec::new(), routes: routes(5) },
+        second(3),
+        second(4),
+    );
+    let all = view(&board, &["local", "edge-2"], now(second(5)));
+    assert_eq!(all.engine.unwrap().len(), 1);
+    assert_eq!(all.routed, [(node("edge-2"), 5), (node("local"), 3)].into());
+    // One that is away keeps those waiting that have something there, and nobody else.
+    board.node_away(&node("edge-2"));
+    assert!(view(&board, &["local"], now(second(6))).engine.is_some());
+    assert!(view(&board, &["local", "edge-2"], now(second(6))).engine.is_none());
 }

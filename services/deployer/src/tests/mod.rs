@@ -31,7 +31,7 @@ use crate::reconcile::Deployer;
 use crate::store::{Loaded, load};
 use crate::tests::life::{Life, Mortal};
 use crate::tests::world::{FakeBuilder, FakeMonitor, FakeNode, World};
-use crate::{Loops, Peers};
+use crate::{Loops, Nodes, Peers};
 
 type TestDeployer = Deployer<Mortal, SystemClock>;
 
@@ -60,7 +60,7 @@ impl Site {
     fn boot(&self, life: &Life, resync: Duration) -> TestDeployer {
         let (world, life) = (self.world.clone(), life.clone());
         let peers = Peers {
-            engine: Arc::new(FakeNode { world: world.clone(), life: life.clone() }),
+            nodes: Nodes::local(FakeNode { world: world.clone(), life: life.clone() }),
             monitor: Arc::new(FakeMonitor { world: world.clone(), life: life.clone() }),
             builder: Arc::new(FakeBuilder { world, life: life.clone() }),
         };

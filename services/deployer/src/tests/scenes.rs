@@ -8,6 +8,7 @@ use kiln_api::deployer::{
     ListRolloutsRequest, RollbackRequest, RolloutState, WatchFleetRequest,
 };
 use kiln_api::types::ListOptions;
+use kiln_model::name::NodeName;
 use kiln_service::access::from_local;
 use serde_json::json;
 use tokio_stream::StreamExt as _;
@@ -276,12 +277,12 @@ async fn while_the_node_is_away_nothing_is_decided() {
     site.tell_revision(&revision(1, "first", "one", run_spec())).await;
     site.until_at(1).await;
     site.world.set_node_away(true);
-    site.until("the loss of the node", || async { !deployer.board.is_synced() }).await;
+    site.until("the loss of the node", || async { !deployer.board.is_synced(&NodeName::local()) }).await;
     site.tell_revision(&revision(2, "second", "two", run_spec())).await;
     site.until("the rollout", || async { site.loaded().await.fleet.rollout.is_some() }).await;
     let api = Api::new(deployer.clone());
     let fleet = api.get_fleet(Request::new(GetFleetRequest { server: "web".to_owned() })).await.unwrap();
-    assert!(fleet.into_inner().fleet.unwrap().problem.contains("the node can't be reached"));
+    assert!(fleet.into_inner().fleet.unwrap().problem.contains("node `local` can't be reached"));
     let before = site.loaded().await;
     assert_eq!(before.fleet.instances.len(), 3);
     site.world.set_node_away(false);

@@ -67,6 +67,7 @@ pub(super) struct World {
 
 pub(super) fn run_spec() -> RunSpec {
     RunSpec {
+        node: None,
         replicas: 3,
         ports: vec![Port { listen: 8080, target: 80 }],
         writable: Vec::new(),

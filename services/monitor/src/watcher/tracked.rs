@@ -10,7 +10,7 @@ use kiln_api::{deployer, events, monitor, types};
 use kiln_model::cause::CauseKind;
 use kiln_model::check::{Check, CheckResult};
 use kiln_model::event::{EventType, NewEvent, Service};
-use kiln_model::name::InstanceId;
+use kiln_model::name::{InstanceId, NodeName};
 use kiln_model::run::HealthPolicy;
 use kiln_model::signal::{HealthState, Remedy};
 use kiln_model::time::Now;
@@ -31,6 +31,7 @@ const CHECKS: usize = 10;
 #[derive(Debug, Clone)]
 pub(super) struct Facts {
     pub(super) id: InstanceId,
+    node: NodeName,
     pub(super) seen: Seen,
     pub(super) retired: bool,
     leaving: bool,
@@ -48,6 +49,7 @@ impl Facts {
         let ended = document.state == HealthState::Gone && !document.absent;
         Self {
             id: document.id.clone(),
+            node: document.node.clone(),
             seen: document.seen.clone(),
             retired: false,
             leaving: document.leaving,
@@ -74,6 +76,7 @@ pub(super) fn read(epoch: &str, message: deployer::Instance, now: Timestamp) -> 
     });
     Ok(Facts {
         id: text("id", &message.id)?,
+        node: optional_text("node", &message.node)?.unwrap_or_else(NodeName::local),
         seen: Seen { epoch: epoch.to_owned(), version: message.version },
         retired: state == State::Retired,
         leaving,
@@ -141,6 +144,7 @@ impl Tracked {
         let track = Track::new(&terms, facts.launched, now);
         let watched = Watched {
             id: facts.id.clone(),
+            node: facts.node.clone(),
             state: track.state(),
             absent: false,
             changed: now.wall,
@@ -274,6 +278,7 @@ impl Tracked {
         }
         let target = Target {
             id: self.id.clone(),
+            node: live.watched.node.clone(),
             address: live.watched.address?,
             policy: live.watched.policy.clone(),
         };

@@ -17,6 +17,7 @@ use kiln_model::event::{Event, EventType, NewEvent, Service};
 use kiln_model::name::{InstanceId, ServerName, SiteName};
 use kiln_model::run::HealthPolicy;
 use kiln_model::time::Millis;
+use kiln_monitor::engine::Engines;
 use kiln_monitor::ports::{Archive, Builder, Deployer, Engine, Git, Listing, Others, Problem};
 use kiln_monitor::{Monitor, Ports};
 use kiln_monitor_core::release::ReleaseFile;
@@ -246,7 +247,7 @@ impl World {
         let ports = Ports {
             deployer: self.deployer.clone(),
             builder: self.builder.clone(),
-            engine: self.engine.clone(),
+            engines: Engines::local(self.engine.clone()),
             git: self.git.clone(),
             archive: self.archive.clone(),
             others: Arc::new(Nowhere),

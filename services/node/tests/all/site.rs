@@ -72,6 +72,8 @@ impl TestSite {
             metrics: Default::default(),
             listen: Default::default(),
             peers: Default::default(),
+            nodes: Default::default(),
+            registry: None,
             pki: Default::default(),
             poll: kiln_service::config::PollFile { resync: "1s".to_owned(), ..Default::default() },
             builder: kiln_service::config::BuilderFile::default(),
@@ -340,6 +342,7 @@ pub(crate) fn unsigned_image(store: &ImageStore, dir: &Path, user: &str, command
 
 pub(crate) fn run_spec() -> RunSpec {
     RunSpec {
+        node: String::new(),
         replicas: 1,
         ports: vec![types::Port { listen: 8080, target: 80 }],
         writable: vec!["/run".to_owned(), "/data".to_owned(), "/tmp".to_owned()],

@@ -1,7 +1,7 @@
 use kiln_model::definition::{Mode, UpdatePolicy};
 use kiln_model::run::{HealthPolicy, Limits, Port, RolloutPolicy, RunSpec, Strategy};
 
-use super::{Invalid, enumeration, from_duration, optional, port, required, to_duration};
+use super::{Invalid, enumeration, from_duration, optional, optional_text, port, required, to_duration};
 use crate::types;
 
 impl From<HealthPolicy> for types::HealthPolicy {
@@ -109,6 +109,7 @@ impl From<RunSpec> for types::RunSpec {
             health: run.health.map(Into::into),
             rollout: Some(run.rollout.into()),
             drain: Some(to_duration(run.drain)),
+            node: run.node.map(|node| node.to_string()).unwrap_or_default(),
         }
     }
 }
@@ -130,6 +131,7 @@ impl TryFrom<types::RunSpec> for RunSpec {
             health: optional("health", run.health)?,
             rollout: required("rollout", run.rollout)?,
             drain: from_duration("drain", run.drain)?,
+            node: optional_text("node", &run.node)?,
         })
     }
 }

@@ -102,10 +102,14 @@ fn run_specs() -> impl Strategy<Value = RunSpec> {
         option::of(health_policies()),
         rollout_policies(),
         millis(),
+        option::of("[a-z]{1,40}"),
     )
-        .prop_map(|(replicas, ports, writable, env, limits, capabilities, health, rollout, drain)| {
-            RunSpec { replicas, ports, writable, env, limits, capabilities, health, rollout, drain }
-        })
+        .prop_map(
+            |(replicas, ports, writable, env, limits, capabilities, health, rollout, drain, node)| {
+                let node = node.map(|name| name.parse().unwrap());
+                RunSpec { node, replicas, ports, writable, env, limits, capabilities, health, rollout, drain }
+            },
+        )
 }
 
 fn causes() -> impl Strategy<Value = Cause> {

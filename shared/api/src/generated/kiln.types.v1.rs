@@ -232,6 +232,9 @@ pub struct RunSpec {
     /// Time that open connections get to end after an instance left the edge.
     #[prost(message, optional, tag = "9")]
     pub drain: ::core::option::Option<::prost_types::Duration>,
+    /// The machine that they run on, by its name in the site's `\[nodes\]`; empty for the site's own.
+    #[prost(string, tag = "10")]
+    pub node: ::prost::alloc::string::String,
 }
 /// Which causes act by themselves.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

@@ -201,6 +201,7 @@ impl Checker<'_> {
             self.verdict_before_deadline(health, &raw.rollout);
         }
         RunSpec {
+            node: raw.node.map(|node| node.0),
             replicas: raw.replicas.0,
             ports: self.ports(raw.ports),
             writable: self.writable(raw.writable),

@@ -59,14 +59,32 @@ pub fn wrong_paths(content: &[u8], file_name: &str, wrong: Vec<WrongPath>) -> De
     DefinitionErrors::new(file_name, text, problems.collect(), server)
 }
 
-/// What whoever knows the other servers found wrong with the parent that a definition names, at the place that names it.
-pub fn wrong_parent(content: &[u8], file_name: &str, message: String, help: String) -> DefinitionErrors {
+/// What a definition names that is not its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Named {
+    /// Another server.
+    Parent,
+    /// A machine of the site.
+    Node,
+}
+
+/// What whoever knows what is named found wrong with it, at the place that names it.
+pub fn wrong_name(
+    content: &[u8],
+    file_name: &str,
+    named: Named,
+    message: String,
+    help: String,
+) -> DefinitionErrors {
     let text = match text_of(content, file_name) {
         Ok(text) => text,
         Err(errors) => return errors,
     };
     let tree = Tree::parse(text).ok();
-    let node = tree.as_ref().and_then(|tree| tree.root.get("image")?.get("from")?.get("server"));
+    let node = tree.as_ref().and_then(|tree| match named {
+        Named::Parent => tree.root.get("image")?.get("from")?.get("server"),
+        Named::Node => tree.root.get("run")?.get("node"),
+    });
     let place = node.and_then(|node| tree.as_ref()?.places.get(node.id).copied());
     let problem = Problem::new(place.unwrap_or_else(|| Place::of(text, 1, 1)), message, Some(help));
     let server = tree.as_ref().and_then(|tree| tree.root.get("name")?.text()?.parse().ok());

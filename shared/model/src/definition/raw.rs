@@ -11,7 +11,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use super::number::{Cpus, Memory, Port, Time, Whole};
 use super::read::At;
 use super::text::{
-    AbsolutePath, ArchiveUrl, Capability, ComponentName, EnvName, FileMode, InnerPath, Name, Owner,
+    AbsolutePath, ArchiveUrl, Capability, ComponentName, EnvName, FileMode, InnerPath, Machine, Name, Owner,
     PackageName, Script, SuiteName, Text, UrlPath, User, Wanted,
 };
 use super::{DebianVariant, Mode};
@@ -289,6 +289,9 @@ pub(super) struct FileCheck {
 #[derive(Deserialize, Serialize, JsonSchema)]
 #[serde(default, rename_all = "camelCase", deny_unknown_fields, expecting = "a mapping")]
 pub(super) struct Run {
+    /// The machine that they run on, by its name in the site's `[nodes]`. Without it, the site's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) node: Option<Text<Machine>>,
     /// How many instances there are.
     pub(super) replicas: Whole<1, 1000>,
     /// Ports that users connect to, and the ones that instances answer on.
@@ -311,6 +314,7 @@ pub(super) struct Run {
 impl Default for Run {
     fn default() -> Self {
         Self {
+            node: None,
             replicas: Whole(1),
             ports: At::default(),
             writable: At::default(),

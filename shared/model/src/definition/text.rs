@@ -9,7 +9,7 @@ use serde::de::{Error, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::node::quoted;
-use crate::name::ServerName;
+use crate::name::{NodeName, ServerName};
 use crate::run::GRANTABLE;
 
 /// What a text must look like.
@@ -113,6 +113,20 @@ impl Syntax for Name {
     const PATTERN: &'static str = "^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$";
 
     fn parse(text: &str) -> Option<ServerName> {
+        text.parse().ok()
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Machine;
+
+impl Syntax for Machine {
+    type Value = NodeName;
+    const WHAT: &'static str = "a node name";
+    const HELP: &'static str = Name::HELP;
+    const PATTERN: &'static str = Name::PATTERN;
+
+    fn parse(text: &str) -> Option<NodeName> {
         text.parse().ok()
     }
 }

@@ -111,6 +111,7 @@ impl World {
                 tests: Vec::new(),
             },
             run: RunSpec {
+                node: None,
                 replicas: content.replicas,
                 ports: Vec::new(),
                 writable: Vec::new(),

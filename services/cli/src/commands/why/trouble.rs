@@ -160,7 +160,7 @@ pub(super) async fn of_instance(it: &Instance, facts: &Facts, services: &Service
         facts.health.iter().find(|health| health.instance == it.id).map(|health| &health.last_checks);
     let known = [observed, Some(&it.last_checks), blamed.map(|rollout| &rollout.last_checks)];
     let checks = known.into_iter().flatten().find(|checks| !checks.is_empty()).cloned().unwrap_or_default();
-    let mut log = last_lines(&it.id, services).await;
+    let mut log = last_lines(it, services).await;
     if log.is_empty() {
         log = blamed.map(|rollout| rollout.last_log.clone()).unwrap_or_default();
     }
@@ -182,9 +182,10 @@ fn is_in_trouble(it: &Instance) -> bool {
 }
 
 /// What an instance wrote last; nothing where the node is away or keeps it no longer.
-async fn last_lines(id: &str, services: &Services) -> Vec<String> {
-    let request = LogsRequest { id: id.to_owned(), tail: LOG_LINES, follow: false };
-    let Ok(answer) = services.engine().logs(request).await else { return Vec::new() };
+async fn last_lines(it: &Instance, services: &Services) -> Vec<String> {
+    let request = LogsRequest { id: it.id.clone(), tail: LOG_LINES, follow: false };
+    let Ok(mut engine) = services.engine(&it.node) else { return Vec::new() };
+    let Ok(answer) = engine.logs(request).await else { return Vec::new() };
     let mut stream = answer.into_inner();
     let mut lines = Vec::new();
     while let Ok(Some(line)) = stream.message().await {

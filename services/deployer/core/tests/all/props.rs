@@ -20,6 +20,7 @@ enum Accident {
         unavailable: u32,
         soak: u64,
         health: bool,
+        elsewhere: bool,
     },
     Pass {
         millis: u64,
@@ -50,8 +51,8 @@ const IMAGES: [(&str, Behaviour); 6] = [
 
 fn accident() -> impl Strategy<Value = Accident> {
     prop_oneof![
-        4 => (0..4usize, 0..6usize, 1..4u32, 0..3u32, 0..3u32, 0..3u64, any::<bool>()).prop_map(
-            |(definition, image, replicas, surge, unavailable, soak, health)| Accident::Revise {
+        4 => (0..4usize, 0..6usize, 1..4u32, 0..3u32, 0..3u32, 0..3u64, any::<[bool; 2]>()).prop_map(
+            |(definition, image, replicas, surge, unavailable, soak, [health, elsewhere])| Accident::Revise {
                 definition,
                 image,
                 replicas,
@@ -60,6 +61,7 @@ fn accident() -> impl Strategy<Value = Accident> {
                 unavailable,
                 soak: soak * 1500,
                 health,
+                elsewhere,
             }
         ),
         8 => (1..8000u64).prop_map(|millis| Accident::Pass { millis }),
@@ -76,7 +78,7 @@ fn accident() -> impl Strategy<Value = Accident> {
 
 fn strike(world: &mut World, accident: &Accident) {
     match accident {
-        Accident::Revise { definition, image, replicas, surge, unavailable, soak, health } => {
+        Accident::Revise { definition, image, replicas, surge, unavailable, soak, health, elsewhere } => {
             let mut made = Made::new(DEFINITIONS[*definition], IMAGES[*image].0).with(|run| {
                 run.replicas = *replicas;
                 run.rollout.strategy =
@@ -86,6 +88,7 @@ fn strike(world: &mut World, accident: &Accident) {
                 if !health {
                     run.health = None;
                 }
+                run.node = elsewhere.then(|| "edge-2".parse().unwrap());
             });
             made.unhealthy = Mode::Auto;
             world.revise(&made);

@@ -47,6 +47,22 @@ fn a_new_image_replaces_one_after_the_other_and_start_first() {
 }
 
 #[test]
+fn a_server_that_is_placed_on_another_node_moves_there_one_after_the_other() {
+    let mut world = standing();
+    world.revise(&Made::new("second", "one").with(|run| run.node = Some("edge-2".parse().unwrap())));
+    world.play(60_000);
+    world.say("> back, in the middle of which the deployer is killed");
+    world.rollback(None).unwrap();
+    world.play(150);
+    world.crash();
+    world.play(60_000);
+    assert_snapshot!(world.told());
+    assert_eq!((world.fleet.target(), world.outages), (1, 0));
+    let nodes: Vec<_> = world.fleet.nodes().into_iter().map(ToString::to_string).collect();
+    assert_eq!(nodes, ["local"]);
+}
+
+#[test]
 fn an_image_whose_health_never_comes_is_rolled_back_and_does_not_come_back() {
     let mut world = standing();
     world.behave("bad", Behaviour::NeverHealthy);

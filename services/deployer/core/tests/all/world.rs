@@ -9,7 +9,7 @@ use kiln_model::cause::{Cause, CauseKind};
 use kiln_model::check::{Check, CheckResult, HttpCheck};
 use kiln_model::definition::{Mode, UpdatePolicy};
 use kiln_model::digest::Digest;
-use kiln_model::name::InstanceId;
+use kiln_model::name::{InstanceId, NodeName};
 use kiln_model::revision::{ImageRevision, PackageVersions, Revision, RevisionContent};
 use kiln_model::run::{HealthPolicy, Limits, Port, RolloutPolicy, RunSpec, Strategy};
 use kiln_model::signal::HealthState;
@@ -49,6 +49,7 @@ pub(crate) struct Made {
 
 pub(crate) fn run() -> RunSpec {
     RunSpec {
+        node: None,
         replicas: 3,
         ports: vec![Port { listen: 8080, target: 80 }],
         writable: Vec::new(),
@@ -104,7 +105,8 @@ pub(crate) struct World {
     pub(crate) now: u64,
     behaviours: BTreeMap<Digest, Behaviour>,
     node: BTreeMap<InstanceId, Running>,
-    edge: (u64, Vec<Listener>),
+    /// Of each node: the generation, and what it has on the edge.
+    edges: BTreeMap<NodeName, (u64, Vec<Listener>)>,
     pub(crate) monitor_up: bool,
     /// Instances that run, and that the monitor holds for gone.
     held_for_gone: BTreeSet<InstanceId>,
@@ -127,6 +129,11 @@ pub(crate) struct World {
 
 fn wall(ms: u64) -> Timestamp {
     Timestamp::from_millisecond(1_700_000_000_000 + ms as i64).unwrap()
+}
+
+/// Where, if it is not the node that every site has.
+fn on(node: &NodeName) -> String {
+    if *node == NodeName::local() { String::new() } else { format!(" on {node}") }
 }
 
 pub(crate) fn cause(kind: CauseKind, summary: &str) -> Cause {
@@ -153,7 +160,7 @@ impl World {
             now: 0,
             behaviours: BTreeMap::new(),
             node: BTreeMap::new(),
-            edge: (0, Vec::new()),
+            edges: BTreeMap::new(),
             monitor_up: true,
             held_for_gone: BTreeSet::new(),
             told_at: BTreeMap::new(),
@@ -291,10 +298,19 @@ impl World {
         self.relist();
     }
 
+    fn generation_at(&self, node: &NodeName) -> u64 {
+        self.edges.get(node).map_or(0, |(generation, _)| *generation)
+    }
+
+    fn backends(&self) -> impl Iterator<Item = &Backend> {
+        self.edges.values().flat_map(|(_, listeners)| listeners).flat_map(|listener| &listener.backends)
+    }
+
     fn relist(&mut self) {
         self.view.engine = Some(self.node.iter().map(|(id, r)| (id.clone(), r.seen.clone())).collect());
-        self.view.routed = (self.edge.0 > 0).then_some(self.edge.0);
-        self.view.edge = self.edge.1.clone();
+        self.view.routed =
+            self.edges.iter().map(|(node, (generation, _))| (node.clone(), *generation)).collect();
+        self.view.edge = self.edges.values().flat_map(|(_, listeners)| listeners).cloned().collect();
     }
 
     pub(crate) fn exit(&mut self, id: &InstanceId, code: i32) {
@@ -306,7 +322,7 @@ impl World {
         running.seen.exit_code = Some(code);
         running.seen.detail = "killed".to_owned();
         // The node takes it off the edge by itself.
-        for listener in &mut self.edge.1 {
+        for listener in self.edges.values_mut().flat_map(|(_, listeners)| listeners) {
             listener.backends.retain(|backend| backend.instance != *id);
         }
         self.relist();
@@ -319,14 +335,15 @@ impl World {
             running.seen.detail = "ended; nobody saw its exit code".to_owned();
             running.seen.cut_off = true;
         }
-        self.edge.1.iter_mut().for_each(|listener| listener.backends.clear());
+        let listeners = self.edges.values_mut().flat_map(|(_, listeners)| listeners);
+        listeners.for_each(|listener| listener.backends.clear());
         self.relist();
     }
 
     /// As when the node's store is put back from before: it knows of none of them, and removes what it finds.
     pub(crate) fn forget_all(&mut self) {
         self.node.clear();
-        self.edge.1.clear();
+        self.edges.values_mut().for_each(|(_, listeners)| listeners.clear());
         self.relist();
     }
 
@@ -450,14 +467,15 @@ impl World {
                     self.view.verdicts.insert(image, verdict);
                 }
             }
-            Effect::Launch { id, image, run, generation, .. } => {
-                assert!(generation >= self.edge.0, "a stale launch");
+            Effect::Launch { node, id, image, run, generation, .. } => {
+                assert!(generation >= self.generation_at(&node), "a stale launch");
                 if !self.node.contains_key(&id) {
-                    self.say(format_args!("launch {id}"));
+                    self.say(format_args!("launch {id}{}", on(&node)));
                     let behaviour = self.behaviours.get(&image).copied();
                     let cut_off = behaviour == Some(Behaviour::CutOff);
                     let refused = cut_off || behaviour == Some(Behaviour::Refused);
                     let seen = Seen {
+                        node,
                         state: if refused { SeenState::Failed } else { SeenState::Running },
                         address: "10.77.0.2".to_owned(),
                         launched: Some(wall(self.now)),
@@ -478,8 +496,8 @@ impl World {
                     self.relist();
                 }
             }
-            Effect::Route { listeners, generation, .. } => {
-                assert!(generation >= self.edge.0, "a stale route");
+            Effect::Route { node, listeners, generation, .. } => {
+                assert!(generation >= self.generation_at(&node), "a stale route");
                 if let Some(port) = self.refuse_edge_with.filter(|p| listeners.iter().any(|l| l.listen == *p))
                 {
                     self.view.unroutable = Some((generation, format!("port {port} is held by sshd")));
@@ -492,16 +510,16 @@ impl World {
                     })
                     .collect();
                 self.view.unroutable = None;
-                self.edge = (generation, listeners);
-                self.say(format_args!("edge {}", names.into_iter().collect::<Vec<_>>().join(" ")));
+                let names = names.into_iter().collect::<Vec<_>>().join(" ");
+                self.say(format_args!("edge{} {names}", on(&node)));
+                self.edges.insert(node.clone(), (generation, listeners));
                 if told {
-                    self.view.routed = Some(generation);
+                    self.view.routed.insert(node, generation);
                 }
             }
             Effect::Retire { id, drain, .. } => {
                 self.drains.insert(id.clone(), drain);
-                let on_edge =
-                    self.edge.1.iter().flat_map(|l| &l.backends).any(|backend| backend.instance == id);
+                let on_edge = self.backends().any(|backend| backend.instance == id);
                 assert!(!on_edge, "{id} is retired on the edge\n{}", self.story.join("\n"));
                 self.say(format_args!("retire {id}"));
                 if let Some(running) = self.node.get_mut(&id) {
@@ -532,7 +550,7 @@ impl World {
                 }
                 return false;
             }
-            Effect::Evidence { id } => {
+            Effect::Evidence { id, .. } => {
                 let lines = vec![format!("{id}: last words")];
                 self.view.evidence.insert(id, Evidence { lines });
             }
@@ -544,7 +562,7 @@ impl World {
     }
 
     fn watch_traffic(&mut self) {
-        let answered = self.edge.1.iter().flat_map(|l| &l.backends).any(|backend| {
+        let answered = self.backends().any(|backend| {
             self.node.get(&backend.instance).is_some_and(|r| r.seen.state == SeenState::Running)
         });
         self.served |= answered;
