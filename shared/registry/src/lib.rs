@@ -19,7 +19,7 @@ use kiln_model::name::ServerName;
 use kiln_service::config;
 use kiln_service::error::chain;
 use oci_client::client::{Certificate, CertificateEncoding, ClientConfig, ClientProtocol};
-use oci_client::errors::OciDistributionError;
+use oci_client::errors::{DigestError, OciDistributionError};
 use oci_client::manifest::{OCI_IMAGE_INDEX_MEDIA_TYPE, OCI_IMAGE_MEDIA_TYPE, OciDescriptor};
 use oci_client::secrets::RegistryAuth;
 use oci_client::{Client, Reference};
@@ -343,7 +343,9 @@ fn is_passing(error: &OciDistributionError) -> bool {
         OciDistributionError::RequestError(error) => {
             error.status().is_none_or(|status| status.is_server_error() || status.as_u16() == 429)
         }
-        OciDistributionError::IoError(_) => true,
+        OciDistributionError::IoError(error) => {
+            !error.get_ref().is_some_and(|inner| inner.is::<DigestError>())
+        }
         _ => false,
     }
 }
