@@ -66,8 +66,8 @@ impl Services {
         Self::of(site.name.clone(), Some(site.clone()), |service| {
             let socket = site.paths().socket(service);
             match (site.place(service), &login) {
-                (Place::Tcp(address), Some(login)) if !socket.exists() => {
-                    login.channel(service, Some(&address))
+                (Place::Tcp(addresses), Some(login)) if !socket.exists() => {
+                    login.channel(service, Some(addresses))
                 }
                 _ => Ok(client::channel(&socket)),
             }
@@ -132,7 +132,7 @@ impl Services {
             Failure::new(Code::Refused, &what, "it is on another machine, where you have to show who you are")
                 .todo("kiln login")
         })?;
-        Ok(EngineServiceClient::new(login.channel(Service::Node, Some(address))?))
+        Ok(EngineServiceClient::new(login.channel(Service::Node, Some(address.clone().into()))?))
     }
 
     /// Of a service that keeps audit records.

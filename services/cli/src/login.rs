@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use kiln_model::event::Service;
 use kiln_model::name::SiteName;
 use kiln_service::client::{self, Channel};
-use kiln_service::config::Address;
+use kiln_service::config::{Address, Addresses};
 use kiln_service::tls::TlsFiles;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
@@ -126,7 +126,7 @@ impl Login {
     }
 
     /// The address of a service, or that which the site's own settings name.
-    pub(crate) fn channel(&self, service: Service, address: Option<&Address>) -> Outcome<Channel> {
+    pub(crate) fn channel(&self, service: Service, own: Option<Addresses>) -> Outcome<Channel> {
         let what = format!("calling the {service} of {}", self.site);
         let (identity, token) = (self.identity(), self.token());
         let token = token.exists().then(|| std::fs::read_to_string(&token).during(&what)).transpose()?;
@@ -135,10 +135,11 @@ impl Login {
             authority: self.authority(),
             identity: token.is_none().then_some(identity),
         };
-        let address = address.or_else(|| self.servers.servers.get(&service)).ok_or_else(|| {
+        let kept = || self.servers.servers.get(&service).cloned().map(Addresses::from);
+        let addresses = own.or_else(kept).ok_or_else(|| {
             Failure::new(Code::Refused, &what, "where it is was not said").todo("kiln login --server …")
         })?;
-        client::remote(address.clone(), &files, service, token.as_deref().map(str::trim))
+        client::remote(addresses, &files, service, token.as_deref().map(str::trim))
             .map_err(|error| Failure::new(Code::Refused, what, error).todo("kiln login"))
     }
 }

@@ -3,6 +3,7 @@
 //! certificate was renewed.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
@@ -16,6 +17,7 @@ use kiln_model::name::NodeName;
 use tokio::io::AsyncBufReadExt as _;
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::ClientConfig;
 use tonic::body::Body;
 use tonic::transport::Endpoint;
@@ -23,7 +25,7 @@ use tower::util::BoxCloneSyncService;
 use tower::{BoxError, Service, ServiceExt as _};
 
 use crate::access::Role;
-use crate::config::{Address, Place, Site};
+use crate::config::{Address, Addresses, Place, Site};
 use crate::tls::{self, ClientTls, TlsFiles};
 use crate::trace;
 
@@ -33,10 +35,10 @@ const CONNECT: Duration = Duration::from_secs(2);
 const ALIVE: Duration = Duration::from_secs(3);
 
 #[derive(Debug, thiserror::Error)]
-#[error("can't call the {service} at {address} with TLS: {reason}")]
+#[error("can't call the {service} at {addresses} with TLS: {reason}")]
 pub struct Error {
     service: ServiceName,
-    address: Address,
+    addresses: Addresses,
     reason: String,
 }
 
@@ -58,10 +60,10 @@ impl Channel {
     }
 }
 
-/// A service on another machine.
+/// A service on another machine, or on several.
 #[derive(Debug)]
 struct Remote {
-    address: Address,
+    addresses: Addresses,
     tls: ClientTls,
     /// Beside TLS only: there is no way to give one to a channel without.
     token: Option<HeaderValue>,
@@ -93,7 +95,7 @@ pub fn channel(socket: &Path) -> Channel {
 pub fn to(site: &Site, own: ServiceName, service: ServiceName) -> Result<Channel, Error> {
     match site.place(service) {
         Place::Socket(socket) => Ok(channel(&socket)),
-        Place::Tcp(address) => remote(address, &site.tls(own), service, None),
+        Place::Tcp(addresses) => remote(addresses, &site.tls(own), service, None),
     }
 }
 
@@ -104,7 +106,7 @@ pub fn to(site: &Site, own: ServiceName, service: ServiceName) -> Result<Channel
 pub fn nodes(site: &Site, own: ServiceName) -> Result<BTreeMap<NodeName, Channel>, Error> {
     let mut channels = BTreeMap::from([(NodeName::local(), to(site, own, ServiceName::Node)?)]);
     for (name, address) in &site.nodes {
-        let channel = remote(address.clone(), &site.tls(own), ServiceName::Node, None)?;
+        let channel = remote(address.clone().into(), &site.tls(own), ServiceName::Node, None)?;
         channels.insert(name.clone(), channel);
     }
     Ok(channels)
@@ -127,28 +129,32 @@ const SOCKET: &str = "unix:";
 pub fn at(address: &str, files: &TlsFiles, service: ServiceName) -> Result<Channel, String> {
     match address.strip_prefix(SOCKET) {
         Some(socket) => Ok(channel(Path::new(socket))),
-        None => remote(address.parse()?, files, service, None).map_err(|error| error.to_string()),
+        None => {
+            let address: Address = address.parse()?;
+            remote(address.into(), files, service, None).map_err(|error| error.to_string())
+        }
     }
 }
 
-/// A channel to a service at a TCP port, with a certificate or a token. Nothing is connected yet.
+/// A channel to a service at a TCP port, with a certificate or a token. Nothing is connected yet. Of several replicas it
+/// takes the first that answers, and stays with that while it does.
 ///
 /// # Errors
 /// Where the files for TLS can't be read, or the token is no header.
 pub fn remote(
-    address: Address,
+    addresses: Addresses,
     files: &TlsFiles,
     service: ServiceName,
     token: Option<&str>,
 ) -> Result<Channel, Error> {
-    let failed = |reason: String| Error { service, address: address.clone(), reason };
+    let failed = |reason: String| Error { service, addresses: addresses.clone(), reason };
     let tls = tls::client(files, Role::from(service)).map_err(failed)?;
     let bearer = token.map(|token| HeaderValue::try_from(format!("Bearer {token}"))).transpose();
     let mut token = bearer.map_err(|_| failed("the token has not the form of one".to_owned()))?;
     if let Some(token) = &mut token {
         token.set_sensitive(true);
     }
-    let remote = Arc::new(Remote { address, tls, token, current: Mutex::default() });
+    let remote = Arc::new(Remote { addresses, tls, token, current: Mutex::default() });
     Ok(Channel::over(tower::service_fn(move |mut request: Request<Body>| {
         if let Some(token) = &remote.token {
             request.headers_mut().insert(header::AUTHORIZATION, token.clone());
@@ -174,27 +180,41 @@ impl Remote {
     }
 
     fn connect(&self, config: Arc<ClientConfig>) -> tonic::transport::Channel {
-        let (host, port) = (self.address.host().clone(), self.address.port());
+        let addresses: Arc<[Address]> = self.addresses.iter().cloned().collect();
+        // One that stands still takes its whole time before the next one has its turn.
+        let limit = CONNECT * u32::try_from(addresses.len()).unwrap_or(u32::MAX);
         let connect = tower::service_fn(move |_| {
-            let (host, connector) = (host.clone(), TlsConnector::from(Arc::clone(&config)));
-            async move {
-                let connected = async {
-                    let stream = TcpStream::connect((host.to_str().as_ref(), port)).await?;
-                    stream.set_nodelay(true)?;
-                    let mut stream = connector.connect(host, stream).await?;
-                    // A server speaks first, once it has looked at this end's certificate. Without the wait its refusal
-                    // would race with the first call, which then is told no more than that the connection is gone.
-                    if stream.fill_buf().await?.is_empty() {
-                        return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof));
-                    }
-                    Ok(stream)
-                };
-                let late = |_| std::io::Error::from(std::io::ErrorKind::TimedOut);
-                tokio::time::timeout(CONNECT, connected).await.map_err(late)?.map(TokioIo::new)
-            }
+            let (addresses, connector) = (Arc::clone(&addresses), TlsConnector::from(Arc::clone(&config)));
+            async move { first(&addresses, &connector).await.map(TokioIo::new) }
         });
-        endpoint().connect_with_connector_lazy(connect)
+        endpoint().connect_timeout(limit).connect_with_connector_lazy(connect)
     }
+}
+
+/// The first of them that answers; why the last did not, where none does.
+async fn first(addresses: &[Address], connector: &TlsConnector) -> io::Result<TlsStream<TcpStream>> {
+    let mut failed = io::Error::from(io::ErrorKind::AddrNotAvailable);
+    for address in addresses {
+        let connected = tokio::time::timeout(CONNECT, connect(address, connector)).await;
+        match connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => failed = error,
+        }
+    }
+    Err(failed)
+}
+
+async fn connect(address: &Address, connector: &TlsConnector) -> io::Result<TlsStream<TcpStream>> {
+    let host = address.host().clone();
+    let stream = TcpStream::connect((host.to_str().as_ref(), address.port())).await?;
+    stream.set_nodelay(true)?;
+    let mut stream = connector.connect(host, stream).await?;
+    // A server speaks first, once it has looked at this end's certificate. Without the wait its refusal would race with the
+    // first call, which then is told no more than that the connection is gone.
+    if stream.fill_buf().await?.is_empty() {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    Ok(stream)
 }
 
 impl tower::Service<Request<Body>> for Channel {

@@ -27,7 +27,7 @@ use crate::tls::TlsFiles;
 
 mod reach;
 
-pub use reach::{Address, Pki, PkiFile, Place};
+pub use reach::{Address, Addresses, Pki, PkiFile, Place};
 
 /// The exit code of a program whose configuration is wrong (EX_USAGE).
 pub const EXIT_BAD_CONFIG: u8 = 64;
@@ -66,7 +66,8 @@ pub struct SiteFile {
     /// `builder = "10.0.0.5:7101"`: where each service answers calls from other machines, with mutual TLS.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub listen: BTreeMap<Service, String>,
-    /// `node = "https://10.0.0.6:7104"`: services that run on another machine.
+    /// `node = "https://10.0.0.6:7104"`: services that run on another machine; those of several replicas with commas between
+    /// them.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub peers: BTreeMap<Service, String>,
     /// `edge-2 = "https://10.0.0.7:7104"`: nodes on more machines, beside the site's own, which is called `local`.
@@ -197,7 +198,7 @@ pub struct Site {
     pub otlp: Option<String>,
     pub metrics: BTreeMap<Service, SocketAddr>,
     pub listen: BTreeMap<Service, SocketAddr>,
-    pub peers: BTreeMap<Service, Address>,
+    pub peers: BTreeMap<Service, Addresses>,
     /// On more machines; the one that every site has is not among them.
     pub nodes: BTreeMap<NodeName, Address>,
     pub registry: Option<Registry>,
@@ -244,7 +245,7 @@ impl Site {
     /// Where a service of the site is reached from here.
     pub fn place(&self, service: Service) -> Place {
         match self.peers.get(&service) {
-            Some(address) => Place::Tcp(address.clone()),
+            Some(addresses) => Place::Tcp(addresses.clone()),
             None => Place::Socket(self.paths().socket(service)),
         }
     }

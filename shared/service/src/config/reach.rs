@@ -76,6 +76,36 @@ impl FromStr for Address {
     }
 }
 
+/// Where the replicas of one service are, at least one: `https://10.0.0.5:7101,https://10.0.0.6:7101`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Addresses(Vec<Address>);
+
+impl Addresses {
+    pub fn iter(&self) -> impl Iterator<Item = &Address> {
+        self.0.iter()
+    }
+}
+
+impl From<Address> for Addresses {
+    fn from(address: Address) -> Self {
+        Self(vec![address])
+    }
+}
+
+impl fmt::Display for Addresses {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.iter().map(Address::to_string).collect::<Vec<_>>().join(","))
+    }
+}
+
+impl FromStr for Addresses {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        text.split(',').map(str::parse).collect::<Result<_, _>>().map(Self)
+    }
+}
+
 impl Serialize for Address {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
@@ -93,14 +123,15 @@ impl<'de> Deserialize<'de> for Address {
 pub enum Place {
     /// On this machine.
     Socket(PathBuf),
-    Tcp(Address),
+    /// One replica is as good as another.
+    Tcp(Addresses),
 }
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Socket(path) => write!(f, "{}", path.display()),
-            Self::Tcp(address) => write!(f, "{address}"),
+            Self::Tcp(addresses) => write!(f, "{addresses}"),
         }
     }
 }
@@ -121,7 +152,7 @@ pub(super) fn check_ports(
     Ok(checked)
 }
 
-pub(super) fn check_peers(peers: &BTreeMap<Service, String>) -> Result<BTreeMap<Service, Address>, String> {
+pub(super) fn check_peers(peers: &BTreeMap<Service, String>) -> Result<BTreeMap<Service, Addresses>, String> {
     peers.iter().map(|(service, text)| Ok((*service, text.parse()?))).collect()
 }
 
@@ -150,6 +181,19 @@ mod tests {
             "https://kiln example:7101",
         ] {
             assert!(bad.parse::<Address>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn replicas_have_commas_between_them() {
+        for (good, count) in
+            [("https://10.0.0.5:7101", 1), ("https://10.0.0.5:7101,https://b.example:7101", 2)]
+        {
+            let addresses: Addresses = good.parse().unwrap();
+            assert_eq!((addresses.to_string().as_str(), addresses.iter().count()), (good, count));
+        }
+        for bad in ["", ",", "https://10.0.0.5:7101,", "https://10.0.0.5:7101, https://10.0.0.6:7101"] {
+            assert!(bad.parse::<Addresses>().is_err(), "{bad}");
         }
     }
 }

@@ -13,7 +13,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tonic::{Code, Status};
 
 use crate::monitor::{Client, report};
-use crate::site::{LOCALHOST, Site, connect, identity, replace, site_name};
+use crate::site::{LOCALHOST, Site, connect, free_port, identity, replace, site_name};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -44,6 +44,20 @@ async fn the_actor_is_whoever_connected() {
         .insert("x-forwarded-client-cert", "URI=spiffe://home/person/eve/admin".parse().unwrap());
     let answer = site.as_role(Role::Operator).report_signal(request).await.unwrap();
     assert_eq!(answer.into_inner().signal.unwrap().reporter, "ada");
+    site.stop().await;
+}
+
+/// One replica of three is away, and one stands still: its kernel takes connections, and it says nothing on them.
+#[tokio::test]
+async fn of_several_replicas_the_first_that_answers_is_called() {
+    let site = Site::start().await;
+    let frozen = std::net::TcpListener::bind((LOCALHOST, 0)).unwrap();
+    let others = format!("https://{},https://{}", free_port(), frozen.local_addr().unwrap());
+    let ada = site.certificate(Role::Viewer);
+    let client = |addresses: &str| Client::new(site.channel_to(addresses, Some(&ada), None));
+    look(client(&format!("{others},https://{}", site.address))).await.unwrap();
+    let status = look(client(&others)).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable, "{}", why(&status));
     site.stop().await;
 }
 

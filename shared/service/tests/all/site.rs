@@ -52,7 +52,7 @@ pub(crate) fn replace(path: &Path, text: &str) {
     std::fs::rename(aside, path).unwrap();
 }
 
-fn free_port() -> SocketAddr {
+pub(crate) fn free_port() -> SocketAddr {
     std::net::TcpListener::bind((LOCALHOST, 0)).unwrap().local_addr().unwrap()
 }
 
@@ -96,13 +96,22 @@ impl Site {
     }
 
     pub(crate) fn channel(&self, identity: Option<&Path>, token: Option<&str>) -> client::Channel {
+        self.channel_to(&format!("https://{}", self.address), identity, token)
+    }
+
+    /// A channel to a monitor of the site at one of these addresses.
+    pub(crate) fn channel_to(
+        &self,
+        addresses: &str,
+        identity: Option<&Path>,
+        token: Option<&str>,
+    ) -> client::Channel {
         let files = TlsFiles {
             site: site_name(),
             authority: self.path("authority.pem"),
             identity: identity.map(Path::to_owned),
         };
-        let address = format!("https://{}", self.address).parse().unwrap();
-        client::remote(address, &files, Service::Monitor, token).unwrap()
+        client::remote(addresses.parse().unwrap(), &files, Service::Monitor, token).unwrap()
     }
 
     pub(crate) fn client(&self, identity: Option<&Path>, token: Option<&str>) -> Client {
