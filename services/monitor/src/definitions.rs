@@ -184,7 +184,9 @@ impl<S: Store, C: Clock> Definitions<S, C> {
 
     async fn attend(self, source: String, ended: CancellationToken, wake: Arc<Notify>) {
         let mut failures = 0_u32;
+        let mut others = self.members.changes();
         loop {
+            others.borrow_and_update();
             let pause = if self.members.is_mine(&source, self.clock.now().monotonic) {
                 tokio::select! {
                     biased;
@@ -198,6 +200,8 @@ impl<S: Store, C: Clock> Definitions<S, C> {
                 biased;
                 () = ended.cancelled() => return,
                 () = wake.notified() => {}
+                // It may be this one's to look at now, and a period is too long to wait for that.
+                Ok(()) = others.changed() => {}
                 () = self.clock.sleep(pause) => {}
             }
         }

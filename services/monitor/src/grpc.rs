@@ -1,6 +1,7 @@
 //! The monitor's API.
 
 use std::pin::Pin;
+use std::sync::Arc;
 
 use futures::Stream;
 use kiln_api::convert;
@@ -28,6 +29,7 @@ use tonic::{Request, Response, Status};
 use crate::definitions::Definitions;
 use crate::documents::{HEALTH, SCHEMA, SIGNAL, Watched};
 use crate::packages::Packages;
+use crate::replicas::Replicas;
 use crate::reports::Report;
 use crate::servers::Servers;
 use crate::signals::{Signals, audited, from_document};
@@ -45,6 +47,7 @@ pub struct Api<S, C> {
     pub signals: Signals<S, C>,
     pub definitions: Definitions<S, C>,
     pub packages: Packages<S, C>,
+    pub replicas: Arc<Replicas<S, C>>,
     pub stop: watch::Receiver<bool>,
 }
 
@@ -166,7 +169,10 @@ impl<S: Store, C: Clock> Api<S, C> {
         Ok(ListHealthResponse { health, info: Some(list::info(&page)) })
     }
 
-    fn server_status(&self, message: &GetServerStatusRequest) -> Result<GetServerStatusResponse, ApiError> {
+    async fn server_status(
+        &self,
+        message: &GetServerStatusRequest,
+    ) -> Result<GetServerStatusResponse, ApiError> {
         let name: ServerName = convert::text("server", &message.server)?;
         let health = self.watcher.health(Some(&name));
         let signals = self.signals.of_server(&name);
@@ -179,14 +185,26 @@ impl<S: Store, C: Clock> Api<S, C> {
         };
         let source = self.definitions.status(&server.source).unwrap_or_default();
         let archive = self.packages.status(&server);
-        Ok(GetServerStatusResponse {
+        let mut answer = GetServerStatusResponse {
             health,
             signals,
             source_polled: source.polled.map(convert::to_timestamp),
             source_problem: source.problem_of(name.as_str()),
             archive_polled: archive.polled.map(convert::to_timestamp),
             archive_problem: archive.problem,
-        })
+        };
+        if !message.own {
+            let polled = |answer: &GetServerStatusResponse| {
+                answer.source_polled.as_ref().map(|polled| (polled.seconds, polled.nanos))
+            };
+            let newest = self.replicas.ask(&name).await.into_iter().max_by_key(polled);
+            // Whoever looks at the repository now.
+            if let Some(newest) = newest.filter(|newest| polled(newest) > polled(&answer)) {
+                answer.source_polled = newest.source_polled;
+                answer.source_problem = newest.source_problem;
+            }
+        }
+        Ok(answer)
     }
 
     /// The present state, then what is told; a reader that falls behind is given the state again.
@@ -269,7 +287,7 @@ impl<S: Store, C: Clock> MonitorService for Api<S, C> {
         &self,
         request: Request<GetServerStatusRequest>,
     ) -> Result<Response<GetServerStatusResponse>, Status> {
-        Ok(Response::new(self.server_status(request.get_ref())?))
+        Ok(Response::new(self.server_status(request.get_ref()).await?))
     }
 
     async fn watch_health(

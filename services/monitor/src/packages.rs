@@ -100,12 +100,15 @@ impl<S: Store, C: Clock> Packages<S, C> {
         Status { polled, problem: problems.join("; ") }
     }
 
-    /// Looks at the archives by period, and at what follows from them at every change of a server, until told to stop.
+    /// Looks at the archives by period, and at what follows from them at every change of a server or of who
+    /// is there, until told to stop.
     pub async fn run(&self, mut stop: watch::Receiver<bool>) {
         let mut changes = self.servers.changes();
+        let mut others = self.members.changes();
         let mut next = self.clock.now().monotonic;
         while !*stop.borrow() {
             changes.mark_unchanged();
+            others.mark_unchanged();
             let work = async {
                 if self.clock.now().monotonic >= next {
                     next = self.clock.now().monotonic + self.period;
@@ -126,6 +129,7 @@ impl<S: Store, C: Clock> Packages<S, C> {
                 biased;
                 () = shutdown::requested(&mut stop) => return,
                 _ = changes.changed() => {}
+                Ok(()) = others.changed() => {}
                 () = self.clock.sleep(pause) => {}
             }
         }

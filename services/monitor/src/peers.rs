@@ -205,6 +205,28 @@ impl Others for OtherMonitors {
         let channel = client::at(address, &self.0, Service::Monitor).map_err(Problem)?;
         watch(channel).await
     }
+
+    async fn status(
+        &self,
+        address: &str,
+        server: &ServerName,
+    ) -> Result<monitor::GetServerStatusResponse, Problem> {
+        let channel = client::at(address, &self.0, Service::Monitor).map_err(Problem)?;
+        status(channel, server).await
+    }
+}
+
+/// What a monitor knows of a server by itself.
+///
+/// # Errors
+/// Where it can't be reached, or refuses.
+pub async fn status(
+    channel: Channel,
+    server: &ServerName,
+) -> Result<monitor::GetServerStatusResponse, Problem> {
+    let message = monitor::GetServerStatusRequest { server: server.to_string(), own: true };
+    let asked = MonitorServiceClient::new(channel).get_server_status(request(message, PING_TIMEOUT)).await;
+    Ok(asked.map_err(problem("other monitor"))?.into_inner())
 }
 
 /// What a monitor sees of the instances that it looks at.

@@ -60,6 +60,12 @@ pub trait Others: Send + Sync + 'static {
     /// What the replica at an address sees of the instances that it looks at, as it is now, then each answer. It ends when
     /// that replica does.
     async fn watch(&self, address: &str) -> Result<BoxStream<'static, monitor::Health>, Problem>;
+    /// What the replica at an address knows of a server by itself.
+    async fn status(
+        &self,
+        address: &str,
+        server: &ServerName,
+    ) -> Result<monitor::GetServerStatusResponse, Problem>;
 }
 
 #[async_trait]

@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt as _;
+use kiln_api::monitor::GetServerStatusResponse;
+use kiln_model::name::ServerName;
 use kiln_service::changes::Follower;
 use kiln_service::clock::Clock;
 use kiln_service::members::{Member, Members};
@@ -52,6 +54,20 @@ impl<S: Store, C: Clock> Replicas<S, C> {
         if !self.members.is_alone() {
             tokio::join!(self.follow(stop.clone()), self.hear(stop));
         }
+    }
+
+    /// What each of the others knows of a server by itself. One that does not answer is left out.
+    pub async fn ask(&self, server: &ServerName) -> Vec<GetServerStatusResponse> {
+        let others = self.members.others();
+        let asked = others.iter().map(|member| async move {
+            let answer = self.others.status(&member.address, server).await;
+            answer
+                .inspect_err(
+                    |problem| tracing::debug!(replica = member.id, %problem, "another replica can't be asked"),
+                )
+                .ok()
+        });
+        futures::future::join_all(asked).await.into_iter().flatten().collect()
     }
 
     async fn follow(&self, mut stop: watch::Receiver<bool>) {

@@ -57,7 +57,7 @@ pub struct Monitor<S, C> {
     events: Events<S, C>,
     definitions: Definitions<S, C>,
     packages: Packages<S, C>,
-    replicas: Replicas<S, C>,
+    replicas: Arc<Replicas<S, C>>,
 }
 
 impl<S: Store, C: Clock> Monitor<S, C> {
@@ -87,7 +87,7 @@ impl<S: Store, C: Clock> Monitor<S, C> {
             members.clone(),
             poll.archive,
         );
-        let replicas = Replicas::new(
+        let replicas = Arc::new(Replicas::new(
             store.clone(),
             clock.clone(),
             members,
@@ -95,7 +95,7 @@ impl<S: Store, C: Clock> Monitor<S, C> {
             watcher.clone(),
             servers.clone(),
             signals.clone(),
-        );
+        ));
         let events =
             Events { watcher, servers, signals, clock: clock.clone(), builder_changed: Arc::default() };
         Ok(Self { store, clock, ports, poll, events, definitions, packages, replicas })
@@ -110,6 +110,7 @@ impl<S: Store, C: Clock> Monitor<S, C> {
             signals: self.events.signals.clone(),
             definitions: self.definitions.clone(),
             packages: self.packages.clone(),
+            replicas: self.replicas.clone(),
             stop,
         }
     }

@@ -21,6 +21,7 @@ use crate::requests::new_id;
 use crate::shutdown::requested;
 
 use roster::Roster;
+pub use roster::owner;
 
 /// Document kind of a replica, by the id of its run.
 pub const KIND: &str = "member";

@@ -9,8 +9,8 @@ use async_trait::async_trait;
 use futures::stream::BoxStream;
 use kiln_api::builder::builder_service_server::BuilderServiceServer;
 use kiln_api::engine::engine_service_server::EngineServiceServer;
-use kiln_api::monitor::Health;
 use kiln_api::monitor::monitor_service_server::MonitorServiceServer;
+use kiln_api::monitor::{GetServerStatusResponse, Health};
 use kiln_builder::builder::Builder;
 use kiln_builder::context::Contexts;
 use kiln_builder::image_tests::EngineTester;
@@ -21,6 +21,7 @@ use kiln_builder::store::Documents;
 use kiln_builder::workers::{self, WorkerOptions};
 use kiln_image::ImageStore;
 use kiln_model::event::Service;
+use kiln_model::name::ServerName;
 use kiln_monitor::engine::Engines;
 use kiln_monitor::peers::{BuilderPeer, DeployerPeer, EnginePeer};
 use kiln_monitor::ports::{Others, Problem};
@@ -305,5 +306,11 @@ impl Others for SimOthers {
         let Site { directory, world, .. } = &self.site;
         let channel = directory.channel(Some(&self.life), To::Process(address.to_owned()), world);
         kiln_monitor::peers::watch(channel).await
+    }
+
+    async fn status(&self, address: &str, server: &ServerName) -> Result<GetServerStatusResponse, Problem> {
+        let Site { directory, world, .. } = &self.site;
+        let channel = directory.channel(Some(&self.life), To::Process(address.to_owned()), world);
+        kiln_monitor::peers::status(channel, server).await
     }
 }

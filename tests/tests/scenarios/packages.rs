@@ -66,7 +66,7 @@ async fn an_update_of_a_package_goes_out_by_itself() -> Result<()> {
         web.site.builder().list_builds(kiln_api::builder::ListBuildsRequest::default()).await?.into_inner(),
     );
     archive.add("unrelated", "1.0", "/usr/share/unrelated", "nothing\n")?;
-    let request = kiln_api::monitor::GetServerStatusRequest { server: "web".to_owned() };
+    let request = kiln_api::monitor::GetServerStatusRequest { server: "web".to_owned(), own: false };
     let polled = async || -> Result<_> {
         let status = web.site.monitor().get_server_status(request.clone()).await?.into_inner();
         Ok(status.archive_polled.map(|time| (time.seconds, time.nanos)))

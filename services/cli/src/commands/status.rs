@@ -260,7 +260,7 @@ async fn one(name: &str, services: &Services, screen: Screen) -> Outcome {
 }
 
 async fn seen(name: &str, services: &Services) -> Outcome<Option<GetServerStatusResponse>> {
-    let request = GetServerStatusRequest { server: name.to_owned() };
+    let request = GetServerStatusRequest { server: name.to_owned(), own: false };
     let answer = look(services.monitor().get_server_status(request)).await.during("asking the monitor");
     match answer {
         Ok(answer) => Ok(Some(answer.into_inner())),

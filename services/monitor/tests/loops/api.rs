@@ -42,7 +42,7 @@ async fn started(mode: types::Mode) -> (World, Running) {
     world.has_server(server("web", mode));
     let monitor = world.start().await;
     until("the server is known", async || {
-        let request = Request::new(GetServerStatusRequest { server: "web".to_owned() });
+        let request = Request::new(GetServerStatusRequest { server: "web".to_owned(), own: false });
         monitor.api.get_server_status(request).await.ok()
     })
     .await;

@@ -2,15 +2,23 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
+use async_trait::async_trait;
+use futures::stream::BoxStream;
 use kiln_api::builder::{GitSource, InspectSourceResponse, InspectedServer, Source};
 use kiln_api::events::DefinitionChanged;
-use kiln_api::monitor::GetServerStatusRequest;
 use kiln_api::monitor::monitor_service_server::MonitorService;
+use kiln_api::monitor::{GetServerStatusRequest, GetServerStatusResponse, Health};
 use kiln_api::{builder, types};
 use kiln_model::event::Service;
+use kiln_model::name::ServerName;
+use kiln_monitor::ports::{Others, Problem};
 use kiln_monitor::remote::LocalGit;
+use kiln_service::clock::SystemClock;
+use kiln_service::members::{self, Member, Members};
 use prost::Message;
+use tokio::sync::watch;
 use tonic::Request;
 
 use crate::world::{World, digest, server, until};
@@ -157,7 +165,7 @@ async fn what_was_removed_or_can_not_be_taken_is_no_signal() {
 
     repository.commit_with(&world, "broken", "old", "server.yaml:3:1: unknown key");
     let status = until("the problem is shown", async || {
-        let request = Request::new(GetServerStatusRequest { server: "web".to_owned() });
+        let request = Request::new(GetServerStatusRequest { server: "web".to_owned(), own: false });
         let status = monitor.api.get_server_status(request).await.ok()?.into_inner();
         status.source_problem.contains("unknown key").then_some(status)
     })
@@ -172,7 +180,7 @@ async fn a_repository_that_is_away_is_told_and_found_again() {
     let (world, repository) = Repository::new().await;
     world.has_server(server("web", types::Mode::Auto));
     let status = async |monitor: &crate::world::Running| {
-        let request = Request::new(GetServerStatusRequest { server: "web".to_owned() });
+        let request = Request::new(GetServerStatusRequest { server: "web".to_owned(), own: false });
         monitor.api.get_server_status(request).await.map(tonic::Response::into_inner).ok()
     };
     // It has no commit yet.
@@ -185,5 +193,89 @@ async fn a_repository_that_is_away_is_told_and_found_again() {
     world.hears("needs_update definition_changed web").await;
     until("no problem any more", async || status(&monitor).await?.source_problem.is_empty().then_some(()))
         .await;
+    monitor.stop().await;
+}
+
+/// The monitor to be started has another one beside it, until that is told to stop.
+async fn beside(world: &mut World, id: &str) -> watch::Sender<bool> {
+    let join = async |id: &str, address: &str| {
+        let me = Member { id: id.to_owned(), address: address.to_owned() };
+        Members::join(world.store.clone(), SystemClock::new(), me).await.unwrap()
+    };
+    let (members, heart) = join("monitor-1", "here").await;
+    let (_, other) = join(id, "there").await;
+    let (stop, stopped) = watch::channel(false);
+    tokio::spawn(other.run(stopped));
+    // Beats until the test ends.
+    tokio::spawn(async move {
+        let (_held, stop) = watch::channel(false);
+        heart.run(stop).await;
+    });
+    until("the other one", async || (members.others().len() == 1).then_some(())).await;
+    world.members = members;
+    stop
+}
+
+/// Another replica, which had this look.
+struct Other(GetServerStatusResponse);
+
+#[async_trait]
+impl Others for Other {
+    async fn watch(&self, _: &str) -> Result<BoxStream<'static, Health>, Problem> {
+        Err(Problem("it says nothing by itself".to_owned()))
+    }
+
+    async fn status(&self, address: &str, server: &ServerName) -> Result<GetServerStatusResponse, Problem> {
+        assert_eq!((address, server.as_str()), ("there", "web"));
+        Ok(self.0.clone())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_newest_look_is_told_whichever_replica_had_it() {
+    let mut world = World::new().await;
+    world.has_server(server("web", types::Mode::Auto));
+    let other = beside(&mut world, "monitor-2").await;
+    let source_polled = Some(prost_types::Timestamp { seconds: 7, nanos: 0 });
+    let looked = GetServerStatusResponse {
+        source_polled,
+        source_problem: "no branch".to_owned(),
+        ..GetServerStatusResponse::default()
+    };
+    world.others = Arc::new(Other(looked.clone()));
+
+    let monitor = world.start().await;
+    let status = async |own| {
+        let request = Request::new(GetServerStatusRequest { server: "web".to_owned(), own });
+        monitor.api.get_server_status(request).await.map(tonic::Response::into_inner).ok()
+    };
+    let told = until("the server", async || status(false).await).await;
+    assert_eq!((told.source_polled, told.source_problem), (looked.source_polled, looked.source_problem));
+    assert_eq!(until("the server", async || status(true).await).await.source_polled, None);
+    monitor.stop().await;
+    other.send_replace(true);
+}
+
+/// By then, and not when a minute is over, which is how long it would wait for its next look.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_repository_of_a_replica_that_goes_is_looked_at_by_another_at_once() {
+    let (mut world, repository) = Repository::new().await;
+    world.poll.git = Duration::from_secs(60);
+    world.has_server(server("web", types::Mode::Auto));
+    repository.commit(&world, "new", "old");
+    let is_its = |id: &String| members::owner(["monitor-1", id], "git-1") == Some(id);
+    let id = (2..).map(|number| format!("monitor-{number}")).find(is_its).unwrap();
+    let other = beside(&mut world, &id).await;
+    let monitor = world.start().await;
+    until("the repository is known", async || {
+        let request = Request::new(GetServerStatusRequest { server: "web".to_owned(), own: true });
+        monitor.api.get_server_status(request).await.ok()
+    })
+    .await;
+    tokio::time::sleep(world.poll.resync * 4).await;
+    assert_eq!(world.said(), [""; 0], "it is the other's");
+
+    other.send_replace(true);
+    world.hears("needs_update definition_changed web").await;
     monitor.stop().await;
 }

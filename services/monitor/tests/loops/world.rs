@@ -208,6 +208,10 @@ impl Others for Nowhere {
     async fn watch(&self, _: &str) -> Result<BoxStream<'static, monitor::Health>, Problem> {
         Err(Problem("there is no other monitor".to_owned()))
     }
+
+    async fn status(&self, _: &str, _: &ServerName) -> Result<monitor::GetServerStatusResponse, Problem> {
+        Err(Problem("there is no other monitor".to_owned()))
+    }
 }
 
 /// Everything around a monitor, which outlives the monitor.
@@ -219,6 +223,8 @@ pub struct World {
     pub engine: Arc<FakeEngine>,
     pub git: Arc<dyn Git>,
     pub archive: Arc<dyn Archive>,
+    pub others: Arc<dyn Others>,
+    pub members: Members,
     pub poll: Poll,
     versions: Mutex<HashMap<String, u64>>,
 }
@@ -234,6 +240,8 @@ impl World {
             engine: Arc::default(),
             git: Arc::new(Nowhere),
             archive: Arc::new(Nowhere),
+            others: Arc::new(Nowhere),
+            members: Members::alone("monitor-1"),
             poll: Poll {
                 git: Duration::from_millis(200),
                 archive: Duration::from_millis(300),
@@ -250,9 +258,9 @@ impl World {
             engines: Engines::local(self.engine.clone()),
             git: self.git.clone(),
             archive: self.archive.clone(),
-            others: Arc::new(Nowhere),
+            others: self.others.clone(),
         };
-        let (store, members) = (self.store.clone(), Members::alone("monitor-1"));
+        let (store, members) = (self.store.clone(), self.members.clone());
         let monitor = Monitor::load(store, SystemClock::new(), members, ports, self.poll).await.unwrap();
         let (stop, stopped) = watch::channel(false);
         let api = monitor.api(stopped.clone());

@@ -88,6 +88,9 @@ pub struct ListHealthResponse {
 pub struct GetServerStatusRequest {
     #[prost(string, tag = "1")]
     pub server: ::prost::alloc::string::String,
+    /// Only what the replica that is asked knows by itself: one replica of several looks at a Git repository.
+    #[prost(bool, tag = "2")]
+    pub own: bool,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GetServerStatusResponse {

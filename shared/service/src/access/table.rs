@@ -80,8 +80,8 @@ pub const TABLE: &[Row] = &[
     of("/kiln.monitor.v1.MonitorService/ApproveSignal", Operator, &[]),
     of("/kiln.monitor.v1.MonitorService/ListSignals", Viewer, &[Builder, Deployer, Console]),
     of("/kiln.monitor.v1.MonitorService/ListHealth", Viewer, &[Deployer, Console]),
-    of("/kiln.monitor.v1.MonitorService/GetServerStatus", Viewer, &[Console]),
     // The other replicas hear what one sees.
+    of("/kiln.monitor.v1.MonitorService/GetServerStatus", Viewer, &[Monitor, Console]),
     of("/kiln.monitor.v1.MonitorService/WatchHealth", Viewer, &[Deployer, Monitor, Console]),
     inner("/kiln.engine.v1.EngineService/Launch", &[Builder, Deployer]),
     inner("/kiln.engine.v1.EngineService/Retire", &[Builder, Deployer]),

@@ -69,9 +69,13 @@ impl Roster {
         if self.beat.is_none_or(|beat| now.saturating_sub(beat) >= SILENCE) {
             return false;
         }
-        let mine = weight(me, work);
-        self.there.keys().map(|id| weight(id, work)).all(|other| other < mine)
+        owner(self.there.keys().map(String::as_str).chain([me]), work) == Some(me)
     }
+}
+
+/// Whose of these a piece of work is.
+pub fn owner<'a>(members: impl IntoIterator<Item = &'a str>, work: &str) -> Option<&'a str> {
+    members.into_iter().max_by_key(|id| weight(id, work))
 }
 
 /// The same for every replica and every version of Kiln that runs beside it.
