@@ -11,6 +11,7 @@ pub mod netns;
 pub mod otlp;
 pub mod random;
 pub mod registry;
+pub mod replicas;
 pub mod repo;
 pub mod server;
 pub mod site;

@@ -134,7 +134,7 @@ impl Site {
     }
 
     /// A site, and how `kiln` is called to make and start it.
-    fn prepare(
+    pub(crate) fn prepare(
         name: &str,
         settings: &[&str],
         folder: Option<PathBuf>,
@@ -497,7 +497,7 @@ pub(crate) fn folder_of_homes() -> PathBuf {
 
 /// Where sites are made, from `KILN_TEST_FOLDER`: `tests/run.sh` sets it to a file system in memory, where scenarios that
 /// run beside each other do not wait for each other's writes to one disk. Benchmarks do without.
-fn folder() -> Option<PathBuf> {
+pub(crate) fn folder() -> Option<PathBuf> {
     std::env::var_os("KILN_TEST_FOLDER").map(PathBuf::from)
 }
 

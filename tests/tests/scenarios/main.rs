@@ -19,6 +19,7 @@ mod nodes;
 mod packages;
 mod protocol;
 mod remote;
+mod replicas;
 mod rollback;
 mod rollout;
 mod secrets;
