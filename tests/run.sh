@@ -2,7 +2,8 @@
 # Runs every check and every test, from nothing but Rust, gcc and Python on Debian 12.
 #
 #   tests/run.sh          what a change must pass; long tests are sampled
-#   tests/run.sh --full   the same with full counts
+#   tests/run.sh --full   the same with full counts, the scenarios on PostgreSQL as well, and an upgrade from the commit
+#                         before, whose programs are compiled for it (the history has to be there)
 #
 # The tests are run as root, with sudo where this is not; all else is done as who calls.
 set -euo pipefail
@@ -58,6 +59,13 @@ if [ "${1:-}" = --full ]; then
     step "scenarios on PostgreSQL"
     KILN_TEST_STORE=postgres cargo nextest run --release --workspace --locked -E \
         'package(kiln-tests) or test(traffic_flows_while_everything_of_kiln_is_down)'
+fi
+
+if [ "${1:-}" = --full ]; then
+    step "an upgrade from the commit before"
+    tests/upgrade.sh
+else
+    echo "not done: the upgrade from the commit before, for which its programs have to be compiled (--full)"
 fi
 
 step "the quickstart's own check"

@@ -5,6 +5,7 @@ pub mod archive;
 pub mod cluster;
 pub mod command;
 pub mod docker;
+pub mod kept;
 pub mod load;
 pub mod machine;
 pub mod netns;

@@ -35,6 +35,8 @@ pub struct Site {
     down: bool,
     /// Of the site alone. Goes after it.
     database: Option<Mutex<Postgres>>,
+    /// The folder of Kiln's programs; none for those that were built with this test.
+    programs: Option<PathBuf>,
 }
 
 impl Site {
@@ -64,6 +66,17 @@ impl Site {
     /// What `kiln up` said.
     pub fn up_in(name: &str, folder: &Path) -> Result<Self> {
         Self::start(name, &[], Some(folder.to_owned()), None)
+    }
+
+    /// As [`Site::up`], with the programs of a folder, and the state in files.
+    ///
+    /// # Errors
+    /// What `kiln up` said.
+    pub fn up_from(programs: &Path, name: &str) -> Result<Self> {
+        let (mut site, arguments) = Self::prepare(name, &[], folder(), None)?;
+        site.programs = Some(programs.to_owned());
+        site.kiln(&arguments.iter().map(String::as_str).collect::<Vec<_>>())?;
+        Ok(site)
     }
 
     /// As [`Site::up`], with the services' state in files whatever the others have.
@@ -152,7 +165,7 @@ impl Site {
             arguments.extend(["--store".to_owned(), database.database("kiln")?]);
         }
         let database = database.map(Mutex::new);
-        let site = Self { home, name: name.to_owned(), down: false, database };
+        let site = Self { home, name: name.to_owned(), down: false, database, programs: None };
         let shared = [
             format!("builder.packages={}", cache.join("packages").display()),
             format!("builder.layers={}", cache.join("layers").display()),
@@ -172,12 +185,16 @@ impl Site {
         self.home.path()
     }
 
+    fn program(&self, name: &str) -> Result<PathBuf> {
+        self.programs.as_ref().map_or_else(|| binary(name), |folder| Ok(folder.join(name)))
+    }
+
     /// Runs `kiln` on this site, whatever comes of it.
     ///
     /// # Errors
     /// Where it can't be started.
     pub fn try_kiln(&self, arguments: &[&str]) -> Result<Output> {
-        let mut kiln = Command::new(binary("kiln")?);
+        let mut kiln = Command::new(self.program("kiln")?);
         kiln.arg("--home").arg(self.home.path()).args(["--site", &self.name]).args(arguments);
         Ok(kiln.output()?)
     }
@@ -345,7 +362,7 @@ impl Site {
     /// # Errors
     /// Where the machine can't be looked at.
     pub fn on_machine(&self) -> Result<Vec<String>> {
-        let output = Command::new(binary("kiln-node")?)
+        let output = Command::new(self.program("kiln-node")?)
             .arg("--home")
             .arg(self.home.path())
             .arg("--leftovers")

@@ -24,3 +24,4 @@ mod rollback;
 mod rollout;
 mod secrets;
 mod signing;
+mod upgrade;
