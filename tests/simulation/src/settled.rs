@@ -56,6 +56,15 @@ async fn look(site: &Site) -> Result<(), String> {
 /// There was nothing good to go back to: it says so, and nothing of it runs.
 fn halted(site: &Site, fleet: &Fleet) -> Result<(), String> {
     let machine = site.invariants.machine.lock().unwrap();
+    // Or the way back met an accident, as when what it launched hangs: it says so, and what runs stays until somebody acts.
+    let back = fleet.finished.as_ref().and_then(|rollout| rollout.back_to);
+    if back.is_some_and(|back| site.invariants.is_excused(back)) && !fleet.problem.is_empty() {
+        let mut live = machine.instances.iter().filter(|(_, held)| held.takes_room());
+        return match live.find(|(id, _)| !fleet.instances.contains_key(*id)) {
+            Some((id, _)) => Err(format!("{id} runs, and the fleet does not know it")),
+            None => Ok(()),
+        };
+    }
     if let Some((id, _)) = machine.instances.iter().find(|(_, held)| held.takes_room()) {
         return Err(format!("{id} runs, and the fleet was given up"));
     }
