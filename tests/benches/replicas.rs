@@ -23,7 +23,6 @@ use kiln_builder_core::build::TestResult;
 use kiln_image::ImageStore;
 use kiln_model::digest::Digest;
 use kiln_model::lock::{BUILDER_FORMAT, Lock, LockedBase};
-use kiln_model::name::ServerName;
 use kiln_service::access::Caller;
 use kiln_service::clock::SystemClock;
 use kiln_service::config::Signing;
@@ -78,7 +77,7 @@ impl Bakery for Pretender {
         Ok("key".to_owned())
     }
 
-    async fn share(&self, _: &ServerName, _: Digest) -> std::result::Result<bool, BakeError> {
+    async fn share(&self, _: Digest) -> std::result::Result<bool, BakeError> {
         Ok(false)
     }
 }

@@ -3,7 +3,6 @@
 use async_trait::async_trait;
 use kiln_model::digest::Digest;
 use kiln_model::lock::Lock;
-use kiln_model::name::ServerName;
 
 use crate::bake::{BakeError, BakeRun, BakedImage, Baker, Resolution, ResolveRequest};
 
@@ -19,7 +18,7 @@ pub trait Bakery: Clone + Send + Sync + 'static {
     async fn sign(&self, image: Digest) -> Result<String, BakeError>;
 
     /// Puts a signed image where the nodes of other machines find it. True where the site has such a place.
-    async fn share(&self, server: &ServerName, image: Digest) -> Result<bool, BakeError>;
+    async fn share(&self, image: Digest) -> Result<bool, BakeError>;
 }
 
 #[async_trait]
@@ -36,7 +35,7 @@ impl Bakery for Baker {
         Self::sign(self, image).await
     }
 
-    async fn share(&self, server: &ServerName, image: Digest) -> Result<bool, BakeError> {
-        Self::share(self, server, image).await
+    async fn share(&self, image: Digest) -> Result<bool, BakeError> {
+        Self::share(self, image).await
     }
 }

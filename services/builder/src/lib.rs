@@ -56,6 +56,8 @@ use crate::workers::WorkerOptions;
 
 /// The durable name of this service's consumer.
 const CONSUMER: &str = "builder";
+/// Between two looks whether the registry has what may be launched.
+const SHARE: Duration = Duration::from_secs(3600);
 
 /// Runs the builder of a site until it is told to stop.
 ///
@@ -94,6 +96,12 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     }
 
     countersign(&builder, &site.signing).await?;
+    let sharing = {
+        let (builder, images, stop) = (builder.clone(), images.clone(), stop.clone());
+        async move {
+            resync::every(SHARE, stop, Arc::default(), || share_needed(&builder, &images)).await;
+        }
+    };
     let api = Api::new(builder.clone(), images.clone(), site.signing.clone());
     let service = BuilderServiceServer::new(api)
         .max_decoding_message_size(APPLY_LIMIT)
@@ -113,7 +121,8 @@ pub async fn run(start: Start) -> Result<(), Failure> {
         stop.clone(),
     );
     let beside = async {
-        tokio::join!(Box::pin(loops.run(bus, stop.clone())), members::stay(heart, stop.clone()), sealing);
+        let staying = members::stay(heart, stop.clone());
+        tokio::join!(Box::pin(loops.run(bus, stop.clone())), staying, sealing, sharing);
         Ok(())
     };
     // A server that can't serve ends the others too.
@@ -130,17 +139,30 @@ async fn countersign<S: Store, C: Clock>(
         let Some(trust) = signing.trust(server.as_str()) else { continue };
         match builder.bakery.countersign(image, trust.clone()).await {
             Ok(false) => {}
-            Ok(true) => {
-                tracing::info!(%image, %server, "was signed by another key as well");
-                if let Err(error) = builder.bakery.share(&server, image).await {
-                    tracing::warn!(%image, %server, %error, "its new signature is not in the registry");
-                }
-            }
+            Ok(true) => tracing::info!(%image, %server, "was signed by another key as well"),
             // It is not launched, and whoever wants to says why.
             Err(error) => tracing::warn!(%image, %server, %error, "was not signed anew"),
         }
     }
     Ok(())
+}
+
+/// Puts what may be launched where other machines find it, if the site has such a place: also what was made or signed
+/// while there was none, or another one. What lies with another builder is that one's to share.
+async fn share_needed<S: Store, K: Bakery, C: Clock>(
+    builder: &Builder<S, K, C>,
+    images: &ImageStore,
+) -> Result<(), String> {
+    let needed = builder.documents.needed_images().await.map_err(|error| error.to_string())?;
+    let mut failed = Vec::new();
+    for image in needed.into_iter().filter(|image| images.has_blob(image)) {
+        match builder.bakery.share(image).await {
+            Ok(true) => {}
+            Ok(false) => return Ok(()),
+            Err(error) => failed.push(error.to_string()),
+        }
+    }
+    if failed.is_empty() { Ok(()) } else { Err(failed.join("; ")) }
 }
 
 /// Everything but the gRPC server: the same loops in production and in the simulation.

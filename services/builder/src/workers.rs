@@ -398,7 +398,12 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
     }
 
     async fn share(&self, image: Digest) -> Result<(), Fell> {
-        let shared = self.builder.bakery.share(self.build.server(), image).await;
+        let share = self.builder.bakery.share(image);
+        let shared = tokio::select! {
+            biased;
+            shared = share => shared,
+            () = self.cancel.cancelled() => Err(BakeError::Cancelled),
+        };
         if shared.map_err(|error| self.bake_fell(&error))? {
             self.log.line("pushed to the registry");
         }

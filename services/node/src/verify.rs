@@ -7,7 +7,6 @@ use std::time::Instant;
 
 use kiln_image::{Image, ImageStore, Thoroughness};
 use kiln_model::digest::Digest;
-use kiln_model::name::ServerName;
 use kiln_registry::Registry;
 use kiln_service::config::Signing;
 use kiln_service::error::{ApiError, chain};
@@ -36,7 +35,7 @@ pub(crate) struct Verified {
 }
 
 /// A blob as the file system knows it. Its content can't change without its change time, which nobody can set.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct BlobState {
     digest: Digest,
     inode: u64,
@@ -49,24 +48,22 @@ impl Verifier {
         Self { images, signing, registry, pulling: Arc::default() }
     }
 
-    /// Brings an image that is not here from the registry, if the site has one. What is wrong with it is found when it is
-    /// verified.
-    async fn fetch(&self, digest: Digest, server: &str) -> Result<(), ApiError> {
-        let (Some(registry), Ok(server)) = (self.registry.clone(), server.parse::<ServerName>()) else {
-            return Ok(());
-        };
+    /// Brings an image that is not here from the registry, if the site has one; with `anew`, also what came to one that is.
+    /// What is wrong with it is found when it is verified.
+    async fn fetch(&self, digest: Digest, anew: bool) -> Result<(), ApiError> {
+        let Some(registry) = self.registry.clone() else { return Ok(()) };
         let (images, pulling) = (self.images.clone(), Arc::clone(&self.pulling));
         let pull = async move {
             let _turn = pulling.lock().await;
             let held = images.clone();
-            if blocking(move || held.image(&digest)).await?.is_ok() {
+            if !anew && blocking(move || held.image(&digest)).await?.is_ok() {
                 return Ok(());
             }
             let began = Instant::now();
-            registry.pull(&images, &server, &digest).await.map_err(|error| {
-                ApiError::Unavailable(format!("image {digest} of {server} is not here: {}", chain(&error)))
+            registry.pull(&images, &digest).await.map_err(|error| {
+                ApiError::Unavailable(format!("image {digest} is not here: {}", chain(&error)))
             })?;
-            tracing::info!(%server, image = %digest, took = ?began.elapsed(), "was brought from the registry");
+            tracing::info!(image = %digest, took = ?began.elapsed(), "was brought from the registry");
             Ok(())
         };
         // Whoever asks for it may give up before it is here, and asks again.
@@ -136,18 +133,22 @@ impl Verifier {
         digest: Digest,
         server: &str,
     ) -> Result<Verified, ApiError> {
-        self.fetch(digest, server).await?;
-        let server = server.to_owned();
+        self.fetch(digest, false).await?;
         let name = digest.to_string();
         let before: Option<Vec<BlobState>> = book.verified(&name).await?;
-        let verifier = self.clone();
-        let (verified, blobs, before) = blocking(move || {
-            verifier
-                .check(&digest, &server, before.as_deref())
-                .map(|(verified, blobs)| (verified, blobs, before))
-        })
-        .await?
-        .map_err(|error| {
+        let check = async || {
+            let (verifier, server, before) = (self.clone(), server.to_owned(), before.clone());
+            blocking(move || verifier.check(&digest, &server, before.as_deref())).await
+        };
+        let mut checked = check().await?;
+        // Another key may have signed it since it was brought here. Where that can't be found out, it stays as it is.
+        if matches!(&checked, Err(kiln_image::Error::Untrusted { .. } | kiln_image::Error::Unsigned(_)))
+            && self.registry.is_some()
+            && self.fetch(digest, true).await.is_ok()
+        {
+            checked = check().await?;
+        }
+        let (verified, blobs) = checked.map_err(|error| {
             ApiError::precondition(
                 format!("image {digest} can't be verified: {}", chain(&error)),
                 "nothing of this image is run: build the server again, or see `signing` in site.toml",

@@ -1,9 +1,10 @@
 //! Images on their way between machines: pushed by the builder to an OCI registry, pulled from it by the nodes that do
 //! not share its folder.
 //!
-//! An image lies in the repository of its server, by its digest; its signatures beside it, as the referrers tag schema
-//! of OCI has it: an index under the tag `sha256-<hex>` names them. Nothing that a registry answers is believed: what is
-//! pulled has its digest compared on the way, and is verified like any other image before it runs.
+//! All images of a site lie in one repository, by their digests, since servers can share an image; its signatures beside
+//! it, as the referrers tag schema of OCI has it: an index under the tag `sha256-<hex>` names them. Nothing that a registry
+//! answers is believed: what is pulled has its digest compared on the way, and is verified like any other image before it
+//! runs.
 
 mod credentials;
 
@@ -15,7 +16,6 @@ use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _};
 use kiln_image::ImageStore;
 use kiln_model::digest::Digest;
-use kiln_model::name::ServerName;
 use kiln_service::config;
 use kiln_service::error::chain;
 use oci_client::client::{Certificate, CertificateEncoding, ClientConfig, ClientProtocol};
@@ -106,40 +106,35 @@ impl Registry {
         Ok(Self { client, settings: Arc::new(settings.clone()), auth })
     }
 
-    fn repository(&self, server: &ServerName) -> String {
-        format!("{}{server}", self.settings.prefix)
-    }
-
-    fn by_digest(&self, server: &ServerName, digest: &Digest) -> Reference {
-        Reference::with_digest(self.settings.host.clone(), self.repository(server), digest.to_string())
+    fn by_digest(&self, digest: &Digest) -> Reference {
+        Reference::with_digest(self.settings.host.clone(), self.settings.path.clone(), digest.to_string())
     }
 
     /// Of the index that names an image's signatures.
-    fn signatures_tag(&self, server: &ServerName, image: &Digest) -> Reference {
+    fn signatures_tag(&self, image: &Digest) -> Reference {
         let tag = format!("sha256-{}", image.hex());
-        Reference::with_tag(self.settings.host.clone(), self.repository(server), tag)
+        Reference::with_tag(self.settings.host.clone(), self.settings.path.clone(), tag)
     }
 
     /// Puts an image and its signatures into the registry. What is there already is not sent again.
     ///
     /// # Errors
     /// The image is not in the store, or the registry does not take it.
-    pub async fn push(&self, images: &ImageStore, server: &ServerName, image: &Digest) -> Result<(), Error> {
-        self.repeat("push", server, image, || self.push_once(images, server, image)).await
+    pub async fn push(&self, images: &ImageStore, image: &Digest) -> Result<(), Error> {
+        self.repeat("push", image, || self.push_once(images, image)).await
     }
 
-    /// Brings an image and its signatures into the store, unless it is there. It still has to be verified.
+    /// Brings what the store lacks of an image and its signatures. It still has to be verified.
     ///
     /// # Errors
     /// The registry is away, has no such image, or gives something else.
-    pub async fn pull(&self, images: &ImageStore, server: &ServerName, image: &Digest) -> Result<(), Error> {
-        self.repeat("pull", server, image, || self.pull_once(images, server, image)).await
+    pub async fn pull(&self, images: &ImageStore, image: &Digest) -> Result<(), Error> {
+        self.repeat("pull", image, || self.pull_once(images, image)).await
     }
 
     async fn repeat<F: Future<Output = Result<(), Error>>>(
         &self,
         doing: &'static str,
-        server: &ServerName,
         image: &Digest,
         once: impl Fn() -> F,
     ) -> Result<(), Error> {
@@ -159,28 +154,21 @@ impl Registry {
         };
         tokio::time::timeout(TRANSFER, all).await.unwrap_or_else(|_| {
             let why = format!("not done within {} minutes", TRANSFER.as_secs() / 60);
-            Err(self.failed(doing, server, image, why, false))
+            Err(self.failed(doing, image, why, false))
         })
     }
 
-    fn failed(
-        &self,
-        doing: &'static str,
-        server: &ServerName,
-        image: &Digest,
-        why: String,
-        passing: bool,
-    ) -> Error {
-        let place = format!("{}/{}", self.settings.host, self.repository(server));
+    fn failed(&self, doing: &'static str, image: &Digest, why: String, passing: bool) -> Error {
+        let place = format!("{}/{}", self.settings.host, self.settings.path);
         Error::Transfer { doing, image: *image, place, why, passing }
     }
 
-    async fn push_once(&self, images: &ImageStore, server: &ServerName, image: &Digest) -> Result<(), Error> {
-        let failed = |error| self.transfer("push", server, image, &error);
+    async fn push_once(&self, images: &ImageStore, image: &Digest) -> Result<(), Error> {
+        let failed = |error| self.transfer("push", image, &error);
         self.client.store_auth_if_needed(&self.settings.host, &self.auth).await;
         let signatures = images.signatures_of(image)?;
         for manifest in [image].into_iter().chain(&signatures) {
-            let place = self.by_digest(server, manifest);
+            let place = self.by_digest(manifest);
             for (blob, _) in images.parts_of(manifest)? {
                 let name = blob.to_string();
                 if self.client.blob_exists(&place, &name).await.map_err(failed)? {
@@ -197,7 +185,7 @@ impl Registry {
                 .map_err(failed)?;
         }
         let index = self.index(images, &signatures)?.to_string();
-        let place = self.signatures_tag(server, image);
+        let place = self.signatures_tag(image);
         self.push_manifest(&place, index.into(), OCI_IMAGE_INDEX_MEDIA_TYPE).await.map_err(failed)
     }
 
@@ -236,20 +224,20 @@ impl Registry {
         Ok(json!({ "schemaVersion": 2, "mediaType": OCI_IMAGE_INDEX_MEDIA_TYPE, "manifests": manifests }))
     }
 
-    async fn pull_once(&self, images: &ImageStore, server: &ServerName, image: &Digest) -> Result<(), Error> {
+    async fn pull_once(&self, images: &ImageStore, image: &Digest) -> Result<(), Error> {
         self.client.store_auth_if_needed(&self.settings.host, &self.auth).await;
-        self.pull_manifest(images, server, image, image).await?;
-        let tag = self.signatures_tag(server, image);
+        self.pull_manifest(images, image, image).await?;
+        let tag = self.signatures_tag(image);
         let accepted = [OCI_IMAGE_INDEX_MEDIA_TYPE];
         let (index, _) = self
             .client
             .pull_manifest_raw(&tag, &self.auth, &accepted)
             .await
-            .map_err(|error| self.transfer("pull the signatures of", server, image, &error))?;
-        let signatures = parse_index(&index)
-            .map_err(|why| self.failed("pull the signatures of", server, image, why, false))?;
+            .map_err(|error| self.transfer("pull the signatures of", image, &error))?;
+        let signatures =
+            parse_index(&index).map_err(|why| self.failed("pull the signatures of", image, why, false))?;
         for signature in &signatures {
-            self.pull_manifest(images, server, image, signature).await?;
+            self.pull_manifest(images, image, signature).await?;
         }
         images.adopt(image, &signatures)?;
         Ok(())
@@ -259,12 +247,11 @@ impl Registry {
     async fn pull_manifest(
         &self,
         images: &ImageStore,
-        server: &ServerName,
         image: &Digest,
         manifest: &Digest,
     ) -> Result<(), Error> {
-        let place = self.by_digest(server, manifest);
-        let failed = |error| self.transfer("pull", server, image, &error);
+        let place = self.by_digest(manifest);
+        let failed = |error| self.transfer("pull", image, &error);
         if !images.has_blob(manifest) {
             let accepted = [OCI_IMAGE_MEDIA_TYPE];
             let (content, _) =
@@ -278,7 +265,7 @@ impl Registry {
             if size > BLOB_LIMIT {
                 let why =
                     format!("blob {blob} is said to have {size} bytes, which is more than {BLOB_LIMIT}");
-                return Err(self.failed("pull", server, image, why, false));
+                return Err(self.failed("pull", image, why, false));
             }
             let name = OciDescriptor { digest: blob.to_string(), ..OciDescriptor::default() };
             let stream = self.client.pull_blob_stream(&place, &name).await.map_err(failed)?;
@@ -288,13 +275,7 @@ impl Registry {
             while let Some(chunk) = stream.next().await {
                 let chunk = chunk.map_err(|error| failed(error.into()))?;
                 left = left.checked_sub(chunk.len() as u64).ok_or_else(|| {
-                    self.failed(
-                        "pull",
-                        server,
-                        image,
-                        format!("blob {blob} has more than {size} bytes"),
-                        false,
-                    )
+                    self.failed("pull", image, format!("blob {blob} has more than {size} bytes"), false)
                 })?;
                 // Some hundred KiB at most into the page cache: not worth a thread of its own.
                 std::io::Write::write_all(&mut writer, &chunk).map_err(|source| kiln_image::Error::Io {
@@ -309,19 +290,13 @@ impl Registry {
             }
             tokio::task::spawn_blocking(move || writer.finish())
                 .await
-                .map_err(|error| self.failed("pull", server, image, error.to_string(), false))??;
+                .map_err(|error| self.failed("pull", image, error.to_string(), false))??;
         }
         Ok(())
     }
 
-    fn transfer(
-        &self,
-        doing: &'static str,
-        server: &ServerName,
-        image: &Digest,
-        error: &OciDistributionError,
-    ) -> Error {
-        self.failed(doing, server, image, chain(error), is_passing(error))
+    fn transfer(&self, doing: &'static str, image: &Digest, error: &OciDistributionError) -> Error {
+        self.failed(doing, image, chain(error), is_passing(error))
     }
 }
 

@@ -12,7 +12,6 @@ use ed25519_dalek::SigningKey;
 use ed25519_dalek::pkcs8::EncodePrivateKey as _;
 use kiln_image::{ImageStore, Layer, NewImage, Signer};
 use kiln_model::digest::Digest;
-use kiln_model::name::ServerName;
 use kiln_registry::Registry;
 use kiln_service::config;
 use serde_json::json;
@@ -34,7 +33,7 @@ async fn serve(fake: Arc<Fake>, stream: TcpStream) {
     while stream.read_line(&mut line).await.is_ok_and(|read| read > 2) {
         line.clear();
     }
-    let path = first.split(' ').nth(1).unwrap_or_default().trim_start_matches("/v2/kiln/web/").to_owned();
+    let path = first.split(' ').nth(1).unwrap_or_default().trim_start_matches("/v2/kiln/").to_owned();
     // The first question is whether one has to log in.
     let is_real = path != "/v2/";
     fake.asked.fetch_add(is_real.into(), Ordering::SeqCst);
@@ -109,7 +108,7 @@ impl World {
         });
         let settings = config::Registry {
             host: address.to_string(),
-            prefix: "kiln/".to_owned(),
+            path: "kiln".to_owned(),
             ca: None,
             credentials: None,
         };
@@ -147,8 +146,7 @@ impl World {
         let ours = self.folder.path().join("ours");
         let _ = std::fs::remove_dir_all(&ours);
         let ours = ImageStore::open(&ours).unwrap();
-        let server: ServerName = "web".parse().unwrap();
-        let pulled = self.registry.pull(&ours, &server, &self.image).await;
+        let pulled = self.registry.pull(&ours, &self.image).await;
         (ours, pulled.map_err(|error| error.to_string()))
     }
 
@@ -211,4 +209,25 @@ async fn what_fails_in_passing_is_tried_again_and_what_is_not_there_is_not() {
     let error = world.pull().await.1.unwrap_err();
     assert!(error.starts_with(&format!("pull {} at 127.0.0.1:", world.image)), "{error}");
     assert_eq!(world.fake.asked.load(Ordering::SeqCst), asked + 1);
+}
+
+#[tokio::test]
+async fn a_signature_that_came_later_is_brought_to_an_image_that_is_here() {
+    let world = World::new().await;
+    let (ours, pulled) = world.pull().await;
+    pulled.unwrap();
+    let theirs = ImageStore::open(&world.folder.path().join("theirs")).unwrap();
+    let key = SigningKey::from_bytes(&[8; 32]).to_pkcs8_pem(Default::default()).unwrap();
+    std::fs::write(world.folder.path().join("next"), key.as_bytes()).unwrap();
+    theirs.sign(&world.image, &Signer::file(&world.folder.path().join("next")).unwrap()).unwrap();
+    let both = theirs.signatures_of(&world.image).unwrap();
+    for signature in &both {
+        world.answer(&format!("manifests/{signature}"), &world.theirs(signature));
+        for (part, _) in theirs.parts_of(signature).unwrap() {
+            world.answer(&format!("blobs/{part}"), &world.theirs(&part));
+        }
+    }
+    world.name(&both);
+    world.registry.pull(&ours, &world.image).await.unwrap();
+    assert_eq!((ours.signatures_of(&world.image).unwrap(), both.len()), (both, 2));
 }

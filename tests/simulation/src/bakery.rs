@@ -7,7 +7,6 @@ use kiln_builder::bake::{BakeError, BakeRun, BakedImage, ReleaseFile, Resolution
 use kiln_builder::bakery::Bakery;
 use kiln_model::digest::Digest;
 use kiln_model::lock::{BUILDER_FORMAT, Lock, LockedBase, LockedPackage};
-use kiln_model::name::ServerName;
 
 use crate::life::Life;
 use crate::nature::Nature;
@@ -98,7 +97,7 @@ impl Bakery for SimBakery {
         Ok("key".to_owned())
     }
 
-    async fn share(&self, _: &ServerName, _: Digest) -> Result<bool, BakeError> {
+    async fn share(&self, _: Digest) -> Result<bool, BakeError> {
         Ok(false)
     }
 }

@@ -44,7 +44,7 @@ use kiln_image::{ImageStore, Signer, Thoroughness};
 use kiln_model::definition::{ArchiveSpec, Definition};
 use kiln_model::digest::Digest;
 use kiln_model::lock::Lock;
-use kiln_model::name::{BuildId, ServerName, SiteId};
+use kiln_model::name::{BuildId, SiteId};
 use kiln_registry::Registry;
 use kiln_service::config::{SigningKey, Trust};
 use kiln_service::machine::Leftover;
@@ -311,9 +311,9 @@ impl Baker {
     ///
     /// # Errors
     /// The image is not in the store, or the registry does not take it.
-    pub async fn share(&self, server: &ServerName, image: Digest) -> Result<bool, BakeError> {
+    pub async fn share(&self, image: Digest) -> Result<bool, BakeError> {
         let Some(registry) = &self.registry else { return Ok(false) };
-        registry.push(&ImageStore::open(&self.config.images)?, server, &image).await?;
+        registry.push(&ImageStore::open(&self.config.images)?, &image).await?;
         Ok(true)
     }
 

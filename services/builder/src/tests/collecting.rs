@@ -154,3 +154,23 @@ async fn a_lock_whose_image_was_removed_is_built_anew() {
     assert_eq!(world.builds().await.len(), 3);
     assert!(is_there(&world, &first.image_digest).await);
 }
+
+#[tokio::test]
+async fn what_may_be_launched_is_in_the_registry_also_when_that_came_later() {
+    let world = World::new().await;
+    let [held, forgotten, elsewhere] =
+        ["held", "forgotten", "elsewhere"].map(|text| Digest::of(text.as_bytes()));
+    for text in ["held", "forgotten", "elsewhere"] {
+        old_image(&world, text).await;
+    }
+    hold(&world, "deployer/web", "h1", &[held, elsewhere]).await.unwrap();
+    let images = world.images();
+    for (text, digest) in [("held", held), ("forgotten", forgotten)] {
+        images.put_blob(&mut text.as_bytes(), Some(&digest)).unwrap();
+    }
+    crate::share_needed(&world.builder, &images).await.unwrap();
+    assert_eq!(world.bakery.shared(), []);
+    world.bakery.has_a_registry();
+    crate::share_needed(&world.builder, &images).await.unwrap();
+    assert_eq!(world.bakery.shared(), [held], "what lies with another builder is that one's to share");
+}

@@ -79,6 +79,8 @@ pub(crate) struct FakeBakery {
     interrupted: watch::Sender<bool>,
     /// Plans that asked the archives.
     resolved: Arc<AtomicUsize>,
+    /// What the registry has, where there is one.
+    registry: Arc<Mutex<Option<Vec<Digest>>>>,
 }
 
 impl FakeBakery {
@@ -89,7 +91,16 @@ impl FakeBakery {
             packages: Arc::new(Mutex::new(packages)),
             interrupted: watch::Sender::new(false),
             resolved: Arc::default(),
+            registry: Arc::default(),
         }
+    }
+
+    pub(crate) fn has_a_registry(&self) {
+        *self.registry.lock().unwrap() = Some(Vec::new());
+    }
+
+    pub(crate) fn shared(&self) -> Vec<Digest> {
+        self.registry.lock().unwrap().clone().unwrap_or_default()
     }
 
     pub(crate) fn then(&self, bakes: Bakes) {
@@ -175,8 +186,11 @@ impl Bakery for FakeBakery {
         Ok("key".to_owned())
     }
 
-    async fn share(&self, _: &ServerName, _: Digest) -> Result<bool, BakeError> {
-        Ok(false)
+    async fn share(&self, image: Digest) -> Result<bool, BakeError> {
+        let mut registry = self.registry.lock().unwrap();
+        let Some(shared) = &mut *registry else { return Ok(false) };
+        shared.push(image);
+        Ok(true)
     }
 }
 

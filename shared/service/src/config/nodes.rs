@@ -12,7 +12,7 @@ use super::reach::Address;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RegistryFile {
-    /// `registry.example/kiln`: each server's images lie in a repository of its name below it.
+    /// `registry.example/kiln`: one for all images of the site.
     pub repository: String,
     /// Of the authorities that the registry's certificate may be of, instead of the machine's; relative to the home.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -27,8 +27,8 @@ pub struct RegistryFile {
 pub struct Registry {
     /// `host` or `host:port`.
     pub host: String,
-    /// What stands before a server's name in its repository's; empty, or with a `/` at its end.
-    pub prefix: String,
+    /// The repository's name there.
+    pub path: String,
     pub ca: Option<PathBuf>,
     pub credentials: Option<PathBuf>,
 }
@@ -59,17 +59,12 @@ impl RegistryFile {
                 && edge(text.as_bytes().last())
                 && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._-".contains(&b))
         };
-        let has_no_name = self.repository.ends_with('/');
-        if has_no_name
-            || !is_host(host)
-            || self.repository.len() > 200
-            || !(path.is_empty() || path.split('/').all(is_part))
-        {
+        if !is_host(host) || self.repository.len() > 200 || !path.split('/').all(is_part) {
             return Err(wrong());
         }
         Ok(Registry {
             host: host.to_owned(),
-            prefix: if path.is_empty() { String::new() } else { format!("{path}/") },
+            path: path.to_owned(),
             ca: self.ca.map(|file| home.join(file)),
             credentials: self.credentials.map(|file| home.join(file)),
         })
@@ -103,15 +98,14 @@ mod tests {
     #[test]
     fn a_repository_is_a_host_and_a_path() {
         let found = registry("registry.example:5000/team/kiln").unwrap();
-        assert_eq!((found.host.as_str(), found.prefix.as_str()), ("registry.example:5000", "team/kiln/"));
-        assert!(!found.is_on_loopback());
-        let found = registry("127.0.0.1:5000").unwrap();
-        assert_eq!((found.prefix.as_str(), found.is_on_loopback()), ("", true));
+        assert_eq!((found.host.as_str(), found.path.as_str()), ("registry.example:5000", "team/kiln"));
+        assert!(!found.is_on_loopback() && registry("127.0.0.1:5000/kiln").unwrap().is_on_loopback());
         for wrong in [
             "",
             "kiln",
             "team/kiln",
             "https://registry.example/kiln",
+            "registry.example",
             "registry.example/",
             "a.b/Kiln",
             "a.b/../c",
