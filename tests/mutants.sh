@@ -7,8 +7,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
-export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$root/target}
-tree=$CARGO_TARGET_DIR/mutants
+# A target folder of its own: cargo takes the same crate of two trees for one, and a mistake that is planted here must not
+# come into what is built elsewhere.
+target=${CARGO_TARGET_DIR:-$root/target}/mutants
+export CARGO_TARGET_DIR=$target/build
+tree=$target/tree
 trap 'rm -rf "$tree"' EXIT
 
 if [ "$#" -gt 0 ]; then
@@ -22,7 +25,7 @@ fi
 
 rm -rf "$tree"
 mkdir -p "$tree"
-git ls-files -z --cached --others --exclude-standard | tar --create --null --files-from=- | tar --extract --directory="$tree"
+git ls-files -z --cached --others --exclude-standard | tar --create --null --files-from=- | tar --extract --touch --directory="$tree"
 
 missed=0
 for patch in "${patches[@]}"; do
