@@ -188,7 +188,8 @@ fn effects(
 ) -> Vec<Effect> {
     let fleet = &work.fleet;
     let generation = fleet.generation;
-    let acknowledged = work.acknowledged(view);
+    let behind = nodes::behind(fleet, view);
+    let acknowledged = behind.is_empty();
     let mut effects = Vec::new();
     let trace = |cause: Option<&Cause>| cause.map(|c| c.traceparent.clone()).unwrap_or_default();
     let rollout_trace = trace(fleet.rollout.as_ref().or(fleet.finished.as_ref()).map(|r| &r.cause));
@@ -200,7 +201,7 @@ fn effects(
         let (node, image) = (target.revision.run.node(), target.revision.image_digest);
         effects.push(Effect::Verify { node, image, traceparent: rollout_trace.clone() });
     }
-    effects.extend(nodes::behind(fleet, view).into_iter().map(|node| Effect::Route {
+    effects.extend(behind.into_iter().map(|node| Effect::Route {
         node: node.clone(),
         listeners: nodes::edge_of(fleet, engine, node),
         generation,
