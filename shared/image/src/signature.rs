@@ -125,7 +125,7 @@ impl ImageStore {
         let image = self.image(digest)?;
         let mut entries = vec![image_entry(*digest, image.size)];
         for signature in signatures.iter().take(SIGNATURES_LIMIT) {
-            let content = self.small_blob(signature, MANIFEST_LIMIT)?;
+            let content = self.manifest(signature)?;
             if subject_of(&parse_manifest(signature, &content)?) != Some(digest.to_string()) {
                 let why = format!("it is not about image {digest}");
                 return Err(Error::malformed(format!("signature {signature}"), why));
@@ -135,12 +135,20 @@ impl ImageStore {
         self.add_entries(entries)
     }
 
+    /// A manifest as it is written, checked against its digest.
+    ///
+    /// # Errors
+    /// It is not there, is too large, or is something else.
+    pub fn manifest(&self, digest: &Digest) -> Result<Vec<u8>, Error> {
+        self.small_blob(digest, MANIFEST_LIMIT)
+    }
+
     /// The blobs that a manifest in the store names, with the sizes that it gives them: its configuration, its layers.
     ///
     /// # Errors
     /// It is not there, or is not well-formed.
     pub fn parts_of(&self, manifest: &Digest) -> Result<Vec<(Digest, u64)>, Error> {
-        let parsed = parse_manifest(manifest, &self.small_blob(manifest, MANIFEST_LIMIT)?)?;
+        let parsed = parse_manifest(manifest, &self.manifest(manifest)?)?;
         let parts = [parsed.config()].into_iter().chain(parsed.layers());
         parts.map(|part| Ok((parse_digest(part.digest().as_ref())?, part.size()))).collect()
     }
@@ -208,7 +216,7 @@ impl ImageStore {
 
     /// The digests of what a signature is made of, to remove it by.
     pub(crate) fn signature_blobs(&self, manifest: &Digest) -> Result<Vec<Digest>, Error> {
-        let parsed = parse_manifest(manifest, &self.small_blob(manifest, MANIFEST_LIMIT)?)?;
+        let parsed = parse_manifest(manifest, &self.manifest(manifest)?)?;
         let mut blobs = vec![*manifest];
         for layer in parsed.layers() {
             blobs.push(parse_digest(layer.digest().as_ref())?);
@@ -257,7 +265,7 @@ impl ImageStore {
         let part: Index = serde_json::from_slice(part)
             .map_err(|error| Error::malformed("a part of an index".to_owned(), error.to_string()))?;
         for entry in &part.manifests {
-            self.small_blob(&entry.digest, MANIFEST_LIMIT)?;
+            self.manifest(&entry.digest)?;
         }
         self.add_entries(part.manifests)
     }
@@ -268,7 +276,7 @@ impl ImageStore {
         wanted: &Payload,
         trusted: &[VerifyingKey],
     ) -> Result<BTreeSet<KeyId>, String> {
-        let content = self.small_blob(manifest, MANIFEST_LIMIT).map_err(|e| e.to_string())?;
+        let content = self.manifest(manifest).map_err(|e| e.to_string())?;
         let parsed = parse_manifest(manifest, &content).map_err(|e| e.to_string())?;
         if subject_of(&parsed) != Some(wanted.image.to_string()) {
             return Err(format!("signature {manifest} is about another image"));

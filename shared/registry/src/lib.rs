@@ -24,7 +24,6 @@ use oci_client::manifest::{OCI_IMAGE_INDEX_MEDIA_TYPE, OCI_IMAGE_MEDIA_TYPE, Oci
 use oci_client::secrets::RegistryAuth;
 use oci_client::{Client, Reference};
 use serde_json::{Value, json};
-use tokio::io::AsyncReadExt as _;
 
 const CONNECT: Duration = Duration::from_secs(10);
 /// Without a byte.
@@ -180,25 +179,13 @@ impl Registry {
                 let chunks = chunks.map_err(OciDistributionError::from);
                 self.client.push_blob_stream(&place, chunks, &name, Some(size)).await.map_err(failed)?;
             }
-            self.push_manifest(&place, self.content(images, manifest).await?, OCI_IMAGE_MEDIA_TYPE)
+            self.push_manifest(&place, images.manifest(manifest)?.into(), OCI_IMAGE_MEDIA_TYPE)
                 .await
                 .map_err(failed)?;
         }
         let index = self.index(images, &signatures)?.to_string();
         let place = self.signatures_tag(image);
         self.push_manifest(&place, index.into(), OCI_IMAGE_INDEX_MEDIA_TYPE).await.map_err(failed)
-    }
-
-    async fn content(&self, images: &ImageStore, manifest: &Digest) -> Result<Bytes, Error> {
-        let (file, size) = images.open_blob(manifest)?;
-        let mut content = Vec::new();
-        let read = tokio::fs::File::from_std(file).take(size).read_to_end(&mut content).await;
-        read.map_err(|source| kiln_image::Error::Io {
-            doing: "read blob",
-            path: manifest.to_string().into(),
-            source,
-        })?;
-        Ok(content.into())
     }
 
     async fn push_manifest(
