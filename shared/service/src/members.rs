@@ -28,8 +28,9 @@ pub const KIND: &str = "member";
 const SCHEMA: u32 = 1;
 
 /// How often a replica says that it is there, and looks who else is.
-const BEAT: Duration = Duration::from_secs(1);
-/// How long a replica may be silent before its work is others'. With the look that finds it, that is less than 5 s.
+const BEAT: Duration = Duration::from_millis(500);
+/// How long a replica may be silent before its work is others'. With the look that finds it and what it then has to read,
+/// that is less than 5 s.
 const SILENCE: Duration = Duration::from_secs(3);
 /// After which the document of a replica that was killed is removed.
 const FORGOTTEN: Duration = Duration::from_secs(60);
