@@ -56,12 +56,15 @@ pub struct Failure {
 
 impl Summary {
     /// # Errors
-    /// Where a request failed, or there were fewer than `least`.
+    /// Where a request failed, or there were fewer than `least`. The first and the last of what is kept say from when to when.
     pub fn unfailing(&self, least: u64) -> crate::Result<()> {
         if self.failed == 0 && self.requests >= least {
             return Ok(());
         }
-        Err(format!("{} of {} requests failed: {:?}", self.failed, self.requests, self.failures).into())
+        let mut kept = self.failures.iter();
+        let ends: Vec<_> = kept.next().into_iter().chain(kept.next_back()).collect();
+        let Self { failed, requests, .. } = self;
+        Err(format!("{failed} of {requests} requests failed, of at least {least}; the first and the last kept: {ends:?}").into())
     }
 }
 
