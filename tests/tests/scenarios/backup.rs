@@ -1,16 +1,23 @@
 //! A site in one file, and out of it again.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
+use kiln_api::deployer::{Fleet, InstanceState};
 use kiln_tests::Result;
 use kiln_tests::command::both;
-use kiln_tests::server::Web;
+use kiln_tests::server::{SETTLES, Web};
 use kiln_tests::site::{Site, settled};
 use kiln_tests::wait::until;
 use serde_json::Value;
 
 fn texts<'a>(document: &'a Value, list: &str, field: &str) -> Vec<&'a str> {
     document[list].as_array().into_iter().flatten().filter_map(|it| it[field].as_str()).collect()
+}
+
+fn live(fleet: &Fleet) -> BTreeSet<String> {
+    let there = fleet.instances.iter().filter(|it| it.state() == InstanceState::Running);
+    there.map(|instance| instance.id.clone()).collect()
 }
 
 /// Backed up under load while a rollout is under way, taken down, and restored into an empty folder.
@@ -21,7 +28,7 @@ async fn a_restored_site_serves_again_and_does_nothing_that_was_not_due() -> Res
     let (file, key) =
         (folder.join("site.kiln").display().to_string(), folder.join("key").display().to_string());
     web.say("second")?;
-    web.settled(2).await?;
+    let before = live(&web.settled(2).await?);
     let load = web.load();
     let written = web.site.json(&["backup", &file, "--key", &key])?;
     load.stop().await.unfailing(100)?;
@@ -38,7 +45,13 @@ async fn a_restored_site_serves_again_and_does_nothing_that_was_not_due() -> Res
     assert!(!refused.status.success());
     web.site.kiln(&["restore", &file, "--key", &key])?;
     web.site.kiln(&["up"])?;
-    web.settled(2).await?;
+    // At first the fleet is as the store has it: the node has not been asked yet.
+    until("other instances than those that are gone", SETTLES, async || {
+        let fleet = web.site.fleet("web").await?;
+        settled(&fleet, 2)?;
+        if live(&fleet).is_disjoint(&before) { Ok(()) } else { Err("those from before".into()) }
+    })
+    .await?;
     let load = web.load();
 
     // Longer than two resyncs and polls.
