@@ -20,6 +20,7 @@ use kiln_store::{Error, Store};
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 
+use crate::documents::KnownServer;
 use crate::metrics;
 use crate::ports::{Builder, Git, Listing, Problem};
 use crate::servers::Servers;
@@ -255,24 +256,24 @@ impl<S: Store, C: Clock> Definitions<S, C> {
         let inspection = self.builder.inspect(source).await?;
         // What the builder saw may be newer than what was seen here; then the next look finds out.
         let commit = if inspection.commit.is_empty() { head } else { inspection.commit.clone() };
-        let refused = self.raise(source, &commit, seen, inspection).await.map_err(|error| {
+        let raised = self.raise(source, &commit, seen, inspection).await.map_err(|error| {
             Problem(format!("the signals of the repository could not be written: {error}"))
         })?;
         if let Some(watched) = self.watched().get_mut(source) {
-            watched.inspected = Some(commit);
-            watched.status.refused = refused;
+            watched.inspected = raised.whole.then_some(commit);
+            watched.status.refused = raised.refused;
         }
         Ok(())
     }
 
-    /// Makes the signals of a source's servers what an inspection calls for; gives what is wrong with single ones.
+    /// Makes the signals of a source's servers what an inspection calls for.
     async fn raise(
         &self,
         source: &str,
         commit: &str,
         seen: Timestamp,
         inspection: InspectSourceResponse,
-    ) -> Result<Vec<(String, String)>, Error> {
+    ) -> Result<Raised, Error> {
         let mut refused = Vec::new();
         let mut inspected: BTreeMap<ServerName, InspectedServer> = BTreeMap::new();
         for server in inspection.servers {
@@ -284,51 +285,62 @@ impl<S: Store, C: Clock> Definitions<S, C> {
             }
         }
         let servers = self.watched().get(source).map(|watched| watched.servers.clone()).unwrap_or_default();
+        let mut whole = true;
         for name in servers.iter().filter_map(|name| name.parse::<ServerName>().ok()) {
-            let observed = inspected.get(&name).and_then(|server| self.changed(&name, server, commit, seen));
+            let Some(known) = self.servers.get(&name) else {
+                whole = false;
+                continue;
+            };
+            let observed = inspected.get(&name).and_then(|server| changed(&known, server, commit, seen));
             let scope = Scope::Cause(name, CauseKind::DefinitionChanged);
             self.signals.see(&scope, observed.as_slice()).await?;
         }
-        Ok(refused)
-    }
-
-    /// Whether a server's definition at the head is another one than the builder took.
-    fn changed(
-        &self,
-        name: &ServerName,
-        server: &InspectedServer,
-        commit: &str,
-        seen: Timestamp,
-    ) -> Option<Observation> {
-        // One that can't be taken is told of as a problem; one that was never applied, or was removed, is not ours.
-        let differs = server.problem.is_empty()
-            && !server.current_digest.is_empty()
-            && server.current_digest != server.definition_digest;
-        let digest: Digest = server.definition_digest.parse().ok()?;
-        let known = self.servers.get(name);
-        // Taken while it was inspected.
-        let in_force = known.as_ref().is_some_and(|known| known.definition == Some(digest));
-        if !differs || in_force {
-            return None;
-        }
-        let current =
-            server.current_digest.parse::<Digest>().map(|digest| digest.short()).unwrap_or_default();
-        let short = commit.get(..12).unwrap_or(commit);
-        Some(Observation {
-            server: name.clone(),
-            cause: CauseKind::DefinitionChanged,
-            fingerprint: digest.to_string(),
-            remedy: Remedy::Rebuild,
-            evidence: vec![format!("commit {short}: definition {current} -> {}", digest.short())],
-            instance: None,
-            since: seen,
-            reporter: Service::Monitor.to_string(),
-            generation: known.map_or(0, |known| known.generation),
-        })
+        Ok(Raised { refused, whole })
     }
 
     fn watched(&self) -> MutexGuard<'_, BTreeMap<String, Watched>> {
         // No code that can panic runs under the lock.
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What became of an inspection.
+struct Raised {
+    /// As in [`Status`].
+    refused: Vec<(String, String)>,
+    /// False where the builder has not told of a server yet: only its policy says whether a commit is followed, so the
+    /// next look has to decide it.
+    whole: bool,
+}
+
+/// Whether a server's definition at the head is another one than the builder took.
+fn changed(
+    known: &KnownServer,
+    server: &InspectedServer,
+    commit: &str,
+    seen: Timestamp,
+) -> Option<Observation> {
+    // One that can't be taken is told of as a problem; one that was never applied, or was removed, is not ours.
+    let differs = server.problem.is_empty()
+        && !server.current_digest.is_empty()
+        && server.current_digest != server.definition_digest;
+    let digest: Digest = server.definition_digest.parse().ok()?;
+    // Taken while it was inspected.
+    let in_force = known.definition == Some(digest);
+    if !differs || in_force {
+        return None;
+    }
+    let current = server.current_digest.parse::<Digest>().map(|digest| digest.short()).unwrap_or_default();
+    let short = commit.get(..12).unwrap_or(commit);
+    Some(Observation {
+        server: known.name.clone(),
+        cause: CauseKind::DefinitionChanged,
+        fingerprint: digest.to_string(),
+        remedy: Remedy::Rebuild,
+        evidence: vec![format!("commit {short}: definition {current} -> {}", digest.short())],
+        instance: None,
+        since: seen,
+        reporter: Service::Monitor.to_string(),
+        generation: known.generation,
+    })
 }

@@ -122,6 +122,18 @@ async fn a_commit_is_a_signal_until_it_is_taken_over() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_was_seen_before_its_server_was_told_of_is_followed() {
+    let (world, repository) = Repository::new().await;
+    repository.commit(&world, "new", "old");
+    let monitor = world.start().await;
+    inspected(&world, 2).await;
+    assert_eq!(world.said(), [""; 0]);
+    takes(&world, "old", types::Mode::Auto).await;
+    world.hears("needs_update definition_changed web").await;
+    monitor.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_commit_on_top_takes_the_place_and_going_back_acts_again() {
     let (world, repository) = Repository::new().await;
     world.has_server(server("web", types::Mode::Auto));
