@@ -176,7 +176,7 @@ impl Wire {
             return body;
         }
         let (sender, receiver) = mpsc::channel(16);
-        let caller = self.caller.clone();
+        let wire = self.clone();
         tokio::spawn(async move {
             loop {
                 let frame = tokio::select! {
@@ -189,9 +189,10 @@ impl Wire {
                 let ended = frame.is_err();
                 let both = async {
                     life.here().await;
-                    if let Some(caller) = &caller {
-                        caller.here().await;
-                    }
+                    wire.here().await;
+                    // What a process is told of while it stands still comes after it went on, and after answers maybe.
+                    wire.world.slowly().await;
+                    wire.here().await;
                 };
                 let frame = tokio::select! {
                     biased;

@@ -115,12 +115,6 @@ fn a_seed_of_ones_own() {
     }
 }
 
-/// It read of an instance that another deployer had launched meanwhile, and did not ask the node.
-#[test]
-fn a_deployer_that_stood_still_convicts_nothing_that_it_was_not_told_of() {
-    holds(305);
-}
-
 /// A release that no longer answered succeeded, since nobody had looked.
 #[test]
 fn a_soak_ends_with_the_newest_answer() {
@@ -137,4 +131,10 @@ fn two_monitors_that_know_different_things_come_to_rest() {
 #[test]
 fn a_replica_that_was_slow_takes_its_work_up_again() {
     holds(1107);
+}
+
+/// What the monitor saw of a repository before it knew of the server was taken for seen.
+#[test]
+fn a_commit_is_followed_that_was_seen_before_its_server_was_known() {
+    holds(2717);
 }
