@@ -1,4 +1,5 @@
-//! Replicas that die or stand still: another one goes on with their work within five seconds.
+//! Replicas that die or stand still: another one goes on with their work within five seconds, and one that goes on later
+//! than that does no harm.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -7,6 +8,7 @@ use kiln_api::builder::apply_request::Source;
 use kiln_api::builder::builder_service_client::BuilderServiceClient;
 use kiln_api::builder::{ApplyRequest, GitSource};
 use kiln_builder_core::build::State;
+use kiln_deployer_core::{Instance, InstanceState};
 use kiln_model::event::Service;
 use kiln_store::Store as _;
 use tokio::time::Instant;
@@ -16,16 +18,18 @@ use crate::outside::{Definition, URL};
 use crate::settled::unsettled;
 use crate::site::Site;
 use crate::tests::played;
-use crate::world::World;
+use crate::world::{Faults, World};
 
 const WITHIN: Duration = Duration::from_secs(5);
 /// Of a probe in the definitions here, with its timeout.
 const A_LOOK: Duration = Duration::from_secs(3);
 /// Stories with these numbers have two or three processes of each service.
-const SEEDS: [u64; 6] = [3, 7, 11, 15, 19, 23];
+const SHARED: [u64; 6] = [3, 7, 11, 15, 19, 23];
+/// In these each service has a process for itself.
+const ALONE: [u64; 6] = [0, 1, 2, 4, 5, 6];
 
-fn each_holds(tell: impl AsyncFn(&Site) -> Result<(), String>) {
-    for seed in SEEDS {
+fn each_holds(seeds: &[u64], tell: impl AsyncFn(&Site) -> Result<(), String>) {
+    for &seed in seeds {
         let told = played(seed, async |world: &World, folder: PathBuf| {
             let site = Site::new(world, folder);
             let told = tell(&site).await;
@@ -57,10 +61,18 @@ async fn until<T>(
     }
 }
 
+fn commit(site: &Site, image: u64) {
+    let definition = Definition { image, nature: Nature::Good, run: 0, replicas: 3, tested: false };
+    site.outside.commit(Some(definition));
+}
+
+async fn rests(site: &Site) -> Result<(), String> {
+    until("rest", Duration::from_secs(300), async || unsettled(site).await.is_none().then_some(())).await
+}
+
 async fn apply(site: &Site) -> Result<(), String> {
     site.outside.publish(Nature::Good);
-    let definition = Definition { image: 0, nature: Nature::Good, run: 0, replicas: 3, tested: false };
-    site.outside.commit(Some(definition));
+    commit(site, 0);
     let git = GitSource { url: URL.to_owned(), branch: "main".to_owned() };
     let request = ApplyRequest { request_id: "call-1".to_owned(), source: Some(Source::Git(git)) };
     let mut client = BuilderServiceClient::new(site.channel(Service::Builder));
@@ -77,7 +89,7 @@ fn stand_still(site: &Site, service: Service) {
 
 #[test]
 fn a_build_goes_on_where_its_builder_died() {
-    each_holds(async |site| {
+    each_holds(&SHARED, async |site| {
         apply(site).await?;
         let (id, token, owner) = until("a build", Duration::from_secs(60), async || {
             site.invariants.builds().into_iter().find_map(|build| match &build.state {
@@ -98,7 +110,7 @@ fn a_build_goes_on_where_its_builder_died() {
 
 #[test]
 fn a_rollout_goes_on_where_its_deployer_stands_still() {
-    each_holds(async |site| {
+    each_holds(&SHARED, async |site| {
         apply(site).await?;
         let fleet = || async { site.disk(Service::Deployer).store.get("fleet", "web").await.unwrap() };
         until("a rollout", Duration::from_secs(120), async || {
@@ -112,16 +124,15 @@ fn a_rollout_goes_on_where_its_deployer_stands_still() {
             (fleet().await.map(|document| document.version) > before).then_some(())
         })
         .await?;
-        until("rest", Duration::from_secs(300), async || unsettled(site).await.is_none().then_some(())).await
+        rests(site).await
     });
 }
 
 #[test]
 fn an_instance_that_hangs_is_seen_where_its_monitor_stands_still() {
-    each_holds(async |site| {
+    each_holds(&SHARED, async |site| {
         apply(site).await?;
-        until("rest", Duration::from_secs(300), async || unsettled(site).await.is_none().then_some(()))
-            .await?;
+        rests(site).await?;
         stand_still(site, Service::Monitor);
         let hung = {
             let mut machine = site.invariants.machine.lock().unwrap();
@@ -141,6 +152,36 @@ fn an_instance_that_hangs_is_seen_where_its_monitor_stands_still() {
                 document.is_none_or(|document| document.body["state"] != "healthy").then_some(())
             })
             .await?;
+        }
+        Ok(())
+    });
+}
+
+/// It reads of an instance that another process has launched meanwhile, before its node tells of it.
+#[test]
+fn a_deployer_that_stood_still_convicts_nothing_that_it_was_not_told_of() {
+    each_holds(&ALONE, async |site| {
+        site.world.set_faults(Faults { slow: 0.5, ..Faults::default() });
+        apply(site).await?;
+        for image in 1..5 {
+            rests(site).await?;
+            let still = site.life(Service::Deployer, 0).ok_or("no deployer runs")?;
+            commit(site, image);
+            let release = until("a rollout", Duration::from_secs(120), async || {
+                site.invariants.fleet()?.rollout.map(|rollout| rollout.to)
+            })
+            .await?;
+            still.freeze();
+            site.start(Service::Deployer, 0);
+            until("an instance that another deployer launched", Duration::from_secs(15), async || {
+                let fleet = site.invariants.fleet()?;
+                let running = |i: &Instance| i.state == InstanceState::Running;
+                fleet.instances.iter().any(|(id, i)| id.release == release && running(i)).then_some(())
+            })
+            .await?;
+            still.thaw();
+            rests(site).await?;
+            still.kill("since it was replaced");
         }
         Ok(())
     });
