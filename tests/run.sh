@@ -9,9 +9,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+# Cases of each property test.
+export PROPTEST_CASES=500
 case "${1:-}" in
     "") ;;
-    --full) export KILN_TEST_FULL=1 NEXTEST_PROFILE=full ;;
+    --full) export KILN_TEST_FULL=1 NEXTEST_PROFILE=full PROPTEST_CASES=50000 ;;
     *)
         echo "tests/run.sh: unknown argument '$1'; there is --full" >&2
         exit 2

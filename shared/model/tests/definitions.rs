@@ -184,8 +184,6 @@ fn bombs_do_not_take_long() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(512))]
-
     #[test]
     fn any_bytes_are_taken_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
         let _ = parse(&bytes, "server.yaml");

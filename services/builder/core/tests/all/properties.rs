@@ -144,8 +144,6 @@ fn start() -> World {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
-
     #[test]
     fn any_order_of_facts_keeps_the_invariants(facts in prop::collection::vec(fact(), 1..60)) {
         let mut world = start();

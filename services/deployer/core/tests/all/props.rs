@@ -122,8 +122,6 @@ fn strike(world: &mut World, accident: &Accident) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 500, ..ProptestConfig::default() })]
-
     #[test]
     fn no_accident_breaks_an_invariant(
         accidents in proptest::collection::vec(accident(), 1..30),
