@@ -291,7 +291,10 @@ impl<S: Store, C: Clock> Definitions<S, C> {
                 whole = false;
                 continue;
             };
-            let observed = inspected.get(&name).and_then(|server| changed(&known, server, commit, seen));
+            let server = inspected.get(&name);
+            let in_force = known.definition.map(|digest| digest.to_string()).unwrap_or_default();
+            whole &= server.is_none_or(|server| server.current_digest == in_force);
+            let observed = server.and_then(|server| changed(&known, server, commit, seen));
             let scope = Scope::Cause(name, CauseKind::DefinitionChanged);
             self.signals.see(&scope, observed.as_slice()).await?;
         }
@@ -308,8 +311,8 @@ impl<S: Store, C: Clock> Definitions<S, C> {
 struct Raised {
     /// As in [`Status`].
     refused: Vec<(String, String)>,
-    /// False where the builder has not told of a server yet: only its policy says whether a commit is followed, so the
-    /// next look has to decide it.
+    /// False where the builder has not told of a server yet, whose policy says whether a commit is followed, or has told
+    /// of another definition than it inspected with: one of the two is older. Then the next look has to decide.
     whole: bool,
 }
 

@@ -138,3 +138,9 @@ fn a_replica_that_was_slow_takes_its_work_up_again() {
 fn a_commit_is_followed_that_was_seen_before_its_server_was_known() {
     holds(2717);
 }
+
+/// The definition that it went back to was taken for the one in force, of which an event was lost.
+#[test]
+fn a_commit_is_followed_that_goes_back_to_what_was_in_force() {
+    holds(2734);
+}

@@ -86,6 +86,9 @@ impl Repository {
 async fn takes(world: &World, definition: &str, mode: types::Mode) {
     let server =
         world.has_server(builder::Server { definition_digest: digest(definition), ..server("web", mode) });
+    for inspected in &mut world.builder.inspection.lock().unwrap().servers {
+        inspected.current_digest = digest(definition);
+    }
     let version = server.version;
     let event = DefinitionChanged { server: Some(server), problem: String::new() };
     world.publish(Service::Builder, "definition", "applied", "web", version, event.encode_to_vec()).await;
@@ -129,6 +132,25 @@ async fn a_commit_that_was_seen_before_its_server_was_told_of_is_followed() {
     inspected(&world, 2).await;
     assert_eq!(world.said(), [""; 0]);
     takes(&world, "old", types::Mode::Auto).await;
+    world.hears("needs_update definition_changed web").await;
+    monitor.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_back_to_what_the_monitor_still_takes_for_in_force_is_followed() {
+    let (mut world, repository) = Repository::new().await;
+    world.poll.resync = Duration::from_secs(60);
+    let known = builder::Server { definition_digest: digest("first"), ..server("web", types::Mode::Auto) };
+    world.has_server(known);
+    repository.commit(&world, "first", "first");
+    let monitor = world.start().await;
+    inspected(&world, 1).await;
+    // That the builder took the second one is not known here yet, when the first one is committed again.
+    repository.commit(&world, "first", "second");
+    let asked = world.builder.inspected.load(Ordering::SeqCst);
+    inspected(&world, asked + 2).await;
+    assert_eq!(world.said(), [""; 0]);
+    takes(&world, "second", types::Mode::Auto).await;
     world.hears("needs_update definition_changed web").await;
     monitor.stop().await;
 }
