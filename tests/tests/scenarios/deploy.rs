@@ -40,6 +40,26 @@ fn systemd_understands_every_unit() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn each_unit_is_enabled_by_itself() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let (system, root) = (folder.path().join("etc/systemd/system"), folder.path().display().to_string());
+    std::fs::create_dir_all(&system)?;
+    for entry in std::fs::read_dir(deploy("systemd"))? {
+        let entry = entry?;
+        std::fs::copy(entry.path(), system.join(entry.file_name()))?;
+    }
+    for entry in std::fs::read_dir(&system)? {
+        let unit = entry?.file_name().to_string_lossy().replace('@', "@local");
+        if unit.ends_with(".service") || unit.ends_with(".target") {
+            run(Command::new("systemctl").args(["--root", &root, "enable", &unit]))?;
+            let link = system.join("multi-user.target.wants").join(&unit);
+            assert!(link.is_symlink(), "{unit} would not be started");
+        }
+    }
+    Ok(())
+}
+
 /// What can do without rights has none; the node and the builder make namespaces and mounts.
 #[test]
 fn units_that_need_no_rights_have_none() -> Result<()> {

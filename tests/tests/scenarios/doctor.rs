@@ -22,8 +22,17 @@ fn a_machine_that_has_all_is_good_and_one_without_a_broker_is_not() -> Result<()
     let document: Value = serde_json::from_slice(&output.stdout)?;
     assert_eq!(document["good"], true, "{document}");
     let findings = document["findings"].as_array().ok_or("no findings")?;
-    for name in ["runc", "nftables", "bridge", "cgroups", "build-mounts", "apt-sources", "git", "nats-server"]
-    {
+    for name in [
+        "runc",
+        "nftables",
+        "bridge",
+        "cgroups",
+        "build-rights",
+        "build-mounts",
+        "apt-sources",
+        "git",
+        "nats-server",
+    ] {
         let found = findings.iter().find(|it| it["name"] == name);
         assert!(found.is_some_and(|it| it["ok"] == true && it["fix"] == ""), "{name}: {found:?}");
     }

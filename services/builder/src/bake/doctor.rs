@@ -10,6 +10,7 @@ use rustix::mount::{MountFlags, mount};
 
 use super::error::BakeError;
 use super::packages::APT_HELPER;
+use super::rights;
 use super::sources::{Archive, host_archives};
 use super::work::{clear, mount_overlay, mount_shifted};
 
@@ -22,6 +23,7 @@ pub fn examine() -> Vec<Finding> {
     let mut all: Vec<_> = PROGRAMS.iter().map(|(name, package)| program(name, package)).collect();
     all.push(apt_helper());
     all.push(sources(host_archives()));
+    all.push(rights());
     all.push(mounts());
     all
 }
@@ -41,6 +43,15 @@ fn program(name: &str, package: &str) -> Finding {
     }
 }
 
+fn rights() -> Finding {
+    const NAME: &str = "build-rights";
+    match rights::check() {
+        Ok(()) => Finding::good(NAME, "all capabilities that a bake uses"),
+        Err(BakeError::Machine { why, remedy, .. }) => Finding::bad(NAME, why, remedy),
+        Err(error) => Finding::bad(NAME, error.to_string(), ""),
+    }
+}
+
 fn apt_helper() -> Finding {
     let there = Path::new(APT_HELPER).is_file();
     Finding::of("apt-helper", there, APT_HELPER, "apt-get install apt; it fetches the packages")
@@ -49,8 +60,8 @@ fn apt_helper() -> Finding {
 /// Suites that a definition gets without naming archives of its own.
 fn sources(archives: Result<Vec<Archive>, BakeError>) -> Finding {
     const NAME: &str = "apt-sources";
-    let fix = "write one, such as `deb http://deb.debian.org/debian bookworm main`, into /etc/apt/sources.list; or \
-               `archives` below `from` in each server.yaml";
+    let fix = "write one, `deb <address of an archive> bookworm main`, into /etc/apt/sources.list; or `archives` below \
+               `from` in each server.yaml";
     match archives {
         Ok(archives) => {
             let suites: BTreeSet<_> = archives

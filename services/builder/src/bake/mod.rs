@@ -22,6 +22,7 @@ mod opened;
 mod owners;
 mod packages;
 mod resolve;
+mod rights;
 mod sandbox;
 mod seal;
 mod seccomp;
@@ -230,8 +231,10 @@ impl Baker {
     /// Makes the folders that are not there yet.
     ///
     /// # Errors
-    /// Where a folder can't be made, the signing key can't be read, or the registry's settings are wrong.
+    /// Where this process lacks a right that bakes use, a folder can't be made, the signing key can't be read, or the
+    /// registry's settings are wrong.
     pub fn new(config: BakeConfig) -> Result<Self, BakeError> {
+        rights::check()?;
         std::fs::create_dir_all(&config.home).map_err(BakeError::io("make folder", &config.home))?;
         ImageStore::open(&config.images)?;
         packages::PackageStore::open(&config.packages)?;
