@@ -13,8 +13,8 @@ cd "$(dirname "$0")/.."
 # command:package — what is there by another way than apt is taken as it is.
 needs=(
     gcc:gcc pkg-config:pkg-config
-    runc:runc conmon:conmon nft:nftables ip:iproute2 conntrack:conntrack newuidmap:uidmap
-    mount:mount nsenter:util-linux git:git xz:xz-utils jq:jq curl:curl python3:python3
+    runc:runc conmon:conmon nft:nftables ip:iproute2 conntrack:conntrack
+    mount:mount nsenter:util-linux git:git jq:jq curl:curl python3:python3
 )
 files=(
     /usr/include/stdio.h:libc6-dev

@@ -220,6 +220,15 @@ impl Invariants {
                 self.world.wrong(13, format!("{} brings back what was convicted", rollout.id));
             }
         }
+        // 5: what fails by itself goes back to what was the last good release when it failed; the way back makes its target
+        // that.
+        let turned = is.rollout.iter().filter(is_new).filter(|rollout| rollout.convicted.is_some());
+        for rollout in turned.filter(|rollout| rollout.cause.kind != CauseKind::Rollback) {
+            if let Some(good) = was.map(|was| was.last_good).filter(|good| rollout.back_to != Some(*good)) {
+                let what = format!("{} goes back to {:?}, and {good} was good", rollout.id, rollout.back_to);
+                self.world.wrong(5, what);
+            }
+        }
         for rollout in is.finished.iter().filter(is_new) {
             match rollout.state {
                 RolloutState::Succeeded => self.succeeded(seen, is, rollout),
