@@ -74,7 +74,8 @@ struct Reconciler<S, K, C> {
 
 enum Done {
     Planned(ServerName, Result<(), Error>),
-    Looked(String, Result<(), Error>),
+    /// False where it is to be done again, should it still be asked for.
+    Looked(String, Result<bool, Error>),
 }
 
 /// Runs until told to stop. What is under way then is dropped: nothing of it is lost, since it is committed at its end.
@@ -399,9 +400,14 @@ impl<S: Store, K: Bakery, C: Clock> Reconciler<S, K, C> {
             }
             Ok(Done::Looked(id, looked)) => {
                 self.looking.remove(&id);
-                if let Err(error) = looked {
+                if let Err(error) = &looked {
                     tracing::warn!(source = %id, %error, "a look could not be kept");
-                    self.asked.insert(id, later);
+                }
+                // Kept or not, its change may have been noticed by now, and then nobody asks any more.
+                if !matches!(looked, Ok(true))
+                    && let Some(at) = self.asked.get_mut(&id)
+                {
+                    *at = later;
                 }
             }
             // A plan that panicked is a defect; everything else goes on, and what it was for is made anew.
@@ -427,12 +433,14 @@ fn cause_of(content: RevisionContent) -> Option<Cause> {
 }
 
 impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
-    /// Looks at a source because signals ask for it, and takes over what may be taken.
+    /// Looks at a source because signals ask for it, and takes over what may be taken. False where none was seen to ask, or
+    /// others were first each time.
     ///
     /// # Errors
     /// The store refuses. That the repository is away is noted with the source, and is no error here.
-    pub async fn look(&self, id: &str) -> Result<(), Error> {
-        let Some(read) = self.documents.source(id).await? else { return Ok(()) };
+    pub async fn look(&self, id: &str) -> Result<bool, Error> {
+        let read = self.documents.source(id).await?;
+        let Some(read) = read.filter(|read| !read.value.pending.is_empty()) else { return Ok(false) };
         let asked = read.value.pending.clone();
         let trace = asked.first().map(|pending| pending.cause.traceparent.clone()).unwrap_or_default();
         let span = kiln_service::trace::span_under(&trace, "look at source");
@@ -451,25 +459,27 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
                     Err(error) => return self.look_failed(id, &error).await,
                 };
                 match self.documents.store().commit(edit.finish()).await {
+                    Ok(_) => return Ok(true),
                     Err(kiln_store::Error::Conflict { .. }) => {}
-                    other => return other.map(drop).map_err(Error::from),
+                    Err(error) => return Err(error.into()),
                 }
             }
-            Ok(())
+            Ok(false)
         }
         .instrument(span)
         .await
     }
 
-    async fn look_failed(&self, id: &str, error: &crate::sources::Error) -> Result<(), Error> {
+    async fn look_failed(&self, id: &str, error: &crate::sources::Error) -> Result<bool, Error> {
         tracing::warn!(source = id, %error, "could not be looked at");
-        let Some(mut read) = self.documents.source(id).await? else { return Ok(()) };
+        let Some(mut read) = self.documents.source(id).await? else { return Ok(false) };
         let now = self.now();
         read.value.look_failed(error.to_string(), now);
         let mut edit = Edit::new(now);
         edit.put_source(read.version, &read.value)?;
         match self.documents.store().commit(edit.finish()).await {
-            Ok(_) | Err(kiln_store::Error::Conflict { .. }) => Ok(()),
+            Ok(_) => Ok(true),
+            Err(kiln_store::Error::Conflict { .. }) => Ok(false),
             Err(error) => Err(error.into()),
         }
     }

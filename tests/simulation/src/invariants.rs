@@ -214,8 +214,13 @@ impl Invariants {
         };
         // 13: what was convicted is not rolled out again.
         for rollout in is.rollout.iter().filter(is_new).filter(|rollout| rollout.is_forward()) {
-            let content = seen.releases.get(&rollout.to).map(Release::content);
-            let convicted = is.quarantine.iter().any(|q| content.is_some() && q.content == content);
+            let is_convicted = |release: &Release| {
+                is.quarantine.iter().any(|it| {
+                    it.content == Some(release.content())
+                        || it.definition == Some(release.revision.definition_digest)
+                })
+            };
+            let convicted = seen.releases.get(&rollout.to).is_some_and(is_convicted);
             if convicted && rollout.cause.kind != CauseKind::Rollback {
                 self.world.wrong(13, format!("{} brings back what was convicted", rollout.id));
             }

@@ -1,7 +1,7 @@
 use std::path::PathBuf;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::sync::{Mutex, mpsc};
+use std::time::{Duration, Instant};
 
 use tokio::runtime::RngSeed;
 
@@ -12,6 +12,8 @@ use crate::world::World;
 const SEEDS: u64 = 2_000;
 const ALL_SEEDS: u64 = 100_000;
 const THREADS: u64 = 2;
+/// By the clock of this machine. A story takes a tenth of a second.
+const LONGEST: Duration = Duration::from_secs(120);
 /// After so many the rest would tell nothing new; `KILN_FAILURES` for another number.
 const MOST_FAILURES: u64 = 20;
 
@@ -34,9 +36,29 @@ pub(crate) fn played(
         .unwrap();
     runtime.block_on(async {
         let world = World::new(seed);
+        let _ends = Watchdog::of(seed, &world);
         let told = tell(&world, folder.path().to_owned()).await;
         told.map(|()| world.story()).map_err(|broken| (broken, world.story()))
     })
+}
+
+/// Ends the process, with the story, where a story goes on without any time passing in it: nothing inside would.
+struct Watchdog {
+    _ended: mpsc::Sender<()>,
+}
+
+impl Watchdog {
+    fn of(seed: u64, world: &World) -> Self {
+        let (ended, wait) = mpsc::channel();
+        let world = world.clone();
+        std::thread::spawn(move || {
+            if wait.recv_timeout(LONGEST) == Err(mpsc::RecvTimeoutError::Timeout) {
+                println!("{}\n\nseed {seed}: it goes round and no time passes", world.story());
+                std::process::exit(101);
+            }
+        });
+        Self { _ended: ended }
+    }
 }
 
 fn memory() -> std::path::PathBuf {
@@ -143,4 +165,10 @@ fn a_commit_is_followed_that_was_seen_before_its_server_was_known() {
 #[test]
 fn a_commit_is_followed_that_goes_back_to_what_was_in_force() {
     holds(2734);
+}
+
+/// The answer to what it had committed was lost: nobody asked any more, and it fetched the repository again and again.
+#[test]
+fn a_look_whose_answer_was_lost_is_not_done_without_end() {
+    holds(9520);
 }
