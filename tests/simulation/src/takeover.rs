@@ -13,6 +13,7 @@ use kiln_model::event::Service;
 use kiln_store::Store as _;
 use tokio::time::Instant;
 
+use crate::life::Life;
 use crate::nature::Nature;
 use crate::outside::{Definition, URL};
 use crate::settled::unsettled;
@@ -21,6 +22,8 @@ use crate::tests::played;
 use crate::world::{Faults, World};
 
 const WITHIN: Duration = Duration::from_secs(5);
+/// Of a rollout in the definitions here.
+const DEADLINE: Duration = Duration::from_secs(600);
 /// Of a probe in the definitions here, with its timeout.
 const A_LOOK: Duration = Duration::from_secs(3);
 /// Stories with these numbers have two or three processes of each service.
@@ -84,7 +87,7 @@ async fn apply(site: &Site) -> Result<(), String> {
 /// Stops all processes of a service but one. Which one has the work differs from seed to seed.
 fn stand_still(site: &Site, service: Service) {
     let lives: Vec<_> = site.lives().into_iter().filter(|life| life.service == service).collect();
-    lives.iter().skip(1).for_each(crate::life::Life::freeze);
+    lives.iter().skip(1).for_each(Life::freeze);
 }
 
 #[test]
@@ -184,5 +187,22 @@ fn a_deployer_that_stood_still_convicts_nothing_that_it_was_not_told_of() {
             still.kill("since it was replaced");
         }
         Ok(())
+    });
+}
+
+/// Nobody looks at what the rollout launched: it holds, and its deadline stands still.
+#[test]
+fn a_monitor_that_stands_still_for_longer_than_a_deadline_convicts_nothing() {
+    each_holds(&[ALONE[0], ALONE[1], SHARED[0]], async |site| {
+        apply(site).await?;
+        rests(site).await?;
+        commit(site, 1);
+        until("a rollout", Duration::from_secs(120), async || site.invariants.fleet()?.rollout).await?;
+        let monitors: Vec<_> =
+            site.lives().into_iter().filter(|life| life.service == Service::Monitor).collect();
+        monitors.iter().for_each(Life::freeze);
+        tokio::time::sleep(DEADLINE + Duration::from_secs(60)).await;
+        monitors.iter().for_each(Life::thaw);
+        rests(site).await
     });
 }
