@@ -172,3 +172,9 @@ fn a_commit_is_followed_that_goes_back_to_what_was_in_force() {
 fn a_look_whose_answer_was_lost_is_not_done_without_end() {
     holds(9520);
 }
+
+/// Two monitors took an instance for theirs, had found different things, and wrote over each other without end.
+#[test]
+fn two_monitors_that_found_different_things_look_again() {
+    holds(15083);
+}

@@ -368,8 +368,9 @@ impl Tracked {
         self.live().version = version;
     }
 
-    /// Takes over what another replica wrote: what it was told, and the state, where that is not this replica's to find or
-    /// is an end. True where it was news.
+    /// Takes over what another replica wrote: what it was told, and the state, unless that is this replica's to find and it
+    /// has just found another one. Who was contradicted looks again before it writes: two that both take an instance for
+    /// theirs for a moment would write without end. True where it was news.
     pub(super) fn adopt(&self, document: Watched, version: u64, mine: bool, now: Now) -> bool {
         if version <= self.version() {
             return false;
@@ -380,11 +381,12 @@ impl Tracked {
             self.live().handled = Some(document.seen.clone());
         }
         let mut live = self.live();
+        let found = live.written.is_none_or(|(written, _)| written != live.watched.state);
         live.version = version;
         live.written = Some((state, leaving));
         // Nobody who leaves comes back. Taken from whoever knows: two that kept to what they know would write without end.
         live.watched.leaving |= leaving;
-        if state != live.watched.state && (!mine || state == HealthState::Gone) {
+        if state != live.watched.state && (!(mine && found) || state == HealthState::Gone) {
             live.track = Track::resume(state, absent, &live.terms, document.launched, now);
             let Watched { changed, detail, observed, checks, .. } = document;
             let before = live.watched.clone();
