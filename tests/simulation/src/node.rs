@@ -282,6 +282,11 @@ impl SimNode {
         {
             let mut machine = self.machine();
             if machine.on_edge(&request.server).contains(&id) {
+                let edge = machine.edge.get(&request.server).map(|(generation, _)| *generation);
+                // The node would refuse to. It is not to be asked by who knows of this edge.
+                if edge.is_some_and(|edge| request.generation >= edge) {
+                    self.world.wrong(1, format!("{id} is to be retired, and is on the edge"));
+                }
                 return Err(Status::failed_precondition(format!("{id} is on the edge")));
             }
             let state = machine.instances.get(&id).map(|held| held.message.state());
