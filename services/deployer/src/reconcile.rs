@@ -20,6 +20,11 @@ use crate::metrics;
 use crate::store::{Loaded, Outcome, batch, load};
 use crate::watch::list_node;
 
+/// A fleet is committed so often within so long at most; what comes meanwhile shares the next commit. It is often enough
+/// for all that happens, and bounds what two do that take the fleet for theirs for a moment and know different things.
+const BURST: u32 = 32;
+const BURST_WITHIN: Duration = Duration::from_millis(100);
+
 /// After a failure of the store.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -79,7 +84,13 @@ async fn reconcile<S: Store, C: Clock>(deployer: Deployer<S, C>, server: ServerN
     let mut stop = deployer.stop();
     let mut hands =
         Hands::new(server.clone(), deployer.peers.clone(), deployer.board.clone(), deployer.clock.clone());
-    let mut desk = Desk { deployer: &deployer, server: &server, held: None, committed: Duration::ZERO };
+    let mut desk = Desk {
+        deployer: &deployer,
+        server: &server,
+        held: None,
+        committed: Duration::ZERO,
+        burst: (Duration::ZERO, 0),
+    };
     while !*stop.borrow() {
         let wake_in = match desk.look(&mut hands).await {
             Ok(Looked::Again) => continue,
@@ -126,6 +137,8 @@ struct Desk<'a, S, C> {
     held: Option<Loaded>,
     /// When it was last committed, by whomever.
     committed: Duration,
+    /// Since when commits are counted, and how many there were.
+    burst: (Duration, u32),
 }
 
 impl<S: Store, C: Clock> Desk<'_, S, C> {
@@ -134,6 +147,9 @@ impl<S: Store, C: Clock> Desk<'_, S, C> {
             // What was seen of it is no measure of time any more when it comes back.
             self.held = None;
             return Ok(Looked::Rest(None));
+        }
+        if let Some(rest) = self.rest() {
+            return Ok(Looked::Rest(Some(rest)));
         }
         let loaded = self.fresh().await?;
         if loaded.version == 0 {
@@ -159,6 +175,18 @@ impl<S: Store, C: Clock> Desk<'_, S, C> {
         let Decision { effects, wake_in, fleet, .. } = decision;
         let retry_in = hands.begin(effects, fleet.generation);
         Ok(if changed { Looked::Again } else { Looked::Rest(wake_in.into_iter().chain(retry_in).min()) })
+    }
+
+    /// How long nothing is committed, after too much of it.
+    fn rest(&mut self) -> Option<Duration> {
+        let now = self.deployer.clock.now().monotonic;
+        let (since, count) = self.burst;
+        let over = now.saturating_sub(since);
+        if over >= BURST_WITHIN {
+            self.burst = (now, 0);
+            return None;
+        }
+        (count >= BURST).then(|| BURST_WITHIN - over)
     }
 
     /// The fleet as it is stored. What was read before is used again where nobody wrote since: each write of what
@@ -190,6 +218,7 @@ impl<S: Store, C: Clock> Desk<'_, S, C> {
             now: now.wall,
         };
         let batch = batch(&self.deployer.store, loaded, &outcome).await?;
+        self.burst.1 += 1;
         match self.deployer.store.commit(batch).await {
             Ok(_) => metrics::happened(&decision.events),
             Err(Error::Conflict { .. }) => {
