@@ -178,3 +178,15 @@ fn a_look_whose_answer_was_lost_is_not_done_without_end() {
 fn two_monitors_that_found_different_things_look_again() {
     holds(15083);
 }
+
+/// Two deployers took a fleet for theirs, knew different things, and wrote over each other without end.
+#[test]
+fn two_deployers_that_know_different_things_come_to_rest() {
+    holds(15239);
+}
+
+/// A definition that comes back is a signal that was followed before: by a clock that was set back it seemed to be old.
+#[test]
+fn a_definition_that_comes_back_after_the_clock_was_set_back_is_followed() {
+    holds(16318);
+}

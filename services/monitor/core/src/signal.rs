@@ -59,6 +59,12 @@ pub enum Illegal {
     Resolved,
 }
 
+/// When a signal that was raised before is raised again: later than that by any clock, also by one that was set back. Whoever
+/// followed it knows by its time that this is news.
+fn again(raised: Timestamp, now: Timestamp) -> Timestamp {
+    now.max(raised.checked_add(Duration::from_millis(1)).unwrap_or(raised))
+}
+
 /// Whether a cause acts by itself under a policy.
 pub const fn mode(cause: CauseKind, policy: &UpdatePolicy) -> Mode {
     match cause {
@@ -91,7 +97,11 @@ impl Record {
         let due = self.due()?;
         (due <= now).then(|| {
             let mut record = Self { acted: Some(now), ..self.clone() };
-            record.signal.raised = now;
+            record.signal.raised = if self.acted.is_some() {
+                again(self.signal.raised, now)
+            } else {
+                self.signal.raised.max(now)
+            };
             Step { record, announce: Some(Announcement::NeedsUpdate), fresh: false }
         })
     }

@@ -6,7 +6,7 @@ use kiln_model::definition::{Mode, UpdatePolicy};
 use kiln_model::name::{InstanceId, ServerName};
 use kiln_model::signal::{Remedy, Signal, SignalId, SignalState};
 
-use super::{Announcement, BREAKER, Record, mode};
+use super::{Announcement, BREAKER, Record, again, mode};
 
 /// Something about a server that calls for an update.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,6 +78,7 @@ fn see(record: Option<&Record>, seen: &Observation, policy: &UpdatePolicy, now: 
                 Some(acted) if seen.cause != CauseKind::DefinitionChanged => (acted + BREAKER).max(now),
                 _ => now,
             };
+            step.record.signal.raised = again(record.signal.raised, now);
             if held > now {
                 step.record.acts_at = held;
                 step.record.acted = record.acted;

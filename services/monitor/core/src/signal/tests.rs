@@ -153,6 +153,20 @@ fn a_definition_that_a_commit_brings_back_acts_at_once() {
     }
 }
 
+/// Whoever followed it before tells by that time that it is news.
+#[test]
+fn what_is_raised_again_is_raised_later_also_by_a_clock_that_was_set_back() {
+    let mut world = World::default();
+    let auto = policy(Mode::Auto);
+    let mut raised = Vec::new();
+    for second in [50_000, 60_000, 100, 90] {
+        world.see(&[seen(CauseKind::DefinitionChanged, "good")], &auto, second);
+        raised.push(world.records[0].signal.raised);
+        world.see(&[], &auto, second + 1);
+    }
+    assert!(raised.is_sorted_by(|one, next| one < next), "{raised:?}");
+}
+
 #[test]
 fn a_repeated_report_is_one_signal_for_ever() {
     let mut world = World::default();
