@@ -146,9 +146,7 @@ impl Server {
         let mut postgres = self.as_user("postgres");
         postgres.arg("-D").arg(self.data()).arg("-k").arg(self.folder.path());
         // Small, since tests run beside each other.
-        // Segments of a server that is killed would stay in memory; files go with its folder.
-        let own_memory = "dynamic_shared_memory_type=mmap";
-        for setting in ["listen_addresses=", "shared_buffers=16MB", "max_wal_size=64MB", own_memory] {
+        for setting in ["listen_addresses=", "shared_buffers=16MB", "max_wal_size=64MB"] {
             postgres.args(["-c", setting]);
         }
         for setting in &self.settings {
