@@ -20,8 +20,12 @@ async fn a_record_that_was_changed_is_named() -> Result<()> {
     let sealed = async || {
         until("the records to be sealed", Duration::from_secs(10), async || {
             let found = web.site.json(&["audit", "verify"])?;
-            let waiting =
-                found["services"].as_array().into_iter().flatten().any(|it| it["not_sealed_yet"] != 0);
+            // A head is published after it is sealed.
+            let waiting = found["services"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .any(|it| it["not_sealed_yet"] != 0 || it["published_heads"] == 0 && it["records"] != 0);
             if waiting || !found["not_compared"].is_null() {
                 Err(found.to_string().into())
             } else {
@@ -32,13 +36,6 @@ async fn a_record_that_was_changed_is_named() -> Result<()> {
     };
     let found = sealed().await?;
     println!("{found:#}");
-    assert!(
-        found["services"]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .all(|it| it["published_heads"] != 0 || it["records"] == 0)
-    );
     let records = web.site.json(&["audit", "--server", "web", "-n", "0"])?;
     let actions = texts(&records, "records", "action");
     for action in [
