@@ -84,10 +84,13 @@ async fn apply(site: &Site) -> Result<(), String> {
     Ok(())
 }
 
+fn lives_of(site: &Site, service: Service) -> Vec<Life> {
+    site.lives().into_iter().filter(|life| life.service == service).collect()
+}
+
 /// Stops all processes of a service but one. Which one has the work differs from seed to seed.
 fn stand_still(site: &Site, service: Service) {
-    let lives: Vec<_> = site.lives().into_iter().filter(|life| life.service == service).collect();
-    lives.iter().skip(1).for_each(Life::freeze);
+    lives_of(site, service).iter().skip(1).for_each(Life::freeze);
 }
 
 #[test]
@@ -198,8 +201,7 @@ fn a_monitor_that_stands_still_for_longer_than_a_deadline_convicts_nothing() {
         rests(site).await?;
         commit(site, 1);
         until("a rollout", Duration::from_secs(120), async || site.invariants.fleet()?.rollout).await?;
-        let monitors: Vec<_> =
-            site.lives().into_iter().filter(|life| life.service == Service::Monitor).collect();
+        let monitors = lives_of(site, Service::Monitor);
         monitors.iter().for_each(Life::freeze);
         tokio::time::sleep(DEADLINE + Duration::from_secs(60)).await;
         monitors.iter().for_each(Life::thaw);
