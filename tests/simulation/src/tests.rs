@@ -190,3 +190,9 @@ fn two_deployers_that_know_different_things_come_to_rest() {
 fn a_definition_that_comes_back_after_the_clock_was_set_back_is_followed() {
     holds(16318);
 }
+
+/// Its builder was killed five times for reasons of its own, and the packages that it was for never came.
+#[test]
+fn a_build_that_was_interrupted_too_often_is_tried_again() {
+    holds(19299);
+}

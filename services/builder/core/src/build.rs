@@ -9,7 +9,7 @@ use kiln_model::name::{BuildId, ServerName};
 use serde::{Deserialize, Serialize};
 
 use crate::Illegal;
-use crate::time::{after, age, backoff, due};
+use crate::time::{LONGEST, after, age, backoff, due};
 
 /// Document kind.
 pub const KIND: &str = "build";
@@ -25,8 +25,8 @@ pub const HEARTBEAT: Duration = Duration::from_secs(5);
 /// Attempts at a lock whose failures may pass. The waits between them are 2 s, 4 s … 512 s and then 600 s: with the tenth
 /// that is 27 minutes. What asked for the build is planned anew then, since what the lock names may have left the archive.
 pub const MAX_ATTEMPTS: u32 = 11;
-/// Attempts that ended without an outcome before the build is taken for what ends them. A builder that is killed a few
-/// times for other reasons comes through.
+/// Attempts that ended without an outcome before the build is taken for what ends them, and is left alone for a while. A
+/// builder that is killed a few times for other reasons comes through.
 pub const MAX_INTERRUPTIONS: u32 = 5;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -304,7 +304,7 @@ impl Build {
     }
 
     /// An attempt that ended so says little of the build, and is not counted among those that failed. One that always ends
-    /// so would end its process for ever.
+    /// so would keep its process from ever working on another: it leaves room between a few such ends and the next.
     fn interrupted(&mut self, not_before: Timestamp, now: Timestamp) {
         self.attempts = self.attempts.saturating_sub(1);
         self.interruptions = self.interruptions.saturating_add(1);
@@ -313,13 +313,18 @@ impl Build {
             return;
         }
         self.state = State::Failed;
-        self.transient = false;
+        self.transient = true;
         self.problem = format!(
             "the builder ended in the middle of it {MAX_INTERRUPTIONS} times, so it may be what ends it: see the end of this \
-             build's log and the builder's own log, then run `kiln build {}`",
-            self.id.server
+             build's log and the builder's own log; it is tried again in {} minutes",
+            LONGEST.as_secs() / 60
         );
         self.ended = Some(now);
+    }
+
+    /// How long what asked for it waits, where it failed of what may pass, before it is planned anew.
+    pub(crate) fn pause(&self) -> Duration {
+        if self.interruptions < MAX_INTERRUPTIONS { backoff(self.attempts) } else { LONGEST }
     }
 
     fn check_owner(&self, token: u64, wanted: &'static str) -> Result<(), Illegal> {

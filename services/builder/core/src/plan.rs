@@ -10,7 +10,7 @@ use crate::build::{Build, Progress, State, package_changes};
 use crate::definition::{DefinitionRef, StoredDefinition};
 use crate::server::{Building, Failure, InForce, ReleaseFile, Server};
 use crate::signal::Outcome;
-use crate::time::{after, backoff};
+use crate::time::after;
 use crate::wanted::is_automatic;
 use crate::{Illegal, Told};
 
@@ -298,7 +298,7 @@ pub fn adopt(
         State::Failed if build.transient => {
             let problem = format!("{} failed: {}", build.id, build.problem);
             server.failure = Some(Failure { problem, time: now, transient: true });
-            server.want_again(causes, after(now, backoff(build.attempts)));
+            server.want_again(causes, after(now, build.pause()));
             Ok((server, None))
         }
         State::Failed | State::Cancelled { .. } => {

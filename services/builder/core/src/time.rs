@@ -13,7 +13,7 @@ pub(crate) fn age(time: Timestamp, now: Timestamp) -> Duration {
 }
 
 /// The longest wait between two tries.
-const LONGEST: Duration = Duration::from_secs(600);
+pub(crate) const LONGEST: Duration = Duration::from_secs(600);
 
 /// When something that was put off until `at` is due. What lies further ahead than any wait was put off before the clock
 /// was set back, and waits no longer.

@@ -243,7 +243,7 @@ fn a_mended_definition_does_not_wait_for_the_tries_of_the_one_before() {
 }
 
 #[test]
-fn a_build_that_ends_its_builder_again_and_again_fails_and_says_so() {
+fn a_build_that_ends_its_builder_again_and_again_says_so_and_is_left_alone_for_a_while() {
     let mut world = World::new();
     let cause = world.cause(CauseKind::DefinitionApplied, "apply-1");
     world.apply(&name("web"), &Content::new("a", 3), By::Hand, cause);
@@ -260,6 +260,13 @@ fn a_build_that_ends_its_builder_again_and_again_fails_and_says_so() {
     assert_eq!(world.claim(), None);
     let problem = world.servers[&name("web")].problem();
     assert!(problem.contains("web-b1 failed: the builder ended in the middle of it 5 times"), "{problem}");
+    world.advance(599);
+    world.work();
+    assert_eq!(world.revisions.len(), 0);
+    // What ended it was something else.
+    world.advance(1);
+    world.work();
+    assert_eq!((world.revisions.len(), world.servers[&name("web")].problem().as_str()), (1, ""));
     assert_eq!(world.violations(), Vec::<String>::new());
 }
 
