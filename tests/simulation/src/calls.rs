@@ -133,6 +133,7 @@ impl Wire {
         // As the layer of a real server does it.
         let name = self.caller.as_ref().map_or("somebody", |caller| caller.service.as_str());
         if let Some(caller) = &self.caller {
+            caller.does(request.uri().path());
             let row = access::row(request.uri().path());
             assert!(
                 row.is_some_and(|row| row.takes(caller.service.into())),

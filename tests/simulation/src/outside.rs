@@ -160,6 +160,7 @@ impl fmt::Debug for Reach {
 #[async_trait]
 impl Repositories for Reach {
     async fn head(&self, _: &SourceId, address: Address) -> Result<(String, Tree), git::Error> {
+        self.life.does("fetch");
         self.life.here().await;
         let head = self.outside.head();
         let away = || git::Error::Failed {
@@ -178,6 +179,7 @@ impl Repositories for Reach {
 #[async_trait]
 impl Git for Reach {
     async fn head(&self, _: &str, _: &str) -> Result<String, Problem> {
+        self.life.does("ask for the head");
         self.life.here().await;
         self.outside.head().ok_or_else(|| Problem("the repository is away".to_owned()))
     }
@@ -186,6 +188,7 @@ impl Git for Reach {
 #[async_trait]
 impl Archive for Reach {
     async fn release_file(&self, _: &str) -> Result<ReleaseFile, Problem> {
+        self.life.does("ask for the release file");
         self.life.here().await;
         if self.outside.archive_is_away() {
             return Err(Problem("the archive is away".to_owned()));

@@ -66,6 +66,7 @@ impl SimStore {
     }
 
     async fn read(&self) -> Result<&MemoryStore, Error> {
+        self.life.does("read");
         self.life.here().await;
         if self.world.chance(self.world.faults().store_refuses) {
             return Err(self.refused("read", "the disk is busy"));
@@ -124,6 +125,7 @@ impl Store for SimStore {
     }
 
     async fn commit(&self, batch: Batch) -> Result<Committed, Error> {
+        self.life.does("commit");
         self.world.slowly().await;
         self.life.step("before a commit").await;
         let faults = self.world.faults();

@@ -181,6 +181,13 @@ impl World {
         held(&self.inner.broken).push(line);
     }
 
+    /// Somebody does without an end what nothing has changed for.
+    pub(crate) fn goes_round(&self, who: &str, what: &str) {
+        let line = format!("{who} goes round: {what}");
+        self.tell(format!("!! {line}"));
+        held(&self.inner.broken).push(line);
+    }
+
     pub(crate) fn broken(&self) -> Vec<String> {
         held(&self.inner.broken).clone()
     }
