@@ -10,6 +10,7 @@ use kiln_model::event::{Event, EventType, NewEvent, Service};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
+use crate::headers::{MESSAGE_ID, headers};
 use crate::{Bus, Handled, Handler, Interest, MAX_ATTEMPTS, Report, ReportHandler};
 
 /// A bus of the site `home` on which the monitor may publish and consume.
@@ -37,6 +38,7 @@ pub(crate) async fn conformance<H: Harness>(make: impl AsyncFn() -> H) {
     a_durable_goes_on_where_it_was(&make().await).await;
     a_failed_event_comes_again_and_is_given_up(&make().await).await;
     what_is_no_event_is_given_up_at_once(&make().await).await;
+    what_says_other_than_its_subject_is_given_up_at_once(&make().await).await;
     a_pause_counts_no_attempt(&make().await).await;
     a_handler_that_dies_is_followed_by_another(&make().await).await;
     reports_arrive_with_their_ids(&make().await).await;
@@ -167,6 +169,36 @@ async fn what_is_no_event_is_given_up_at_once(harness: &impl Harness) {
     consuming.stop().await;
     let dead = harness.dead().await;
     assert!(dead.contains(&(SUBJECT.to_owned(), b"garbage".to_vec())), "{dead:?}");
+}
+
+/// A broker takes subjects with wildcards for what they are, and does not look at headers.
+async fn what_says_other_than_its_subject_is_given_up_at_once(harness: &impl Harness) {
+    harness.admit("instance").await;
+    let mut consuming = consume(harness.bus(), "monitor", "instance", |_, _| Handled::Done);
+    let site = "home".parse().unwrap();
+    let own = event("instance", 1);
+    let mut anothers = own.clone();
+    anothers.event.kind.service = Service::Builder;
+    let own = headers(&site, &own);
+    let subject = |server: &str| format!("kiln.v1.home.monitor.instance.changed.{server}");
+    let forged = [
+        (subject("web"), headers(&site, &anothers)),
+        (subject("*"), own.clone()),
+        (subject(">"), own.clone()),
+        (subject("web.web"), own.clone()),
+        (subject("WEB"), own),
+    ];
+    for (number, (subject, headers)) in forged.iter().enumerate() {
+        let mut headers = headers.clone();
+        // Or the broker takes them for one.
+        headers.insert(MESSAGE_ID, number.to_string());
+        harness.send(subject, headers, b"forged").await;
+    }
+    publish(harness, "instance", [7]).await;
+    assert_eq!(consuming.next().await, (7, 1));
+    consuming.stop().await;
+    let dead: Vec<_> = harness.dead().await.into_iter().map(|(subject, _)| subject).collect();
+    assert_eq!(dead, forged.map(|(subject, _)| subject));
 }
 
 async fn a_pause_counts_no_attempt(harness: &impl Harness) {

@@ -72,8 +72,11 @@ pub fn headers(site: &SiteName, event: &Event) -> HeaderMap {
 
 /// Reads an event of any site from the wire.
 ///
+/// The broker lets a service publish on its own subjects only, and knows nothing of headers: what they say counts only where
+/// the subject says the same.
+///
 /// # Errors
-/// [`Error::Undecodable`] where a header is missing or wrong. The payload is not looked into.
+/// [`Error::Undecodable`] where a header is missing or wrong, or says other than the subject. The payload is not looked into.
 pub fn decode(subject: &str, headers: &HeaderMap, payload: &[u8]) -> Result<Event, Error> {
     let wrong = |reason: String| Error::Undecodable { subject: subject.chars().take(200).collect(), reason };
     let get = |name: &str| {
@@ -96,6 +99,14 @@ pub fn decode(subject: &str, headers: &HeaderMap, payload: &[u8]) -> Result<Even
             Some(server.parse().map_err(|_| wrong("its subject ends in no server name".to_owned()))?)
         }
     };
+    let site: SiteName = get("ce-source")?
+        .strip_prefix("kiln/")
+        .and_then(|source| source.strip_suffix(kind.service.as_str())?.strip_suffix('/'))
+        .and_then(|site| site.parse().ok())
+        .ok_or_else(|| bad("ce-source"))?;
+    if kind.subject(&site, server.as_ref()) != subject {
+        return Err(wrong(format!("its headers say {} of site {site}", kind.ce_type())));
+    }
     Ok(Event {
         id: get(ID)?.parse().map_err(|_| bad(ID))?,
         sequence: number("ce-sequence")?,
@@ -172,6 +183,7 @@ mod tests {
         for name in [
             "ce-specversion",
             "ce-id",
+            "ce-source",
             "ce-type",
             "ce-time",
             "ce-subject",
@@ -192,6 +204,39 @@ mod tests {
                 assert!(decode(subject, &wrong, &[]).is_err(), "{name}");
             }
         }
-        assert!(decode("kiln.v1.home.builder.build.succeeded.*", &good, &[]).is_err());
+    }
+
+    /// Who may publish as the builder is not to be taken for the monitor, another site's builder not for this one's.
+    #[test]
+    fn headers_that_say_other_than_the_subject_are_not_believed() {
+        let good = headers(&"home".parse().unwrap(), &event());
+        let subject = "kiln.v1.home.builder.build.succeeded.web";
+        assert!(decode(subject, &good, &[]).is_ok());
+        for (name, value) in [
+            ("ce-type", "kiln.monitor.build.succeeded.v1"),
+            ("ce-type", "kiln.builder.revision.succeeded.v1"),
+            ("ce-type", "kiln.builder.build.failed.v1"),
+            ("ce-source", "kiln/home/monitor"),
+            ("ce-source", "kiln/other/builder"),
+            ("ce-source", "kiln/home/x/builder"),
+        ] {
+            let mut wrong = good.clone();
+            wrong.insert(name, value);
+            assert!(matches!(decode(subject, &wrong, &[]), Err(Error::Undecodable { .. })), "{name}: {value}");
+        }
+        for subject in [
+            "kiln.v1.home.builder.build.succeeded.*",
+            "kiln.v1.home.builder.build.succeeded.>",
+            "kiln.v1.home.builder.build.succeeded.web.web",
+            "kiln.v1.home.builder.build.succeeded.a web",
+            "kiln.v1.home.builder.build.succeeded.",
+            "kiln.v1.home.builder.build.succeeded",
+            "kiln.v1.home.monitor.build.succeeded.web",
+            "kiln.v1.other.builder.build.succeeded.web",
+            "kiln..v1.home.builder.build.succeeded.web",
+            "web",
+        ] {
+            assert!(matches!(decode(subject, &good, &[]), Err(Error::Undecodable { .. })), "{subject}");
+        }
     }
 }
