@@ -38,7 +38,7 @@ fi
 
 step "format, protocol, dependencies"
 cargo fmt --all --check
-(cd proto && buf lint)
+(cd proto && buf lint && buf breaking --against ../tests/earlier/proto.binpb)
 cargo deny --log-level error check bans licenses sources
 
 step "lints"

@@ -380,3 +380,29 @@ impl Edit {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use kiln_test_earlier::{documents, read};
+
+    use super::*;
+
+    #[test]
+    fn what_an_earlier_version_wrote_is_read() {
+        for document in &documents(kiln_test_earlier::BUILDER) {
+            match document.kind.as_str() {
+                server::KIND => read::<Server>(document, server::SCHEMA),
+                source::KIND => read::<Source>(document, source::SCHEMA),
+                build::KIND => read::<Build>(document, build::SCHEMA),
+                build::SLOT_KIND => read::<StoredSlot>(document, build::SCHEMA),
+                definition::KIND => read::<StoredDefinition>(document, definition::SCHEMA),
+                definition::IMAGE_CONTEXT_KIND => read::<ImageContext>(document, definition::SCHEMA),
+                REVISION_KIND => read::<StoredRevision>(document, SCHEMA),
+                LOCK_KIND => read::<Lock>(document, SCHEMA),
+                IMAGE_KIND => read::<StoredImage>(document, SCHEMA),
+                HOLD_KIND => read::<StoredHold>(document, SCHEMA),
+                other => panic!("nobody reads {other}"),
+            }
+        }
+    }
+}

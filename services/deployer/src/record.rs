@@ -59,3 +59,24 @@ pub(crate) fn release_id(server: &ServerName, number: u64) -> String {
 pub(crate) fn server_of_release(id: &str) -> Option<ServerName> {
     id.split_once('/')?.0.parse().ok()
 }
+
+#[cfg(test)]
+mod tests {
+    use kiln_test_earlier::{documents, read};
+
+    use super::*;
+
+    #[test]
+    fn what_an_earlier_version_wrote_is_read() {
+        for document in &documents(kiln_test_earlier::DEPLOYER) {
+            match document.kind.as_str() {
+                FLEET => read::<Fleet>(document, SCHEMA),
+                RELEASE => read::<Release>(document, SCHEMA),
+                ROLLOUT => read::<RolloutRecord>(document, SCHEMA),
+                INSTANCE => read::<InstanceRecord>(document, SCHEMA),
+                CURSOR => read::<kiln_store::Cursor>(document, SCHEMA),
+                other => panic!("nobody reads {other}"),
+            }
+        }
+    }
+}

@@ -131,3 +131,23 @@ pub async fn load<S: Store, T: DeserializeOwned>(store: &S, kind: &str) -> Resul
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use kiln_monitor_core::signal::Record;
+    use kiln_test_earlier::{documents, read};
+
+    use super::*;
+
+    #[test]
+    fn what_an_earlier_version_wrote_is_read() {
+        for document in &documents(kiln_test_earlier::MONITOR) {
+            match document.kind.as_str() {
+                HEALTH => read::<Watched>(document, SCHEMA),
+                SIGNAL => read::<Record>(document, SCHEMA),
+                SERVER => read::<KnownServer>(document, SCHEMA),
+                other => panic!("nobody reads {other}"),
+            }
+        }
+    }
+}

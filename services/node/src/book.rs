@@ -238,3 +238,26 @@ async fn list<S: Store>(store: &S, kind: &str) -> Result<Vec<Document>, ApiError
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use kiln_test_earlier::{documents, read};
+
+    use super::*;
+    use crate::verify::BlobState;
+
+    #[test]
+    fn what_an_earlier_version_wrote_is_read() {
+        for document in &documents(kiln_test_earlier::NODE) {
+            match document.kind.as_str() {
+                INSTANCE => read::<Record>(document, SCHEMA),
+                FENCE => read::<Fence>(document, SCHEMA),
+                // It says what it says by being there.
+                RETIRED => read::<serde_json::Value>(document, SCHEMA),
+                ROUTE => read::<Route>(document, SCHEMA),
+                VERIFIED => read::<Vec<BlobState>>(document, SCHEMA),
+                other => panic!("nobody reads {other}"),
+            }
+        }
+    }
+}

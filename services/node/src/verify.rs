@@ -36,7 +36,7 @@ pub(crate) struct Verified {
 
 /// A blob as the file system knows it. Its content can't change without its change time, which nobody can set.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct BlobState {
+pub(crate) struct BlobState {
     digest: Digest,
     inode: u64,
     size: u64,

@@ -222,7 +222,10 @@ mod tests {
         ] {
             let mut wrong = good.clone();
             wrong.insert(name, value);
-            assert!(matches!(decode(subject, &wrong, &[]), Err(Error::Undecodable { .. })), "{name}: {value}");
+            assert!(
+                matches!(decode(subject, &wrong, &[]), Err(Error::Undecodable { .. })),
+                "{name}: {value}"
+            );
         }
         for subject in [
             "kiln.v1.home.builder.build.succeeded.*",

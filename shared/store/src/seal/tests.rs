@@ -29,6 +29,24 @@ async fn sealed(store: &SqlStore) -> Head {
     head(store).await.unwrap().0
 }
 
+/// What an earlier version sealed is found as it was: neither the form of its documents nor the way to a hash may change.
+#[test]
+fn what_an_earlier_version_sealed_is_sealed() {
+    let link = Link::start().then(7, &record("build.cancel")).unwrap();
+    let written = json!({ "link": link, "records": 3 });
+    assert_eq!(
+        written,
+        json!({
+            "link": { "sequence": 7, "hash": "sha256:4eacf67700276735171a6b9e4c6135e1f88669a01aa7771f0db75f32c2c3ceca" },
+            "records": 3
+        })
+    );
+    let head: Head = serde_json::from_value(written.clone()).unwrap();
+    assert_eq!(head, Head { link, records: 3 });
+    let seal: Seal = serde_json::from_value(json!({ "links": [written["link"]] })).unwrap();
+    assert_eq!(seal.links, [link]);
+}
+
 async fn fault(store: &SqlStore) -> Option<(u64, FaultKind)> {
     let checked = check(store, Link::start(), 0).await.unwrap();
     assert!(!checked.more);
