@@ -93,7 +93,7 @@ if [ -n "$need_nats" ]; then
     if [ "$(uname -m)" != x86_64 ]; then
         # The pinned build is for x86_64; elsewhere the machine brings its own.
         if ! command -v nats-server >/dev/null; then
-            echo "prerequisites.sh: put a nats-server of version 2.10 or newer on the path" >&2
+            echo "prerequisites.sh: put a nats-server of version 2.11 or newer on the path" >&2
             exit 1
         fi
     else

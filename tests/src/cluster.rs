@@ -22,6 +22,8 @@ pub struct Cluster {
     /// Of clients, of the other servers, and of whoever looks on.
     ports: [[u16; 3]; SIZE],
     children: [Option<Child>; SIZE],
+    identity: PathBuf,
+    authority: PathBuf,
 }
 
 impl Cluster {
@@ -34,28 +36,39 @@ impl Cluster {
         for port in ports.as_flattened_mut() {
             *port = free_port()?;
         }
-        Ok(Self { folder: tempfile::tempdir()?, ports, children: [const { None }; SIZE] })
+        let (identity, authority) = Default::default();
+        Ok(Self {
+            folder: tempfile::tempdir()?,
+            ports,
+            children: [const { None }; SIZE],
+            identity,
+            authority,
+        })
     }
 
     /// What `nats.url` is.
     pub fn urls(&self) -> String {
-        self.ports.map(|[client, _, _]| format!("nats://127.0.0.1:{client}")).join(",")
+        self.ports.map(|[client, _, _]| format!("tls://127.0.0.1:{client}")).join(",")
     }
 
-    /// Starts all of them, for the users that a site has.
+    /// Starts all of them, for the users that a site has, with a certificate of its authority.
     ///
     /// # Errors
     /// Where a server can't be started.
-    pub fn start(&mut self, users: &Path) -> Result<()> {
-        let common = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/nats/kiln.conf");
-        std::fs::copy(common, self.folder.path().join("kiln.conf"))?;
+    pub fn start(&mut self, users: &Path, identity: PathBuf, authority: PathBuf) -> Result<()> {
+        (self.identity, self.authority) = (identity, authority);
+        for file in ["kiln.conf", "tls.conf"] {
+            let common = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/nats").join(file);
+            std::fs::copy(common, self.folder.path().join(file))?;
+        }
         std::fs::copy(users, self.folder.path().join("users.conf"))?;
         let routes = self.ports.map(|[_, route, _]| format!("\"nats://127.0.0.1:{route}\"")).join(", ");
         for (number, [client, route, watch]) in self.ports.into_iter().enumerate() {
             let config = format!(
                 "server_name: \"kiln-{number}\"\nlisten: \"127.0.0.1:{client}\"\nhttp: \"127.0.0.1:{watch}\"\n\
-                 cluster {{\n  name: kiln\n  listen: \"127.0.0.1:{route}\"\n  routes: [{routes}]\n}}\n\
-                 include \"kiln.conf\"\ninclude \"users.conf\"\n"
+                 cluster {{\n  name: kiln\n  listen: \"127.0.0.1:{route}\"\n  routes: [{routes}]\n  \
+                 include \"tls.conf\"\n}}\n\
+                 include \"kiln.conf\"\ninclude \"tls.conf\"\ninclude \"users.conf\"\n"
             );
             std::fs::write(self.config(number), config)?;
             self.revive(number)?;
@@ -89,6 +102,8 @@ impl Cluster {
             .arg("--config")
             .arg(self.config(number))
             .env("KILN_NATS_DATA", self.folder.path().join(number.to_string()))
+            .env("KILN_NATS_IDENTITY", &self.identity)
+            .env("KILN_NATS_AUTHORITY", &self.authority)
             .stdin(Stdio::null())
             .stderr(log)
             .spawn()?;

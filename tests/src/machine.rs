@@ -87,7 +87,7 @@ impl Machine {
         let address = self.network.address();
         let config = format!(
             "name = \"{}\"\nid = \"{:08x}\"\nsubnet = \"10.232.{number}.0/24\"\nbridge = \"kiln-m{number}\"\n\
-             [nats]\nurl = \"nats://{}:4222\"\n[listen]\nnode = \"{address}:{PORT}\"\n\
+             [nats]\nurl = \"tls://{}:4222\"\n[listen]\nnode = \"{address}:{PORT}\"\n\
              [poll]\nresync = \"5s\"\n\
              [registry]\nrepository = \"{}\"\nca = \"keys/registry-ca.pem\"\ncredentials = \"keys/registry.json\"\n",
             site.name(),

@@ -130,7 +130,11 @@ impl Site {
         let urls = cluster.urls();
         arguments.extend(["--nats-url", &urls, "--no-start"].map(str::to_owned));
         site.kiln(&arguments.iter().map(String::as_str).collect::<Vec<_>>())?;
-        cluster.start(&site.home.path().join("nats/users.conf"))?;
+        let home = site.home.path();
+        let identity = home.join("nats/server.pem");
+        let out = identity.display().to_string();
+        site.kiln(&["pki", "issue", "broker", "--host", "127.0.0.1", "--out", &out])?;
+        cluster.start(&home.join("nats/users.conf"), identity, home.join("keys/pki/authority.pem"))?;
         site.kiln(&["up"])?;
         Ok((site, cluster))
     }

@@ -61,7 +61,7 @@ pub async fn examine(site: Option<&Site>, ports: &Ports<'_>) -> Vec<Finding> {
         port(&format!("port {listen}"), *listen, "stop it, or choose another `run.ports.listen`")
     }));
     all.extend(ports.own.iter().map(|(setting, own)| {
-        let scheme = if setting == "nats.url" { "nats://" } else { "" };
+        let scheme = if setting == "nats.url" { "tls://" } else { "" };
         let fix = format!("stop it, or choose another: kiln up --config {setting}={scheme}127.0.0.1:PORT");
         port(&format!("port {own} ({setting})"), *own, &fix)
     }));

@@ -13,7 +13,8 @@ use std::time::Duration;
 
 use async_nats::connection::State;
 use async_nats::jetstream::{self, Context};
-use async_nats::{Auth, AuthError, Client, ConnectOptions, HeaderMap};
+use async_nats::rustls::ClientConfig;
+use async_nats::{Auth, AuthError, Client, ConnectOptions, HeaderMap, Server};
 use async_trait::async_trait;
 use kiln_model::event::{Event, EventType};
 use kiln_model::name::{ServerName, SiteName};
@@ -39,7 +40,7 @@ const FIRST_CONNECT: Duration = Duration::from_secs(2);
 
 #[derive(Clone)]
 pub struct NatsOptions {
-    /// `nats://127.0.0.1:4222`; those of a cluster with commas between them.
+    /// `tls://127.0.0.1:4222`; those of a cluster with commas between them.
     pub url: String,
     /// Copies of each stream, on as many servers of a cluster.
     pub replicas: usize,
@@ -48,6 +49,9 @@ pub struct NatsOptions {
     pub user: User,
     /// The user's nkey seed; none where the broker asks nobody who they are.
     pub seed: Option<Zeroizing<String>>,
+    /// With it nothing is said or heard before the handshake, whatever the URL and the other end say: there is no way back
+    /// to a connection without. What it shows and believes may change from one connection to the next.
+    pub tls: Option<ClientConfig>,
 }
 
 impl std::fmt::Debug for NatsOptions {
@@ -89,6 +93,8 @@ struct Signs {
     suitable: AtomicBool,
     /// The last thing that the broker refused. It answers a forbidden publish with silence, and says so only here.
     refusal: Mutex<Option<String>>,
+    /// Why the last try to connect failed; none while the connection stands.
+    obstacle: Mutex<Option<String>>,
 }
 
 impl Signs {
@@ -98,12 +104,38 @@ impl Signs {
             E::Connected => {
                 tracing::info!(%url, "connected to the broker");
                 self.suitable.store(false, Ordering::Relaxed);
+                *self.obstacle.lock().unwrap_or_else(PoisonError::into_inner) = None;
                 self.connected.send_modify(|count| *count = count.wrapping_add(1));
             }
             E::Disconnected => tracing::warn!(%url, "the broker is away, trying again"),
             E::ServerError(error) => self.refused(error.to_string(), url),
             E::ClientError(error) => self.refused(error.to_string(), url),
             other => tracing::info!(%url, "broker: {other}"),
+        }
+    }
+
+    /// Once for each reason: tries go on for ever.
+    fn failed(&self, servers: &[Server], url: &str) {
+        let Some(reason) = servers.iter().find_map(|server| server.last_error.as_ref()) else { return };
+        let mut obstacle = self.obstacle.lock().unwrap_or_else(PoisonError::into_inner);
+        // What the library says of a server whose first words are no handshake.
+        let words = match reason.contains("InvalidContentType") {
+            true => {
+                format!("it speaks before the TLS handshake, which must come first (deploy/nats): {reason}")
+            }
+            false => reason.clone(),
+        };
+        if obstacle.as_ref() != Some(&words) {
+            tracing::warn!(%url, reason = %words, "can't connect to the broker");
+            *obstacle = Some(words);
+        }
+    }
+
+    /// What is to be said where there is no connection.
+    fn away(&self) -> String {
+        match &*self.obstacle.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(obstacle) => format!("the broker is away: {obstacle}"),
+            None => "the broker is away".to_owned(),
         }
     }
 
@@ -136,11 +168,15 @@ impl NatsBus {
     }
 
     async fn connect_with(options: NatsOptions, ack_wait: Duration) -> Result<Self, Error> {
-        let NatsOptions { url, replicas, site, user, seed } = options;
+        let NatsOptions { url, replicas, site, user, seed, tls } = options;
         let unsuitable = |reason: String| Error::Unsuitable { place: url.clone(), reason };
         let (connected, mut connections) = watch::channel(0);
-        let signs =
-            Arc::new(Signs { connected, suitable: AtomicBool::new(false), refusal: Mutex::default() });
+        let signs = Arc::new(Signs {
+            connected,
+            suitable: AtomicBool::new(false),
+            refusal: Mutex::default(),
+            obstacle: Mutex::default(),
+        });
         let connect = match seed {
             Some(seed) => {
                 // Looked at here, since the client would try for ever with a wrong one.
@@ -150,6 +186,11 @@ impl NatsBus {
                 ConnectOptions::with_auth_callback(move |nonce| std::future::ready(proof(&seed, &nonce)))
             }
             None => ConnectOptions::new(),
+        };
+        let connect = match tls {
+            Some(tls) => connect.tls_first().tls_client_config(tls),
+            // A server names others of its cluster, which can be anywhere.
+            None => connect.ignore_discovered_servers(),
         };
         let connect = connect
             .name(format!("kiln-{user}"))
@@ -161,6 +202,14 @@ impl NatsBus {
             .connection_timeout(ASK)
             .ping_interval(Duration::from_secs(10))
             .request_timeout(Some(ASK))
+            // It chooses none: what it is shown of the servers is why the last try failed.
+            .reconnect_to_server_callback({
+                let (signs, url) = (signs.clone(), url.clone());
+                move |servers, _| {
+                    signs.failed(&servers, &url);
+                    std::future::ready(None)
+                }
+            })
             .event_callback({
                 let (signs, url) = (signs.clone(), url.clone());
                 move |event| {
@@ -256,6 +305,11 @@ impl NatsBus {
         self.inner.client.connection_state() == State::Connected
     }
 
+    /// That there is no connection, and why, for people.
+    pub fn away(&self) -> String {
+        self.inner.signs.away()
+    }
+
     /// Connections so far, the one that stands now included.
     fn connections(&self) -> u64 {
         self.inner.client.statistics().connects.load(Ordering::Relaxed)
@@ -276,7 +330,7 @@ impl NatsBus {
 
     fn unavailable(&self, what: &'static str, reason: &dyn std::fmt::Display) -> Error {
         let refusal = self.inner.signs.take_refusal();
-        let away = if self.connected() { "" } else { "; the broker is away" };
+        let away = if self.connected() { String::new() } else { format!("; {}", self.away()) };
         let reason = match refusal {
             Some(refusal) => format!("{reason}{away}; the broker said: {refusal}"),
             None => format!("{reason}{away}"),

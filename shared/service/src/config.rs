@@ -2,10 +2,12 @@
 //!
 //! What stands in the file ([`SiteFile`]) and what was checked ([`Site`]) are different types.
 
+mod broker;
 mod nodes;
 mod signing;
 mod store;
 
+pub use broker::NatsFile;
 pub use nodes::{Registry, RegistryFile};
 pub use signing::{Key as SigningKey, Signing, SigningFile, Trust};
 pub use store::{Store, StoreFile};
@@ -18,11 +20,12 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use jiff::SignedDuration;
-use kiln_bus::{NatsOptions, User};
+use kiln_bus::User;
 use kiln_model::event::Service;
 use kiln_model::name::{NodeName, SiteId, SiteName};
 use serde::{Deserialize, Serialize};
 
+use crate::access::Role;
 use crate::tls::TlsFiles;
 
 mod reach;
@@ -40,6 +43,8 @@ pub enum Error {
     Malformed { path: PathBuf, reason: String },
     #[error("{path}: `{field}` is wrong: {reason}")]
     Invalid { path: PathBuf, field: &'static str, reason: String },
+    #[error("can't speak TLS with the broker {url}: {reason}")]
+    Broker { url: String, reason: String },
 }
 
 /// The file as it is written.
@@ -88,16 +93,6 @@ pub struct SiteFile {
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct NatsFile {
-    /// `nats://127.0.0.1:4222`; the servers of a cluster with commas between them.
-    pub url: String,
-    /// Copies of each event, on as many servers of the cluster: 1, 3 or 5.
-    #[serde(default = "default_replicas")]
-    pub replicas: usize,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct OtlpFile {
     /// `http://127.0.0.1:4317`
     pub endpoint: String,
@@ -133,10 +128,6 @@ impl Default for BuilderFile {
     fn default() -> Self {
         Self { workers: 2, packages: "builder/packages".to_owned(), layers: "builder/cache".to_owned() }
     }
-}
-
-fn default_replicas() -> usize {
-    1
 }
 
 fn default_log() -> String {
@@ -255,18 +246,6 @@ impl Site {
         let (site, authority) = (self.name.clone(), self.paths().authority());
         TlsFiles { site, authority, identity: Some(self.paths().identity(service)) }
     }
-
-    /// How a user of this site reaches the broker. Its seed is read now.
-    ///
-    /// # Errors
-    /// Where the user's seed can't be read.
-    pub fn nats(&self, user: User) -> Result<NatsOptions, Error> {
-        let path = self.paths().nats_seed(user);
-        let seed = std::fs::read_to_string(&path)
-            .map_err(|error| Error::Unreadable { path: path.clone(), reason: error.to_string() })?;
-        let (url, site) = (self.nats_url.clone(), self.name.clone());
-        Ok(NatsOptions { url, replicas: self.nats_replicas, site, user, seed: Some(seed.into()) })
-    }
 }
 
 impl SiteFile {
@@ -303,13 +282,8 @@ impl SiteFile {
         let name = self.name.parse::<SiteName>().map_err(|error| wrong("name")(error.to_string()))?;
         let id = self.id.parse::<SiteId>().map_err(|error| wrong("id")(error.to_string()))?;
         check_bridge(&self.bridge).map_err(wrong("bridge"))?;
-        for url in self.nats.url.split(',') {
-            check_url(url, &["nats://", "tls://"]).map_err(wrong("nats.url"))?;
-        }
-        if ![1, 3, 5].contains(&self.nats.replicas) {
-            // An even number bears no more losses than the odd one below it.
-            return Err(wrong("nats.replicas")(format!("{} is not 1, 3 or 5", self.nats.replicas)));
-        }
+        broker::check_url(&self.nats.url).map_err(wrong("nats.url"))?;
+        broker::check_replicas(self.nats.replicas).map_err(wrong("nats.replicas"))?;
         let store = self.store.map(|store| store.check(home)).transpose().map_err(wrong("store.url"))?;
         if let Some(otlp) = &self.otlp {
             check_url(&otlp.endpoint, &["http://", "https://"]).map_err(wrong("otlp.endpoint"))?;
@@ -449,8 +423,8 @@ impl Paths<'_> {
     }
 
     /// A service's certificate and its key.
-    pub fn identity(&self, service: Service) -> PathBuf {
-        self.pki().join(format!("{service}.pem"))
+    pub fn identity(&self, holder: impl Into<Role>) -> PathBuf {
+        self.pki().join(format!("{}.pem", holder.into()))
     }
 
     pub fn tokens(&self) -> PathBuf {
@@ -546,8 +520,7 @@ git = "1s"
             ("10.77.3.0/24", "8.8.8.0/24", "`subnet`"),
             ("kiln-0a1b2c", "kiln-0a1b2c3d-long", "`bridge`"),
             ("nats://127", "http://127", "`nats.url`"),
-            ("4222\"", "4222,http://127.0.0.1:4223\"", "`nats.url`"),
-            ("4222\"", "4222, nats://127.0.0.1:4223\"", "`nats.url`"),
+            ("4222\"", "4222,tls://127.0.0.1:4223\"", "`nats.url`"),
             ("4222\"", "4222\"\nreplicas = 2", "`nats.replicas`"),
             ("127.0.0.1:9101", "localhost:9101", "`metrics`"),
             ("[poll]", "[listen]\nbuilder = \"10.0.0.5\"\n[poll]", "`listen`"),

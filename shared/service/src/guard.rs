@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use kiln_model::event::Service;
@@ -62,6 +62,13 @@ impl Guard {
         written.map_err(|error| failed(&pid, error.to_string()))?;
         Ok(Self { _lock: lock, pid })
     }
+}
+
+/// Whether somebody holds a lock: what runs, wherever its process is seen. One that can't be opened is not there.
+pub fn is_held(lock: &Path) -> bool {
+    File::open(lock).is_ok_and(|lock| {
+        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK)
+    })
 }
 
 impl Drop for Guard {

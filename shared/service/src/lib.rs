@@ -19,7 +19,7 @@ pub mod metrics;
 mod observe;
 pub mod pki;
 pub mod relay;
-mod reloaded;
+pub mod reloaded;
 pub mod requests;
 pub mod resync;
 pub mod run;

@@ -24,10 +24,11 @@ struct State<T> {
     looked: Option<Instant>,
 }
 
-/// Changes whenever a file is replaced: the new one has another inode, or another time where that is used anew.
-type Stamp = Option<(u64, u64, i64, i64)>;
+/// Of a file. Changes whenever that is replaced: the new one has another inode, or another time where that is used anew.
+pub type Stamp = Option<(u64, u64, i64, i64)>;
 
-fn stamp(path: &PathBuf) -> Stamp {
+/// None where there is no file.
+pub fn stamp(path: &PathBuf) -> Stamp {
     let found = std::fs::metadata(path).ok()?;
     Some((found.ino(), found.size(), found.mtime(), found.mtime_nsec()))
 }

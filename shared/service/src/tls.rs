@@ -2,17 +2,20 @@
 //! wants the service it asked for.
 
 mod expect;
+mod latest;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use kiln_model::name::SiteName;
+use tokio_rustls::rustls::client::danger::ServerCertVerifier;
+use tokio_rustls::rustls::client::{Resumption, WantsClientCert};
 use tokio_rustls::rustls::crypto::{CryptoProvider, ring};
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
-use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig, client::Resumption, version::TLS13};
-
+use tokio_rustls::rustls::version::TLS13;
+use tokio_rustls::rustls::{ClientConfig, ConfigBuilder, RootCertStore, ServerConfig};
 use zeroize::Zeroizing;
 
 use crate::access::Role;
@@ -108,11 +111,7 @@ pub(crate) fn client(files: &TlsFiles, service: Role) -> Result<ClientTls, Strin
     Reloaded::new(files.paths(), move |paths| {
         let [authority, identity @ ..] = paths else { return Err("there is no authority".to_owned()) };
         let expected = expect::Expect::new(authorities(authority)?, provider(), site.clone(), service)?;
-        let builder = ClientConfig::builder_with_provider(provider())
-            .with_protocol_versions(&[&TLS13])
-            .map_err(|error| error.to_string())?
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(expected));
+        let builder = believing(Arc::new(expected))?;
         let mut config = match identity {
             [identity, ..] => {
                 let (chain, key) = own(identity)?;
@@ -125,4 +124,24 @@ pub(crate) fn client(files: &TlsFiles, service: Role) -> Result<ClientTls, Strin
         config.resumption = Resumption::disabled();
         Ok(config)
     })
+}
+
+/// For connections to the site's broker, which are made anew by a client that is given this once: what the files hold is
+/// looked up at each handshake.
+///
+/// # Errors
+/// Names the file that can't be read or used.
+pub fn to_broker(files: &TlsFiles) -> Result<ClientConfig, String> {
+    let latest = Arc::new(latest::Latest::new(files)?);
+    let mut config = believing(latest.clone())?.with_client_cert_resolver(latest);
+    config.resumption = Resumption::disabled();
+    Ok(config)
+}
+
+fn believing(
+    verifier: Arc<dyn ServerCertVerifier>,
+) -> Result<ConfigBuilder<ClientConfig, WantsClientCert>, String> {
+    let builder = ClientConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13]);
+    let builder = builder.map_err(|error| error.to_string())?;
+    Ok(builder.dangerous().with_custom_certificate_verifier(verifier))
 }

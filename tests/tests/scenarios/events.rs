@@ -23,9 +23,12 @@ async fn a_python_client_receives_the_events_with_their_headers() -> Result<()> 
         run(Command::new("python3").args(["-m", "venv"]).arg(&venv))?;
     }
     run(Command::new(venv.join("bin/pip")).args(["install", "--quiet", "nats-py[nkeys]==2.16.0"]))?;
+    let own = site.home().join("subscriber.pem").display().to_string();
+    site.kiln(&["pki", "issue", "subscriber", "--out", &own])?;
     let mut subscriber = Command::new(venv.join("bin/python"))
         .arg(example("subscriber.py"))
         .arg(site.home())
+        .arg(own)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()?;

@@ -16,7 +16,7 @@ use super::{
     CONTEXTS, FORMAT, IMAGES, KEYS, Key, Manifest, Part, SERVICES, SITE, blob_name, manifest_name, store_name,
 };
 use crate::failure::{Code, During as _, Failure, Outcome};
-use crate::site::{create, keys};
+use crate::site::{broker, keys};
 
 const MANIFEST_LIMIT: u64 = 64 << 20;
 /// Of what is held in memory: the keys, the settings, the part of the index.
@@ -91,7 +91,7 @@ async fn into_empty(archive: &Path, key: &Key, home: &Path, by: &str) -> Outcome
     images.take_over(&small(IMAGES)?).map_err(|error| Failure::failed("taking over the images", error))?;
     if manifest.own_broker {
         // What is in it `kiln up` makes anew; that it is there says whose the broker is.
-        keys::write(&create::broker_config(&site), "")?;
+        keys::write(&broker::config_file(&site), "")?;
     }
     std::fs::remove_dir_all(&staging).during("removing what was staged")?;
     let handle = File::open(home).during("opening the site's folder")?;

@@ -16,7 +16,7 @@ use super::{
     store_name,
 };
 use crate::failure::{Code, During as _, Failure, Outcome};
-use crate::site::{create, leftovers};
+use crate::site::{broker, leftovers};
 
 /// Bytes that the keys of a site take, packed, and more.
 const SECRETS: usize = 1 << 20;
@@ -76,7 +76,7 @@ pub(crate) async fn write(site: &Site, key: &Key, to: &Path) -> Outcome<Written>
         site: site.name.to_string(),
         id: site.id.to_string(),
         time: jiff::Timestamp::now(),
-        own_broker: create::broker_config(site).exists(),
+        own_broker: broker::config_file(site).exists(),
         stores,
         parts: listed.collect::<Outcome<_>>()?,
     };

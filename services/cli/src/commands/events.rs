@@ -38,7 +38,7 @@ pub(crate) async fn run(it: &Events, services: &Services, screen: Screen) -> Out
         site.nats(User::Cli).map_err(|error| Failure::new(Code::Invalid, "the broker's user cli", error))?;
     let bus = NatsBus::connect(options).await.map_err(|error| broker(&error))?;
     if !bus.connected() {
-        return Err(broker(&format!("there is none at {}", site.nats_url)));
+        return Err(broker(&format!("{}, at {}", bus.away(), site.nats_url)));
     }
     // Subscribed before the past is read: what happens in between comes twice, and is told once.
     let mut following = match it.follow {

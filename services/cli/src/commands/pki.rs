@@ -5,7 +5,6 @@ use std::time::{Duration, SystemTime};
 
 use clap::{Args, Subcommand};
 use jiff::Timestamp;
-use kiln_model::event::Service;
 use kiln_service::access::{Identity, Role};
 use kiln_service::certificate::Certificate;
 use kiln_service::config::Site;
@@ -29,7 +28,7 @@ enum PkiCommand {
     Init,
     /// Give out a certificate with its key: to a service on another machine, or to a person
     Issue {
-        /// builder, deployer, monitor, node or console for a service; else the name of a person
+        /// builder, deployer, monitor, node, console or broker for a service; else the name of a person
         name: String,
         /// What a person may: viewer, operator or admin
         #[arg(long, value_name = "ROLE", default_value = "viewer")]
@@ -44,7 +43,7 @@ enum PkiCommand {
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
     },
-    /// Renew the certificates of this machine's services now; the services take them without a restart
+    /// Renew the certificates of this machine's services and broker now; they take them without a restart
     Renew,
     /// Show the authorities and the certificates of this machine
     List,
@@ -153,8 +152,8 @@ fn list(site: &Site, screen: Screen) -> Outcome {
     let bundle = site.paths().authority();
     let text = std::fs::read_to_string(&bundle).during(format_args!("reading {}", bundle.display()))?;
     let mut found: Vec<_> = pki::of_bundle(&text).into_iter().map(|it| (it, bundle.clone())).collect();
-    for service in Service::ALL {
-        let path = site.paths().identity(service);
+    for holder in pki::holders(site) {
+        let path = site.paths().identity(holder);
         // A machine may run some of the services only.
         let Ok(text) = std::fs::read_to_string(&path) else { continue };
         let read = Certificate::of_pem(&text);

@@ -15,6 +15,7 @@ use tonic_health::pb::health_client::HealthClient;
 use crate::failure::{Code, During as _, Failure, Outcome};
 use crate::home::Home;
 use crate::screen::{Screen, good, plain};
+use crate::site::broker;
 use crate::site::create::{self, Wishes};
 use crate::site::programs::Kind;
 use crate::site::{doctor, logs, network, programs, require_root, supervisor};
@@ -132,6 +133,10 @@ pub(crate) async fn run(it: Up, home: &Home, screen: Screen) -> Outcome {
     screen.table(&["PROGRAM", "STATE", "PROCESS", "ADDRESS"], rows)?;
     if is_new {
         screen.next(&["kiln init web", "kiln apply web --wait"])
+    } else if broker::is_own(&site) && !site.broker_has_tls() {
+        screen.next(&[
+            "give the broker TLS, which it was made without: kiln down --keep-instances, then kiln up",
+        ])
     } else {
         screen.next(&["kiln status"])
     }

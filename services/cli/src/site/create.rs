@@ -2,14 +2,13 @@
 
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt as _;
-use std::path::PathBuf;
 
 use kiln_model::event::Service;
 use kiln_service::config::{NatsFile, Site, SiteFile};
 use rand::Rng as _;
 use toml_edit::{DocumentMut, Item, Table};
 
-use super::{keys, network, pki, supervisor};
+use super::{broker, keys, network, pki, supervisor};
 use crate::failure::{Code, During as _, Failure, Outcome};
 use crate::home::Home;
 
@@ -36,7 +35,11 @@ pub(crate) fn ensure(home: &Home, wishes: &Wishes) -> Outcome<Site> {
     } else {
         text(&fresh(home)?)?
     };
-    let (file, new) = changed(&old, wishes).map_err(|why| {
+    let nats_url = match &wishes.nats_url {
+        Some(url) => Some(url.clone()),
+        None => broker::outgrown(folder)?,
+    };
+    let (file, new) = changed(&old, wishes, nats_url.as_deref()).map_err(|why| {
         Failure::new(Code::Invalid, format!("the settings in {}", path.display()), why).reason("bad_config")
     })?;
     if there && has_other_store(&old, &file) {
@@ -78,8 +81,9 @@ pub(crate) fn ensure(home: &Home, wishes: &Wishes) -> Outcome<Site> {
         DirBuilder::new().recursive(true).mode(0o700).create(&folder).during(what)?;
     }
     keys::ensure(paths)?;
+    // Before the certificates: the broker gets one where it is the site's own.
+    broker::write(&site, wishes.nats_url.is_some())?;
     pki::ensure(&site)?;
-    write_broker(&site, wishes)?;
     // Last: a folder with a site.toml is a whole one.
     if new.is_some() || !there {
         keys::write(&path, new.as_ref().unwrap_or(&old))?;
@@ -98,7 +102,7 @@ fn fresh(home: &Home) -> Outcome<SiteFile> {
     let others: Vec<_> = Home::all().iter().filter_map(|folder| Site::load(folder).ok()).collect();
     let mut ports = network::free_ports(1 + Service::ALL.len(), &network::ports(&others))?.into_iter();
     let mut address = || format!("127.0.0.1:{}", ports.next().unwrap_or_default());
-    let nats = NatsFile { url: format!("nats://{}", address()), replicas: 1 };
+    let nats = NatsFile { url: format!("tls://{}", address()), replicas: 1 };
     Ok(SiteFile {
         name: home.name().to_string(),
         subnet: network::free_subnet(&others)?,
@@ -122,11 +126,11 @@ fn fresh(home: &Home) -> Outcome<SiteFile> {
 
 /// The settings with what was wished for put in, and their new text where that changes anything. What a person wrote
 /// beside the settings stays.
-fn changed(old: &str, wishes: &Wishes) -> Result<(SiteFile, Option<String>), String> {
+fn changed(old: &str, wishes: &Wishes, nats_url: Option<&str>) -> Result<(SiteFile, Option<String>), String> {
     let mut document: DocumentMut =
         old.parse().map_err(|error: toml_edit::TomlError| error.message().to_owned())?;
-    let named = [("nats.url", &wishes.nats_url), ("store.url", &wishes.store)];
-    let named = named.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value.clone()?)));
+    let named = [("nats.url", nats_url), ("store.url", wishes.store.as_deref())];
+    let named = named.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?.to_owned())));
     for (key, value) in named.chain(wishes.settings.iter().cloned()) {
         set(&mut document, &key, &value)?;
     }
@@ -169,61 +173,12 @@ fn set(table: &mut Table, key: &str, value: &str) -> Result<(), String> {
     }
 }
 
-pub(crate) fn broker_config(site: &Site) -> PathBuf {
-    site.paths().nats().join("nats.conf")
-}
-
-pub(crate) fn broker_pid(site: &Site) -> PathBuf {
-    site.paths().run().join("nats.pid")
-}
-
-/// With a broker of the site's own its configuration; with another's the users that it must be given.
-fn write_broker(site: &Site, wishes: &Wishes) -> Outcome {
-    let own = broker_config(site);
-    let users = keys::accounts_section(site.paths(), &site.name)?;
-    if wishes.nats_url.is_some() || (!own.exists() && home_is_made(site)) {
-        if own.exists() {
-            std::fs::remove_file(&own).during(format_args!("removing {}", own.display()))?;
-        }
-        return keys::write(&site.paths().nats().join("users.conf"), &users);
-    }
-    if site.nats_replicas > 1 {
-        return Err(Failure::new(
-            Code::Invalid,
-            format!("keeping {} copies of each event", site.nats_replicas),
-            "the site's own broker is one server",
-        )
-        .reason("bad_config")
-        .todo(
-            "name the servers of a cluster: kiln up --nats-url nats://a:4222,nats://b:4222,nats://c:4222",
-        ));
-    }
-    let listen = site.nats_url.trim_start_matches("nats://").trim_end_matches('/');
-    keys::write(&own, &config(listen, site, &users))
-}
-
-fn home_is_made(site: &Site) -> bool {
-    site.home.join("site.toml").exists()
-}
-
-fn config(listen: &str, site: &Site, users: &str) -> String {
-    let (folder, pid) = (site.paths().nats().join("jetstream"), broker_pid(site));
-    let (name, folder, pid) = (&site.name, folder.display(), pid.display());
-    // State is the truth: what a power failure takes of the last second's events is found by the resyncs.
-    format!(
-        "# Made by `kiln up`, anew each time.\n\
-         server_name: \"kiln-{name}\"\n\
-         listen: \"{listen}\"\n\
-         pid_file: \"{pid}\"\n\
-         max_payload: 4MB\n\
-         jetstream {{\n  store_dir: \"{folder}\"\n  sync_interval: 1s\n}}\n\
-         {users}"
-    )
-}
-
 #[cfg(test)]
 mod tests {
     use std::path::Path;
+
+    use kiln_service::access::Role;
+    use kiln_service::guard::Guard;
 
     use super::*;
 
@@ -244,8 +199,8 @@ mod tests {
         assert_eq!(key, std::fs::read_to_string(again.paths().signing_key()).unwrap());
         assert!(kiln_image::read_signing_key(&again.paths().signing_key()).is_ok());
         assert!(kiln_image::read_trusted_key(&again.paths().signing_pub()).is_ok());
-        let config = std::fs::read_to_string(broker_config(&again)).unwrap();
-        assert!(config.contains("nkey:") && config.contains(again.nats_url.trim_start_matches("nats://")));
+        let config = std::fs::read_to_string(broker::config_file(&again)).unwrap();
+        assert!(config.contains("nkey:") && config.contains(again.nats_url.trim_start_matches("tls://")));
     }
 
     #[test]
@@ -258,7 +213,7 @@ mod tests {
         assert_eq!(mode(&site.paths().run()), 0o700);
         assert_eq!(mode(&site.paths().signing_key()), 0o600);
         assert_eq!(mode(&site.paths().nats_seed(kiln_bus::User::Admin)), 0o600);
-        assert_eq!(mode(&broker_config(&site)), 0o600);
+        assert_eq!(mode(&broker::config_file(&site)), 0o600);
     }
 
     #[test]
@@ -296,7 +251,7 @@ mod tests {
         std::fs::write(home.site_file(), &edited).unwrap();
         // Nothing is wished for, or what is so already, also where the file leaves it to the default.
         for wishes in [Wishes::default(), wish("poll.git", "2s"), wish("log", "info")] {
-            assert_eq!(changed(&edited, &wishes).unwrap().1, None, "{wishes:?}");
+            assert_eq!(changed(&edited, &wishes, None).unwrap().1, None, "{wishes:?}");
             ensure(&home, &wishes).unwrap();
             assert_eq!(text(), edited);
         }
@@ -310,9 +265,9 @@ mod tests {
         let home = home(folder.path());
         let wishes = Wishes { nats_url: Some("nats://127.0.0.1:4222".to_owned()), ..Wishes::default() };
         let site = ensure(&home, &wishes).unwrap();
-        assert!(!broker_config(&site).exists());
+        assert!(!broker::config_file(&site).exists());
         let site = ensure(&home, &Wishes::default()).unwrap();
-        assert!(!broker_config(&site).exists() && site.nats_url == "nats://127.0.0.1:4222");
+        assert!(!broker::config_file(&site).exists() && site.nats_url == "nats://127.0.0.1:4222");
         assert!(site.paths().nats().join("users.conf").exists());
     }
 
@@ -332,5 +287,69 @@ mod tests {
         ensure(&home, &wish("postgres://kiln@db.example/kiln")).unwrap();
         let moved = ensure(&home, &wish("postgres://kiln@other.example/kiln")).unwrap_err();
         assert!(format!("{moved:?}").contains("left behind"), "{moved:?}");
+    }
+
+    /// Its services, those of before among them, speak as they began until nothing runs.
+    #[test]
+    fn a_broker_of_before_tls_has_it_from_the_next_start_of_everything_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let home = home(folder.path());
+        let made = ensure(&home, &Wishes::default()).unwrap();
+        let settings = || std::fs::read_to_string(home.site_file()).unwrap();
+        let broker = || std::fs::read_to_string(broker::config_file(&made)).unwrap();
+        let (url, of_before) = (made.nats_url.clone(), made.nats_url.replace("tls://", "nats://"));
+        let has_tls = broker();
+        assert!(has_tls.contains("verify: true") && has_tls.contains("min_version: \"1.3\""), "{has_tls}");
+        let (start, end) = (has_tls.find("tls {").unwrap(), has_tls.find("jetstream {").unwrap());
+        let plain = format!("{}{}", &has_tls[..start], &has_tls[end..]);
+        std::fs::write(home.site_file(), settings().replace(&url, &of_before)).unwrap();
+        std::fs::write(broker::config_file(&made), &plain).unwrap();
+
+        let service = Guard::take(made.paths(), Service::Node).unwrap();
+        assert_eq!(ensure(&home, &Wishes::default()).unwrap().nats_url, of_before);
+        assert_eq!(broker(), plain);
+        drop(service);
+        assert_eq!(ensure(&home, &Wishes::default()).unwrap().nats_url, url);
+        assert_eq!(broker(), has_tls);
+        assert!(settings().contains(&url) && !settings().contains(&of_before));
+
+        // And never back, also under services that run.
+        let wish = |url: &str| Wishes {
+            settings: vec![("nats.url".to_owned(), url.to_owned())],
+            ..Wishes::default()
+        };
+        let _service = Guard::take(made.paths(), Service::Node).unwrap();
+        let refused = format!("{:?}", ensure(&home, &wish(&of_before)).unwrap_err());
+        assert!(refused.contains("has TLS") && refused.contains(&url), "{refused}");
+        assert!(settings().contains(&url) && broker() == has_tls);
+    }
+
+    #[test]
+    fn a_broker_that_would_have_no_certificate_is_not_made() {
+        let folder = tempfile::tempdir().unwrap();
+        let home = home(folder.path());
+        let site = ensure(&home, &Wishes::default()).unwrap();
+        let of_broker = site.paths().identity(Role::Broker);
+        let text = std::fs::read_to_string(&of_broker).unwrap();
+        std::fs::remove_file(pki::authority_key(&site)).unwrap();
+        std::fs::remove_file(&of_broker).unwrap();
+        let refused = format!("{:?}", ensure(&home, &Wishes::default()).unwrap_err());
+        assert!(refused.contains("kiln pki issue broker"), "{refused}");
+        std::fs::write(&of_broker, text).unwrap();
+        ensure(&home, &Wishes::default()).unwrap();
+    }
+
+    #[test]
+    fn a_broker_on_another_machine_is_reached_with_tls_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let home = home(folder.path());
+        let wishes = |url: &str| Wishes { nats_url: Some(url.to_owned()), ..Wishes::default() };
+        let refused = format!("{:?}", ensure(&home, &wishes("nats://10.0.0.5:4222")).unwrap_err());
+        assert!(
+            refused.contains("tls://10.0.0.5:4222") && refused.contains("kiln pki issue broker"),
+            "{refused}"
+        );
+        let site = ensure(&home, &wishes("tls://10.0.0.5:4222")).unwrap();
+        assert!(site.nats(kiln_bus::User::Builder).unwrap().tls.is_some());
     }
 }

@@ -9,6 +9,7 @@ use kiln_service::config::Site;
 use kiln_service::machine::Finding;
 use serde_json::{Value, json};
 
+use super::broker;
 use super::network::port_of;
 use super::programs::{self, Kind};
 use crate::clients::Services;
@@ -81,8 +82,8 @@ pub(crate) async fn examine(home: &Home) -> Outcome<Report> {
     let mut findings = node?;
     findings.extend(builder?);
     findings.push(services()?);
-    if site.as_ref().is_none_or(programs::has_broker) {
-        findings.push(broker().await);
+    if site.as_ref().is_none_or(broker::is_own) {
+        findings.push(nats_server().await);
     }
     Ok(Report { findings })
 }
@@ -144,12 +145,12 @@ fn services() -> Outcome<Finding> {
     Ok(Finding::of("services", missing.is_empty(), found, fix))
 }
 
-/// The first version whose streams do all that is asked of them.
-const BROKER: (u32, u32) = (2, 10);
+/// The first version that takes every setting of the site's own broker, TLS 1.3 and no older among them.
+const BROKER: (u32, u32) = (2, 11);
 
-async fn broker() -> Finding {
+async fn nats_server() -> Finding {
     const NAME: &str = "nats-server";
-    let fix = "deploy/prerequisites.sh installs one; or put nats-server 2.10 or newer on the PATH, name one with \
+    let fix = "deploy/prerequisites.sh installs one; or put nats-server 2.11 or newer on the PATH, name one with \
                KILN_NATS_SERVER, or use a broker that runs: kiln up --nats-url";
     let binary = match programs::nats_server() {
         Ok(binary) => binary,
@@ -178,7 +179,9 @@ mod tests {
     fn a_broker_is_taken_by_its_version() {
         assert_eq!(version("nats-server: v2.14.4"), Some((2, 14)));
         assert_eq!(version("nats-server: v2.11.0-RC.1"), Some((2, 11)));
-        assert!(version("nats-server: v2.9.25").is_some_and(|it| it < BROKER));
+        for old in ["nats-server: v2.9.25", "nats-server: v2.10.29"] {
+            assert!(version(old).is_some_and(|it| it < BROKER), "{old}");
+        }
         assert_eq!(version("something else"), None);
         assert_eq!(version(""), None);
     }

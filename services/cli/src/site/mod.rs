@@ -1,5 +1,6 @@
 //! The site itself: its folder, its processes, what it makes on the machine.
 
+pub(crate) mod broker;
 pub(crate) mod create;
 pub(crate) mod doctor;
 pub(crate) mod keys;

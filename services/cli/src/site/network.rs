@@ -180,7 +180,7 @@ mod tests {
         let all_but_one: BTreeSet<u16> = PORTS.filter(|port| *port != 30_001).collect();
         // Nobody has to listen on them.
         assert!(free_ports(2, &all_but_one).is_err());
-        assert_eq!(port_of("nats://127.0.0.1:21907"), Some(21907));
+        assert_eq!(port_of("tls://127.0.0.1:21907"), Some(21907));
         assert_eq!(port_of("nats://127.0.0.1:21907/"), Some(21907));
         assert_eq!(port_of("nats://localhost"), None);
     }

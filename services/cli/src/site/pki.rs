@@ -11,6 +11,7 @@ use kiln_service::config::Site;
 use kiln_service::pki::{self, Authority, Issued};
 use zeroize::Zeroizing;
 
+use super::broker;
 use super::keys::write;
 use crate::failure::{Code, During as _, Failure, Outcome};
 
@@ -53,9 +54,15 @@ pub(crate) fn authority(site: &Site) -> Outcome<Authority> {
         .map_err(failed("reading the authority's key"))
 }
 
+/// Who has a certificate on this machine: every service, and the broker of the site's own.
+pub(crate) fn holders(site: &Site) -> Vec<Role> {
+    let broker = broker::is_own(site).then_some(Role::Broker);
+    Service::ALL.map(Role::from).into_iter().chain(broker).collect()
+}
+
 /// Makes the authority where there is none, and the certificates that are missing or due. A machine that was given its
 /// certificates without the authority's key keeps what it was given.
-pub(crate) fn ensure(site: &Site) -> Outcome<Vec<Service>> {
+pub(crate) fn ensure(site: &Site) -> Outcome<Vec<Role>> {
     let (bundle, key) = (site.paths().authority(), authority_key(site));
     if !key.exists() {
         if bundle.exists() {
@@ -74,13 +81,13 @@ pub(crate) fn ensure(site: &Site) -> Outcome<Vec<Service>> {
     renew(site, false)
 }
 
-/// Renews what is due, or everything. Gives the services whose certificates are new.
-pub(crate) fn renew(site: &Site, all: bool) -> Outcome<Vec<Service>> {
+/// Renews what is due, or everything. Gives those whose certificates are new.
+pub(crate) fn renew(site: &Site, all: bool) -> Outcome<Vec<Role>> {
     let authority = authority(site)?;
     let mut renewed = Vec::new();
-    for service in Service::ALL {
-        let path = site.paths().identity(service);
-        let hosts = hosts(site, service);
+    for holder in holders(site) {
+        let path = site.paths().identity(holder);
+        let hosts = hosts(site, holder);
         let there = std::fs::read_to_string(&path).ok().and_then(|text| Certificate::of_pem(&text).ok());
         let stands = there.is_some_and(|it| {
             !it.is_due(SystemTime::now())
@@ -88,12 +95,12 @@ pub(crate) fn renew(site: &Site, all: bool) -> Outcome<Vec<Service>> {
                 && it.hosts.iter().collect::<BTreeSet<_>>() == hosts.iter().collect()
         });
         if all || !stands {
-            let what = format!("the certificate of the {service}");
-            let identity = Identity::service(Role::from(service));
+            let what = format!("the certificate of the {holder}");
+            let identity = Identity::service(holder);
             let identity = identity.map_err(|why| Failure::failed(&what, why))?;
             let issued = issue(&authority, &identity, &hosts, site.pki.life)?;
             write(&path, &issued.reveal())?;
-            renewed.push(service);
+            renewed.push(holder);
         }
     }
     Ok(renewed)
@@ -109,12 +116,16 @@ pub(crate) fn issue(
     authority.issue(identity, hosts, life, SystemTime::now()).map_err(failed(&what))
 }
 
-/// The names that a service of this machine answers to.
-fn hosts(site: &Site, service: Service) -> Vec<String> {
+/// The names that a service of this machine, or its broker, answers to.
+fn hosts(site: &Site, holder: Role) -> Vec<String> {
     let mut hosts: Vec<_> = OWN_HOSTS.iter().map(ToString::to_string).collect();
-    let ports = [site.listen.get(&service), site.metrics.get(&service)];
-    let addresses = ports.into_iter().flatten().map(|it| it.ip().to_canonical());
+    let ports =
+        site.listen.iter().chain(&site.metrics).filter(|(service, _)| Role::from(**service) == holder);
+    let addresses = ports.map(|(_, it)| it.ip().to_canonical());
     hosts.extend(addresses.filter(|it| !it.is_unspecified()).map(|it| it.to_string()));
+    if holder == Role::Broker {
+        hosts.extend(site.broker_hosts());
+    }
     hosts.extend(site.pki.hosts.iter().cloned());
     let mut seen = BTreeSet::new();
     hosts.retain(|host| seen.insert(host.clone()));
@@ -204,8 +215,8 @@ mod tests {
         make(&home, &Wishes { nats_url: None, store: None, settings }).unwrap()
     }
 
-    fn of(site: &Site, service: Service) -> Certificate {
-        Certificate::of_pem(&read(&site.paths().identity(service)).unwrap()).unwrap()
+    fn of(site: &Site, holder: impl Into<Role>) -> Certificate {
+        Certificate::of_pem(&read(&site.paths().identity(holder)).unwrap()).unwrap()
     }
 
     #[test]
@@ -225,7 +236,7 @@ mod tests {
         // Another name of the machine asks for another certificate.
         let mut renamed = site.clone();
         renamed.pki.hosts = vec!["kiln.example".to_owned()];
-        assert_eq!(renew(&renamed, false).unwrap().len(), 4);
+        assert_eq!(renew(&renamed, false).unwrap().len(), 5);
         renamed.pki.hosts = vec!["no host".to_owned()];
         assert!(renew(&renamed, false).is_err());
     }
@@ -256,7 +267,7 @@ mod tests {
         switch(&site).unwrap();
         let new = authority(&site).unwrap().name();
         assert_ne!(new, old);
-        assert!(Service::ALL.into_iter().all(|service| of(&site, service).issuer == new));
+        assert!(holders(&site).into_iter().all(|holder| of(&site, holder).issuer == new));
         assert_eq!(trusted().len(), 2);
         finish(&site).unwrap();
         assert_eq!(trusted().into_iter().map(|it| it.subject).collect::<Vec<_>>(), [new]);

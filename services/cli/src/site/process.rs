@@ -56,6 +56,11 @@ impl Process {
         }
     }
 
+    /// HUP: it reads its settings anew.
+    pub(crate) fn reload(&self) -> Result<(), Errno> {
+        self.signal(Signal::HUP)
+    }
+
     /// TERM, and KILL when the patience is over. False where it had to be killed.
     pub(crate) async fn stop(&self, patience: Duration) -> Result<bool, Errno> {
         self.signal(Signal::TERM)?;

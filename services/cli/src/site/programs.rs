@@ -6,7 +6,7 @@ use kiln_model::event::Service;
 use kiln_service::config::Site;
 use kiln_service::machine::{STARTED_BY, started_by};
 
-use super::create::{broker_config, broker_pid};
+use super::broker;
 use super::process::Process;
 use crate::failure::{Code, During as _, Failure, Outcome};
 
@@ -62,15 +62,15 @@ const ORDER: [Service; 4] = [Service::Node, Service::Builder, Service::Deployer,
 pub(crate) fn of(site: &Site) -> Outcome<Vec<Program>> {
     let home = site.home.display().to_string();
     let mut programs = Vec::new();
-    if has_broker(site) {
-        let config = broker_config(site).display().to_string();
+    if broker::is_own(site) {
+        let config = broker::config_file(site).display().to_string();
         programs.push(Program {
             kind: Kind::Broker,
             binary: PathBuf::new(),
             arguments: vec!["--config".to_owned(), config.clone()],
             environment: Vec::new(),
             log: site.paths().logs().join("nats-server.log"),
-            pid_file: broker_pid(site),
+            pid_file: broker::pid_file(site),
             mark: config,
         });
     }
@@ -109,10 +109,6 @@ pub(crate) fn found(site: &Site) -> Outcome<Vec<Program>> {
     Ok(programs)
 }
 
-pub(crate) fn has_broker(site: &Site) -> bool {
-    broker_config(site).exists()
-}
-
 /// A program in the folder of this one.
 pub(crate) fn sibling(name: &str) -> Outcome<PathBuf> {
     let own = std::env::current_exe().during("finding this program's own file")?;
@@ -137,7 +133,7 @@ pub(crate) fn nats_server() -> Outcome<PathBuf> {
         Failure::new(Code::Refused, "there is no nats-server, which carries Kiln's events", "")
             .reason("no_broker")
             .todo(
-                "deploy/prerequisites.sh installs one; or put nats-server 2.10 or newer on the PATH, name one with \
+                "deploy/prerequisites.sh installs one; or put nats-server 2.11 or newer on the PATH, name one with \
                  KILN_NATS_SERVER, or use a broker that runs with --nats-url",
             )
     })

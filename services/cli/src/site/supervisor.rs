@@ -18,7 +18,7 @@ use tokio::task::JoinSet;
 
 use super::process::Process;
 use super::programs::Program;
-use super::{logs, pki};
+use super::{broker, logs, pki};
 use crate::failure::{Code, During as _, Failure, Outcome};
 
 const FIRST_WAIT: Duration = Duration::from_millis(100);
@@ -41,6 +41,11 @@ pub(crate) fn pid_file(site: &Site) -> PathBuf {
     site.paths().run().join("supervisor.pid")
 }
 
+/// Held while one runs.
+pub(crate) fn lock_file(site: &Site) -> PathBuf {
+    site.paths().run().join("supervisor.lock")
+}
+
 /// An argument that makes the supervisor known, beside its pid file.
 pub(crate) const MARK: &str = "supervise";
 
@@ -61,7 +66,7 @@ pub(crate) fn running(site: &Site) -> Option<Process> {
 /// Runs until it is told to stop. The programs run on: stopping them is another's decision. Where there are none, something
 /// else keeps the site's running.
 pub(crate) async fn run(site: Site, programs: Vec<Program>) -> Outcome {
-    let path = site.paths().run().join("supervisor.lock");
+    let path = lock_file(&site);
     let lock = File::options().create(true).write(true).truncate(false).mode(0o600).open(&path);
     let lock = lock.during(format_args!("opening {}", path.display()))?;
     rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|error| {
@@ -166,23 +171,29 @@ async fn bound(logs: Vec<PathBuf>) {
     }
 }
 
-/// Renews certificates in the last third of their life; the services see that by themselves.
+/// Renews certificates in the last third of their life. The services see that by themselves, the broker is told.
 async fn certificates(site: Site) {
-    let mut told = String::new();
+    let mut complaints = String::new();
+    let mut broker = broker::Told::default();
     loop {
-        let text = match pki::ensure(&site) {
-            Ok(renewed) if renewed.is_empty() => String::new(),
-            Ok(renewed) => {
-                let names = renewed.iter().map(|service| service.as_str()).collect::<Vec<_>>().join(", ");
+        let renewed = pki::ensure(&site).map(|renewed| {
+            if !renewed.is_empty() {
+                let names = renewed.iter().map(|holder| holder.as_str()).collect::<Vec<_>>().join(", ");
                 note(format_args!("new certificates: {names}"));
-                String::new()
             }
-            Err(failure) => failure.line(),
-        };
-        if text != told && !text.is_empty() {
+        });
+        // Also what `kiln pki` renewed, or a person brought.
+        let told = broker.tell(&site).map(|told| {
+            if let Some(process) = told {
+                note(format_args!("nats-server: process {process} reads its files anew"));
+            }
+        });
+        let failed = [renewed, told].into_iter().filter_map(Result::err);
+        let text = failed.map(|failure| failure.line()).collect::<Vec<_>>().join("; ");
+        if text != complaints && !text.is_empty() {
             note(&text);
         }
-        told = text;
+        complaints = text;
         tokio::time::sleep(pki::period(&site)).await;
     }
 }

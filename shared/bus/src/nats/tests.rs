@@ -364,7 +364,14 @@ async fn fake(versions: &'static [&'static str]) -> NatsOptions {
             }
         }
     });
-    NatsOptions { url, replicas: 1, site: "home".parse().unwrap(), user: User::Builder, seed: None }
+    NatsOptions {
+        url,
+        replicas: 1,
+        site: "home".parse().unwrap(),
+        user: User::Builder,
+        seed: None,
+        tls: None,
+    }
 }
 
 #[tokio::test]

@@ -18,18 +18,21 @@ pub enum Role {
     Monitor,
     Node,
     Console,
+    /// Answers where the site's events go through, and calls nobody.
+    Broker,
     Viewer,
     Operator,
     Admin,
 }
 
 impl Role {
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Builder,
         Self::Deployer,
         Self::Monitor,
         Self::Node,
         Self::Console,
+        Self::Broker,
         Self::Viewer,
         Self::Operator,
         Self::Admin,
@@ -42,6 +45,7 @@ impl Role {
             Self::Monitor => "monitor",
             Self::Node => "node",
             Self::Console => "console",
+            Self::Broker => "broker",
             Self::Viewer => "viewer",
             Self::Operator => "operator",
             Self::Admin => "admin",

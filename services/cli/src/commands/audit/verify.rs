@@ -54,7 +54,7 @@ async fn published(services: &Services) -> Outcome<Vec<Vec<Head>>> {
     let bus = NatsBus::connect(site.nats(User::Cli).map_err(|error| away(&error))?);
     let bus = bus.await.map_err(|error| away(&error))?;
     if !bus.connected() {
-        return Err(away(&format!("there is no broker at {}", site.nats_url)));
+        return Err(away(&format!("{}, at {}", bus.away(), site.nats_url)));
     }
     let mut all = Vec::new();
     for service in SERVICES {

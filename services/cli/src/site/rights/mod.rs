@@ -1,6 +1,7 @@
 //! Every user of the broker tries what it may not do, and does what it may, at a real nats-server with the configuration
 //! that `kiln up` writes.
 
+mod tls;
 mod wire;
 
 use std::sync::Arc;

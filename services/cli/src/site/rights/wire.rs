@@ -1,18 +1,24 @@
 //! A broker as `kiln up` makes it, and connections to it that try what no client of Kiln would.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::TcpStream;
+use std::net::{Ipv4Addr, TcpStream};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use kiln_bus::User;
+use kiln_model::event::Service;
+use kiln_service::access::Role;
 use kiln_service::config::Site;
 use serde_json::{Value, json};
+use tokio_rustls::rustls::pki_types::ServerName;
+use tokio_rustls::rustls::{ClientConfig, ClientConnection, StreamOwned};
 
 use crate::home::Home;
-use crate::site::create::{Wishes, broker_config, ensure};
+use crate::site::broker::config_file;
+use crate::site::create::{Wishes, ensure};
 use crate::site::programs::nats_server;
 
 const LONG: Duration = Duration::from_secs(30);
@@ -25,26 +31,46 @@ pub(super) struct Broker {
 
 impl Broker {
     pub(super) fn start() -> Self {
+        Self::start_with(|_| ())
+    }
+
+    /// One that shows the certificate of a service.
+    pub(super) fn start_as(service: Service) -> Self {
+        Self::start_with(|site| {
+            let (from, to) = (site.paths().identity(service), site.paths().identity(Role::Broker));
+            std::fs::copy(from, to).unwrap();
+        })
+    }
+
+    fn start_with(prepare: impl FnOnce(&Site)) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let home = Home::new(Some(folder.path().join("home")), "home").unwrap();
         let site = ensure(&home, &Wishes::default()).unwrap();
-        let child = Command::new(nats_server().unwrap())
-            .arg("--config")
-            .arg(broker_config(&site))
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+        prepare(&site);
+        let child = run(&site);
         let broker = Self { site, child, _folder: folder };
-        let begin = Instant::now();
-        while TcpStream::connect(broker.address()).is_err() {
-            assert!(begin.elapsed() < LONG, "nats-server does not listen");
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        broker.wait();
         broker
     }
 
+    /// As after SIGKILL.
+    pub(super) fn restart(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        self.child = run(&self.site);
+        self.wait();
+    }
+
+    fn wait(&self) {
+        let begin = Instant::now();
+        while TcpStream::connect(self.address()).is_err() {
+            assert!(begin.elapsed() < LONG, "nats-server does not listen");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
     fn address(&self) -> &str {
-        self.site.nats_url.trim_start_matches("nats://")
+        self.site.nats_url.trim_start_matches("tls://")
     }
 
     pub(super) fn wire(&self, user: User) -> Wire {
@@ -54,12 +80,23 @@ impl Broker {
         wire
     }
 
-    /// A connection, and what the broker had against it.
-    pub(super) fn open(&self, key: Option<&nkeys::KeyPair>) -> (Wire, Vec<String>) {
+    /// A connection without a word on it yet.
+    pub(super) fn tcp(&self) -> TcpStream {
         let stream = TcpStream::connect(self.address()).unwrap();
         stream.set_read_timeout(Some(LONG)).unwrap();
         stream.set_nodelay(true).unwrap();
-        let mut reader = BufReader::new(stream.try_clone().unwrap());
+        stream
+    }
+
+    /// The handshake is done at the first word that is read.
+    pub(super) fn tls(&self, config: ClientConfig) -> Tls {
+        let name = ServerName::from(std::net::IpAddr::from(Ipv4Addr::LOCALHOST));
+        StreamOwned::new(ClientConnection::new(Arc::new(config), name).unwrap(), self.tcp())
+    }
+
+    /// A connection, and what the broker had against it.
+    pub(super) fn open(&self, key: Option<&nkeys::KeyPair>) -> (Wire, Vec<String>) {
+        let mut reader = BufReader::new(self.tls(self.site.nats(User::Cli).unwrap().tls.unwrap()));
         let mut info = String::new();
         reader.read_line(&mut info).unwrap();
         let info: Value = serde_json::from_str(info.trim_start_matches("INFO ")).unwrap();
@@ -69,10 +106,15 @@ impl Broker {
             options["nkey"] = key.public_key().into();
             options["sig"] = URL_SAFE_NO_PAD.encode(signature).into();
         }
-        let mut wire = Wire { stream, reader, heard: Vec::new() };
+        let mut wire = Wire { reader, heard: Vec::new() };
         let told = wire.say(&format!("CONNECT {options}\r\n"));
         (wire, told)
     }
+}
+
+fn run(site: &Site) -> Child {
+    let mut command = Command::new(nats_server().unwrap());
+    command.arg("--config").arg(config_file(site)).stderr(Stdio::null()).spawn().unwrap()
 }
 
 impl Drop for Broker {
@@ -83,9 +125,10 @@ impl Drop for Broker {
     }
 }
 
+pub(super) type Tls = StreamOwned<ClientConnection, TcpStream>;
+
 pub(super) struct Wire {
-    stream: TcpStream,
-    reader: BufReader<TcpStream>,
+    reader: BufReader<Tls>,
     /// Subjects, in their order.
     pub(super) heard: Vec<String>,
 }
@@ -96,7 +139,7 @@ impl Wire {
     pub(super) fn say(&mut self, words: &str) -> Vec<String> {
         let mut told = Vec::new();
         // Where it has closed the connection, what it said before is there still.
-        let _ = self.stream.write_all(format!("{words}PING\r\n").as_bytes());
+        let _ = self.reader.get_mut().write_all(format!("{words}PING\r\n").as_bytes());
         loop {
             let mut line = String::new();
             if self.reader.read_line(&mut line).unwrap() == 0 {

@@ -86,6 +86,7 @@ impl Server {
             site: "home".parse().unwrap(),
             user,
             seed: Some(self.seed(user)),
+            tls: None,
         }
     }
 
