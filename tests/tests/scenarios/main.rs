@@ -17,6 +17,7 @@ mod killed;
 mod mmdebstrap;
 mod nodes;
 mod packages;
+mod ports;
 mod protocol;
 mod remote;
 mod replicas;
