@@ -7,12 +7,12 @@ use kiln_api::monitor::ListHealthRequest;
 use kiln_service::access::{Identity, Role, Secret, Token, TokenFile};
 use kiln_service::error::describe;
 use kiln_service::pki::Authority;
-use kiln_service::server::Limits;
+use kiln_service::server::{Limits, ServerOptions, serve};
 use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, Issuer, KeyPair, KeyUsagePurpose, SanType};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tonic::{Code, Status};
 
-use crate::monitor::{Client, report};
+use crate::monitor::{Client, options, report};
 use crate::site::{LOCALHOST, Site, connect, free_port, identity, replace, site_name};
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -223,6 +223,32 @@ async fn a_tcp_port_speaks_nothing_but_tls() {
         }
     }
     site.stop().await;
+}
+
+#[tokio::test]
+async fn a_service_without_a_certificate_for_its_port_does_not_start() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let authority = Authority::new(site_name()).unwrap();
+    let issued = authority.issue(&identity(Role::Monitor), &[], HOUR, SystemTime::now()).unwrap();
+    let whole = issued.reveal();
+    for (name, text, missing) in [
+        ("nothing", "", "monitor.pem"),
+        ("monitor.pem", issued.certificate.as_str(), "the key in"),
+        ("monitor.pem", whole.as_str(), "authority.pem"),
+        ("authority.pem", "nonsense", "no authority in"),
+    ] {
+        std::fs::write(path(name), text).unwrap();
+        let address = free_port();
+        let options = ServerOptions { listen: Some(address), ..options(folder.path()) };
+        let (_stop, stopped) = tokio::sync::watch::channel(false);
+        let refused =
+            serve(options, tonic::service::Routes::default(), stopped).await.unwrap_err().to_string();
+        for word in ["without TLS", missing, "kiln pki issue"] {
+            assert!(refused.contains(word), "{word}: {refused}");
+        }
+        assert!(connect(LOCALHOST, address).await.is_err(), "it listens without {missing}");
+    }
 }
 
 #[tokio::test]
