@@ -80,6 +80,17 @@ async fn every_program_is_replaced_and_put_back_under_load_and_no_request_fails(
         web.settled(release + 1).await?;
         assert!(fetch(web.address(), "/").await?.contains(&format!("Hello {word}")));
     }
+    // A start of everything brings forward what no program does while another runs as it began: the broker has TLS then.
+    for program in ORDER {
+        install(&present, programs.path(), program)?;
+    }
+    let before = running(&web.site).await?;
+    web.site.kiln(&["down", "--keep-instances"])?;
+    web.site.kiln(&["up"])?;
+    assert!(kiln_service::config::Site::load(web.site.home())?.broker_has_tls());
+    assert_eq!(running(&web.site).await?, before);
+    web.say("whole")?;
+    web.settled(4).await?;
     load.stop().await.unfailing(1000)?;
     shops.stop().await.unfailing(500)?;
     web.site.down()
