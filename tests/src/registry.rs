@@ -9,10 +9,12 @@ use crate::Result;
 use crate::site::free_port;
 use crate::wait::until;
 
-/// `kiln:open sesame`, as `htpasswd -B` writes it.
-const PASSWORD: &str = "kiln:$2b$05$EY5VgnHbeih4eH6ZVfOp/O5q5CrhxPIyj8XjAKmdoH3vOrg4w75Tq\n";
-/// The same in docker's `config.json`.
-const CREDENTIALS: &str = "a2lsbjpvcGVuIHNlc2FtZQ==";
+/// Of the user `kiln`.
+pub const PASSWORD: &str = "canary-of-the-registry-5b1c8";
+/// User and password in docker's `config.json`, and in each request.
+pub const CREDENTIALS: &str = "a2lsbjpjYW5hcnktb2YtdGhlLXJlZ2lzdHJ5LTViMWM4";
+/// As `htpasswd -B` writes them.
+const HTPASSWD: &str = "kiln:$2b$05$BpvRrKoJf.wQoshIEs2CDukAob8ryfwmj9RVcj8kDs34FJRSPeFdO\n";
 
 pub struct Registry {
     folder: tempfile::TempDir,
@@ -32,7 +34,7 @@ impl Registry {
         let made = rcgen::generate_simple_self_signed(names)?;
         std::fs::write(folder.path().join("ca.pem"), made.cert.pem())?;
         std::fs::write(folder.path().join("key.pem"), made.signing_key.serialize_pem())?;
-        std::fs::write(folder.path().join("htpasswd"), PASSWORD)?;
+        std::fs::write(folder.path().join("htpasswd"), HTPASSWD)?;
         let at = folder.path().display();
         let config = format!(
             "version: 0.1\nlog: {{ level: warn }}\nstorage: {{ filesystem: {{ rootdirectory: {at}/data }} }}\n\

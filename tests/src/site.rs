@@ -95,12 +95,15 @@ impl Site {
         Self::start(name, &[], folder(), Some(Postgres::start(&[])?))
     }
 
-    /// As [`Site::up_on_postgres`], with more settings of `site.toml`.
+    /// As [`Site::up_on_postgres`], on a server that lets nobody in without this password, which a setting must name.
     ///
     /// # Errors
     /// What `kiln up` said.
-    pub fn up_on_postgres_with(name: &str, settings: &[&str]) -> Result<Self> {
-        Self::start(name, settings, folder(), Some(Postgres::start(&[])?))
+    pub fn up_on_postgres_asking(name: &str, password: &str, settings: &[&str]) -> Result<Self> {
+        let database = Postgres::start(&[])?;
+        database.database("kiln")?;
+        database.ask_for_password("kiln", password)?;
+        Self::start(name, settings, folder(), Some(database))
     }
 
     /// Where the site's PostgreSQL server keeps its data.

@@ -67,8 +67,36 @@ impl Server {
     pub fn psql(&self, database: &str, statement: &str) -> Result<String> {
         let mut psql = Command::new(self.programs.join("psql"));
         psql.arg("--host").arg(self.folder.path()).args(["--username=postgres", "--no-psqlrc", "--quiet"]);
-        psql.args(["--tuples-only", "--no-align", "--set=ON_ERROR_STOP=1", "--dbname", database]);
+        psql.args([
+            "--tuples-only",
+            "--no-align",
+            "--no-password",
+            "--set=ON_ERROR_STOP=1",
+            "--dbname",
+            database,
+        ]);
         run(psql.args(["--command", statement])).map(|text| text.trim().to_owned())
+    }
+
+    /// Lets nobody into a database but with the superuser's password, which this is from now on. The database `postgres`
+    /// stays open.
+    ///
+    /// # Errors
+    /// What the server says, or that it still asks nobody.
+    pub fn ask_for_password(&self, database: &str, password: &str) -> Result<()> {
+        self.psql("postgres", &format!("ALTER USER postgres PASSWORD '{password}'"))?;
+        let rules = "local postgres all trust\nlocal all all scram-sha-256\n";
+        std::fs::write(self.data().join("pg_hba.conf"), rules)?;
+        self.psql("postgres", "SELECT pg_reload_conf()")?;
+        // It reads its rules when it comes to it.
+        let limit = Instant::now() + STARTS;
+        while self.psql(database, "SELECT 1").is_ok() {
+            if Instant::now() > limit {
+                return Err("anybody may come in".into());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
     }
 
     /// The folder of its socket.

@@ -1,22 +1,15 @@
 //! A site over TCP: its services with each other, and people from elsewhere.
 
 use std::collections::BTreeSet;
-use std::io::Write as _;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-use kiln_model::event::Service;
 use kiln_tests::Result;
-use kiln_tests::command::{binary, both};
+use kiln_tests::command::both;
+use kiln_tests::elsewhere::{Elsewhere, Ports};
 use kiln_tests::server::Web;
-use kiln_tests::site::{Site, free_port};
+use kiln_tests::site::Site;
 use kiln_tests::wait::until;
-
-/// `listen.builder=127.0.0.1:…` for each service.
-fn listens() -> Result<Vec<(Service, u16)>> {
-    Service::ALL.into_iter().map(|service| Ok((service, free_port()?))).collect()
-}
 
 /// Connections that stand to a port of this machine.
 fn connections(port: u16) -> Result<usize> {
@@ -29,16 +22,16 @@ fn connections(port: u16) -> Result<usize> {
 /// With certificates of twenty seconds, which `kiln up` renews under the running services.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_whole_loop_runs_over_tcp_and_through_renewals() -> Result<()> {
-    let ports = listens()?;
+    let ports = Ports::free()?;
     let mut settings = vec!["pki.life=20s".to_owned()];
-    for (service, port) in &ports {
-        settings.push(format!("listen.{service}=127.0.0.1:{port}"));
+    settings.extend(ports.settings());
+    for (service, port) in ports.each() {
         settings.push(format!("peers.{service}=https://127.0.0.1:{port}"));
     }
     let site = Site::up_with("tcp", &settings.iter().map(String::as_str).collect::<Vec<_>>())?;
     let web = Web::start(site).await?;
-    for (service, port) in &ports {
-        let calls = connections(*port)?;
+    for (service, port) in ports.each() {
+        let calls = connections(port)?;
         println!("{service}: {calls} connections");
         assert!(calls > 0, "nobody calls the {service} by TCP");
     }
@@ -63,64 +56,14 @@ async fn the_whole_loop_runs_over_tcp_and_through_renewals() -> Result<()> {
     web.site.down()
 }
 
-/// Somebody on another machine: no folder of the site, a folder of settings of their own.
-struct Elsewhere<'a> {
-    folder: &'a Path,
-}
-
-impl Elsewhere<'_> {
-    fn kiln(&self, arguments: &[&str], input: &str) -> Result<Output> {
-        let mut kiln = Command::new(binary("kiln")?)
-            .env("XDG_CONFIG_HOME", self.folder)
-            .arg("--home")
-            .arg(self.folder.join("nothing"))
-            .args(["--site", "far"])
-            .args(arguments)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()?;
-        kiln.stdin.take().ok_or("no input")?.write_all(input.as_bytes())?;
-        Ok(kiln.wait_with_output()?)
-    }
-
-    fn does(&self, arguments: &[&str], input: &str) -> Result<String> {
-        let output = self.kiln(arguments, input)?;
-        assert!(output.status.success(), "kiln {}: {}", arguments.join(" "), both(&output));
-        Ok(both(&output))
-    }
-
-    fn is_refused(&self, arguments: &[&str], words: &[&str]) -> Result<()> {
-        let output = self.kiln(arguments, "")?;
-        let text = both(&output);
-        assert_eq!(output.status.code(), Some(4), "kiln {}: {text}", arguments.join(" "));
-        for word in words {
-            assert!(text.contains(word), "kiln {}: no {word:?} in {text}", arguments.join(" "));
-        }
-        Ok(())
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn people_log_in_from_elsewhere_with_a_certificate_or_a_token() -> Result<()> {
-    let ports = listens()?;
-    let listen: Vec<_> =
-        ports.iter().map(|(service, port)| format!("listen.{service}=127.0.0.1:{port}")).collect();
-    let site = Site::up_with("far", &listen.iter().map(String::as_str).collect::<Vec<_>>())?;
+    let ports = Ports::free()?;
+    let site = Site::up_with("far", &ports.settings().iter().map(String::as_str).collect::<Vec<_>>())?;
     let folder = tempfile::tempdir()?;
-    let person = Elsewhere { folder: folder.path() };
+    let person = Elsewhere::new(folder.path(), "far");
     let text = |path: &Path| path.to_str().map(str::to_owned).ok_or("a text");
-    let authority = text(&site.home().join("keys/pki/authority.pem"))?;
-    let mut login = vec!["login".to_owned(), "--authority".to_owned(), authority];
-    for (service, port) in &ports {
-        login.extend(["--server".to_owned(), format!("{service}=https://127.0.0.1:{port}")]);
-    }
-    let login = |more: &[&str]| -> Vec<String> {
-        login.iter().cloned().chain(more.iter().map(ToString::to_string)).collect()
-    };
-    fn words(texts: &[String]) -> Vec<&str> {
-        texts.iter().map(String::as_str).collect()
-    }
+    let log_in = |proof: &[&str], input: &str| person.log_in(&site, &ports, proof, input);
 
     // A definition that an operator brings from there, and may not take away again.
     let definition = folder.path().join("small");
@@ -129,7 +72,7 @@ async fn people_log_in_from_elsewhere_with_a_certificate_or_a_token() -> Result<
     std::fs::write(definition.join("server.yaml"), yaml)?;
     let certificate = text(&folder.path().join("ada.pem"))?;
     site.kiln(&["pki", "issue", "ada", "--role", "operator", "--out", &certificate])?;
-    person.does(&words(&login(&["--certificate", &certificate])), "")?;
+    log_in(&["--certificate", &certificate], "")?;
     person.does(&["apply", &text(&definition)?], "")?;
     assert!(person.does(&["status"], "")?.contains("small"));
     person.is_refused(&["remove", "small"], &["ada (operator, by certificate)", "the role admin"])?;
@@ -140,7 +83,7 @@ async fn people_log_in_from_elsewhere_with_a_certificate_or_a_token() -> Result<
     // One who may look, by a token, until it is taken back.
     let made = site.json(&["token", "create", "bot", "--role", "viewer", "--expires", "1h"])?;
     let (token, id) = (made["token"].as_str().ok_or("a token")?, made["id"].as_str().ok_or("an id")?);
-    person.does(&words(&login(&["--token"])), token)?;
+    log_in(&["--token"], token)?;
     assert!(person.does(&["status"], "")?.contains("small"));
     person.is_refused(&["signal", "small", "old"], &["bot (viewer, by token)", "operator and up"])?;
     let kept = std::fs::read_to_string(site.home().join("keys/tokens.toml"))?;
@@ -154,7 +97,7 @@ async fn people_log_in_from_elsewhere_with_a_certificate_or_a_token() -> Result<
     person.is_refused(&["status"], &["unknown or was revoked", "kiln login"])?;
 
     // A certificate that is refused is told from a service that is away.
-    person.does(&words(&login(&["--certificate", &certificate])), "")?;
+    log_in(&["--certificate", &certificate], "")?;
     let strange = kiln_service::pki::Authority::new("far".parse()?)?;
     let ada = kiln_service::access::Identity::person("ada".parse()?, kiln_service::access::Role::Admin)?;
     let issued = strange.issue(&ada, &[], Duration::from_secs(3600), std::time::SystemTime::now())?;

@@ -1,34 +1,12 @@
 //! Whose signatures let an image run.
 
-use std::path::Path;
 use std::time::Duration;
 
 use kiln_tests::Result;
 use kiln_tests::server::Web;
+use kiln_tests::signing::{another_key, restart_with};
 use kiln_tests::site::Site;
 use kiln_tests::wait::until;
-
-/// Puts `[signing]` into the settings, with the instances serving on meanwhile.
-fn restart_with(web: &Web, signing: &str) -> Result<()> {
-    let path = web.site.home().join("site.toml");
-    web.site.kiln(&["down", "--keep-instances"])?;
-    let text = std::fs::read_to_string(&path)?;
-    let before = text.split("# whose word counts").next().unwrap_or(&text);
-    std::fs::write(&path, format!("{before}# whose word counts\n{signing}"))?;
-    web.site.kiln(&["up"]).map(drop)
-}
-
-/// A key pair like that of `kiln up`, made by a site of its own.
-fn another_key(keys: &Path, name: &str) -> Result<()> {
-    let key = keys.join(format!("{name}.key"));
-    kiln_tests::command::run(
-        std::process::Command::new("openssl").args(["genpkey", "-algorithm", "ed25519", "-out"]).arg(&key),
-    )?;
-    let public = keys.join(format!("{name}.pub"));
-    let mut command = std::process::Command::new("openssl");
-    kiln_tests::command::run(command.args(["pkey", "-pubout", "-in"]).arg(&key).arg("-out").arg(&public))?;
-    Ok(())
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_takes_anothers_place_and_what_nobody_vouches_for_is_not_launched() -> Result<()> {
@@ -43,7 +21,7 @@ async fn a_key_takes_anothers_place_and_what_nobody_vouches_for_is_not_launched(
              [[signing.trust]]\nservers = [\"*\"]\nkeys = [\"keys/signing.pub\", \"keys/next.pub\"]\n\
              threshold = {threshold}\n"
         );
-        restart_with(&web, &both)?;
+        restart_with(&web.site, &both)?;
     }
     web.settled(1).await?;
     let image = web.site.json(&["image", "inspect", "web"])?;
@@ -58,7 +36,7 @@ async fn a_key_takes_anothers_place_and_what_nobody_vouches_for_is_not_launched(
     let trusts = |servers: &str, key: &str| {
         format!("{next}[[signing.trust]]\nservers = [\"{servers}\"]\nkeys = [\"keys/{key}.pub\"]\n")
     };
-    restart_with(&web, &trusts("w*", "next"))?;
+    restart_with(&web.site, &trusts("w*", "next"))?;
     web.settled(2).await?;
     web.site.kiln(&["rollback", "web"])?;
     web.settled(1).await?;
@@ -70,7 +48,7 @@ async fn a_key_takes_anothers_place_and_what_nobody_vouches_for_is_not_launched(
         (trusts("*", "unheard"), "no signature by a trusted key: signed by"),
     ] {
         another_key(&keys, "unheard")?;
-        restart_with(&web, &signing)?;
+        restart_with(&web.site, &signing)?;
         let before = web.site.fleet("web").await?;
         let running = before.instances.iter().find(|it| it.on_edge).ok_or("nothing runs")?.id.clone();
         let pid = web.pid_of(&running).await?;
@@ -83,7 +61,7 @@ async fn a_key_takes_anothers_place_and_what_nobody_vouches_for_is_not_launched(
         let fleet = web.site.fleet("web").await?;
         assert!(fleet.instances.iter().filter(|it| it.on_edge).count() < 3, "{fleet:?}");
         // With the rule back it is launched.
-        restart_with(&web, &trusts("w*", "next"))?;
+        restart_with(&web.site, &trusts("w*", "next"))?;
         web.site.settled("web", fleet.release, Duration::from_secs(120)).await?;
     }
     web.site.down()
