@@ -129,7 +129,7 @@ impl Login {
     pub(crate) fn channel(&self, service: Service, own: Option<Addresses>) -> Outcome<Channel> {
         let what = format!("calling the {service} of {}", self.site);
         let (identity, token) = (self.identity(), self.token());
-        let token = token.exists().then(|| std::fs::read_to_string(&token).during(&what)).transpose()?;
+        let token = token.exists().then(|| kiln_secret::read(&token).during(&what)).transpose()?;
         let files = TlsFiles {
             site: self.site.clone(),
             authority: self.authority(),
@@ -139,7 +139,7 @@ impl Login {
         let addresses = own.or_else(kept).ok_or_else(|| {
             Failure::new(Code::Refused, &what, "where it is was not said").todo("kiln login --server …")
         })?;
-        client::remote(addresses, &files, service, token.as_deref().map(str::trim))
+        client::remote(addresses, &files, service, token.as_deref().map(|token| token.trim()))
             .map_err(|error| Failure::new(Code::Refused, what, error).todo("kiln login"))
     }
 }

@@ -2,8 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::fs::File;
-use std::io::Read;
 use std::path::Path;
 
 use base64::Engine as _;
@@ -27,7 +25,6 @@ const PAYLOAD_TYPE: &str = "application/vnd.kiln.image.v1+json";
 const ENVELOPE_TYPE: &str = "application/vnd.dsse.envelope.v1+json";
 const EMPTY_TYPE: &str = "application/vnd.oci.empty.v1+json";
 const ENVELOPE_LIMIT: u64 = 64 << 10;
-const KEY_LIMIT: u64 = 64 << 10;
 /// Of one image. Whoever can write the store must not be able to make verification long.
 const SIGNATURES_LIMIT: usize = 64;
 
@@ -337,12 +334,7 @@ fn check_envelope(
 }
 
 fn read_key(path: &Path) -> Result<Zeroizing<String>, Error> {
-    // Large enough never to be moved: what is left behind by that would not be wiped.
-    let mut text = Zeroizing::new(String::with_capacity(KEY_LIMIT as usize));
-    File::open(path)
-        .and_then(|file| file.take(KEY_LIMIT).read_to_string(&mut text))
-        .map_err(Error::io("read key", path))?;
-    Ok(text)
+    kiln_secret::read(path).map_err(Error::io("read key", path))
 }
 
 /// Reads a private key: ed25519, PKCS#8, PEM.

@@ -21,9 +21,10 @@ use kiln_service::error::chain;
 use oci_client::client::{Certificate, CertificateEncoding, ClientConfig, ClientProtocol};
 use oci_client::errors::{DigestError, OciDistributionError};
 use oci_client::manifest::{OCI_IMAGE_INDEX_MEDIA_TYPE, OCI_IMAGE_MEDIA_TYPE, OciDescriptor};
-use oci_client::secrets::RegistryAuth;
 use oci_client::{Client, Reference};
 use serde_json::{Value, json};
+
+use crate::credentials::Credentials;
 
 const CONNECT: Duration = Duration::from_secs(10);
 /// Without a byte.
@@ -63,7 +64,7 @@ impl Error {
 pub struct Registry {
     client: Client,
     settings: Arc<config::Registry>,
-    auth: RegistryAuth,
+    auth: Arc<Credentials>,
 }
 
 impl std::fmt::Debug for Registry {
@@ -80,7 +81,7 @@ impl Registry {
         let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
         let auth = match &settings.credentials {
             Some(path) => credentials::of(&settings.host, path)?,
-            None => RegistryAuth::Anonymous,
+            None => Credentials::anonymous(),
         };
         let tls_certs_only = match &settings.ca {
             Some(path) => {
@@ -102,7 +103,7 @@ impl Registry {
             ..ClientConfig::default()
         })
         .map_err(Error::Setup)?;
-        Ok(Self { client, settings: Arc::new(settings.clone()), auth })
+        Ok(Self { client, settings: Arc::new(settings.clone()), auth: Arc::new(auth) })
     }
 
     fn by_digest(&self, digest: &Digest) -> Reference {
@@ -164,7 +165,7 @@ impl Registry {
 
     async fn push_once(&self, images: &ImageStore, image: &Digest) -> Result<(), Error> {
         let failed = |error| self.transfer("push", image, &error);
-        self.client.store_auth_if_needed(&self.settings.host, &self.auth).await;
+        self.client.store_auth_if_needed(&self.settings.host, self.auth.expose()).await;
         let signatures = images.signatures_of(image)?;
         for manifest in [image].into_iter().chain(&signatures) {
             let place = self.by_digest(manifest);
@@ -212,13 +213,13 @@ impl Registry {
     }
 
     async fn pull_once(&self, images: &ImageStore, image: &Digest) -> Result<(), Error> {
-        self.client.store_auth_if_needed(&self.settings.host, &self.auth).await;
+        self.client.store_auth_if_needed(&self.settings.host, self.auth.expose()).await;
         self.pull_manifest(images, image, image).await?;
         let tag = self.signatures_tag(image);
         let accepted = [OCI_IMAGE_INDEX_MEDIA_TYPE];
         let (index, _) = self
             .client
-            .pull_manifest_raw(&tag, &self.auth, &accepted)
+            .pull_manifest_raw(&tag, self.auth.expose(), &accepted)
             .await
             .map_err(|error| self.transfer("pull the signatures of", image, &error))?;
         let signatures =
@@ -242,7 +243,7 @@ impl Registry {
         if !images.has_blob(manifest) {
             let accepted = [OCI_IMAGE_MEDIA_TYPE];
             let (content, _) =
-                self.client.pull_manifest_raw(&place, &self.auth, &accepted).await.map_err(failed)?;
+                self.client.pull_manifest_raw(&place, self.auth.expose(), &accepted).await.map_err(failed)?;
             images.put_blob(&mut content.as_ref(), Some(manifest))?;
         }
         for (blob, size) in images.parts_of(manifest)? {

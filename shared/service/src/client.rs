@@ -9,7 +9,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures::future::BoxFuture;
+use http::header::InvalidHeaderValue;
 use http::{HeaderValue, Request, Response, header};
 use hyper_util::rt::TokioIo;
 use kiln_model::event::Service as ServiceName;
@@ -23,6 +25,7 @@ use tonic::body::Body;
 use tonic::transport::Endpoint;
 use tower::util::BoxCloneSyncService;
 use tower::{BoxError, Service, ServiceExt as _};
+use zeroize::Zeroizing;
 
 use crate::access::Role;
 use crate::config::{Address, Addresses, Place, Site};
@@ -149,11 +152,9 @@ pub fn remote(
 ) -> Result<Channel, Error> {
     let failed = |reason: String| Error { service, addresses: addresses.clone(), reason };
     let tls = tls::client(files, Role::from(service)).map_err(failed)?;
-    let bearer = token.map(|token| HeaderValue::try_from(format!("Bearer {token}"))).transpose();
-    let mut token = bearer.map_err(|_| failed("the token has not the form of one".to_owned()))?;
-    if let Some(token) = &mut token {
-        token.set_sensitive(true);
-    }
+    let text = |token| Zeroizing::new(["Bearer ", token].concat());
+    let token = token.map(|token| sensitive(text(token))).transpose();
+    let token = token.map_err(|_| failed("the token has not the form of one".to_owned()))?;
     let remote = Arc::new(Remote { addresses, tls, token, current: Mutex::default() });
     Ok(Channel::over(tower::service_fn(move |mut request: Request<Body>| {
         if let Some(token) = &remote.token {
@@ -162,6 +163,13 @@ pub fn remote(
         // Which connection a call takes shows itself when it is made; it waits for its turn there.
         remote.channel().oneshot(request)
     })))
+}
+
+/// Its memory is wiped with the last of the calls that it was given to.
+fn sensitive(text: Zeroizing<String>) -> Result<HeaderValue, InvalidHeaderValue> {
+    let mut value = HeaderValue::from_maybe_shared(Bytes::from_owner(text))?;
+    value.set_sensitive(true);
+    Ok(value)
 }
 
 impl Remote {
@@ -234,5 +242,25 @@ impl tower::Service<Request<Body>> for Channel {
             request.headers_mut().entry(trace::HEADER).or_insert(value);
         }
         self.inner.call(request)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_s_header_is_the_memory_that_is_wiped() {
+        fn is_wiped<T: zeroize::ZeroizeOnDrop>(it: T) -> T {
+            it
+        }
+        let text = is_wiped(Zeroizing::new("Bearer kiln_5eed".to_owned()));
+        let at = text.as_ptr();
+        let value = sensitive(text).unwrap();
+        let of_a_call = value.clone();
+        assert!(std::ptr::eq(value.as_bytes().as_ptr(), at), "it is a copy");
+        assert!(std::ptr::eq(of_a_call.as_bytes().as_ptr(), at), "a call has a copy");
+        assert_eq!(format!("{of_a_call:?}"), "Sensitive");
+        assert!(sensitive(Zeroizing::new("Bearer two\nlines".to_owned())).is_err());
     }
 }

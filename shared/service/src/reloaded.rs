@@ -93,5 +93,9 @@ impl<T> fmt::Debug for Reloaded<T> {
 /// # Errors
 /// Names the file.
 pub(crate) fn text(path: &Path) -> Result<String, String> {
-    std::fs::read_to_string(path).map_err(|error| format!("can't read {}: {error}", path.display()))
+    std::fs::read_to_string(path).map_err(|error| unreadable(path, &error))
+}
+
+pub(crate) fn unreadable(path: &Path, error: &std::io::Error) -> String {
+    format!("can't read {}: {error}", path.display())
 }

@@ -16,10 +16,9 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use tokio_rustls::rustls::version::TLS13;
 use tokio_rustls::rustls::{ClientConfig, ConfigBuilder, RootCertStore, ServerConfig};
-use zeroize::Zeroizing;
 
 use crate::access::Role;
-use crate::reloaded::{Reloaded, text};
+use crate::reloaded::{Reloaded, text, unreadable};
 
 /// Where the files of one end lie.
 #[derive(Debug, Clone)]
@@ -59,7 +58,7 @@ fn authorities(path: &Path) -> Result<RootCertStore, String> {
 type Own = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 
 fn own(path: &Path) -> Result<Own, String> {
-    let pem = Zeroizing::new(text(path)?);
+    let pem = kiln_secret::read(path).map_err(|error| unreadable(path, &error))?;
     let failed =
         |what: &str, error: String| format!("the {what} in {} can't be used: {error}", path.display());
     let chain = CertificateDer::pem_slice_iter(pem.as_bytes()).collect::<Result<Vec<_>, _>>();

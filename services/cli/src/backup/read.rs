@@ -241,9 +241,7 @@ fn unpack_keys(tar: &[u8], keys: &Path) -> Outcome {
         }
         let path = keys.join(path);
         make_folder(path.parent().unwrap_or(keys))?;
-        let mut text = zeroize::Zeroizing::new(String::new());
-        entry.read_to_string(&mut text).during(what)?;
-        keys::write(&path, &text)?;
+        keys::write(&path, &kiln_secret::read_bytes_from(&mut entry).during(what)?)?;
     }
     Ok(())
 }

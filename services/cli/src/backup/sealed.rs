@@ -42,7 +42,7 @@ impl Key {
             return Err(Failure::new(Code::Refused, what, "others may look into it")
                 .todo(format!("chmod 600 {}", path.display())));
         }
-        let text = Zeroizing::new(std::fs::read_to_string(path).during(&what)?);
+        let text = kiln_secret::read(path).during(&what)?;
         let secret = text.trim().strip_prefix(HEAD).and_then(|digits| parse(digits.trim()));
         let wrong = || Failure::new(Code::Invalid, &what, format!("it is not `{HEAD}` and 64 digits"));
         let secret = secret.ok_or_else(wrong)?;

@@ -18,8 +18,8 @@ use super::{
 use crate::failure::{Code, During as _, Failure, Outcome};
 use crate::site::{broker, leftovers};
 
-/// Bytes that the keys of a site take, packed, and more.
-const SECRETS: usize = 1 << 20;
+/// Of a tar.
+const BLOCK: usize = 512;
 
 /// What was written.
 pub(crate) struct Written {
@@ -124,21 +124,34 @@ fn pack(folder: &Path, to: &Path) -> Outcome {
 /// Every file below `keys`, as a tar that never touches a disk.
 fn secrets(site: &Site) -> Outcome<Zeroizing<Vec<u8>>> {
     let keys = site.paths().keys();
-    // Large enough never to be moved: what is left behind by that would not be wiped.
-    let mut packed = Zeroizing::new(Vec::with_capacity(SECRETS));
-    let mut tar = tar::Builder::new(&mut *packed);
-    tar.follow_symlinks(false);
+    let what = format!("reading {}", keys.display());
+    let mut files = Vec::new();
     for entry in walkdir::WalkDir::new(&keys).sort_by_file_name() {
-        let what = format!("reading {}", keys.display());
         let entry = entry.map_err(|error| Failure::failed(&what, error))?;
         let name = entry.path().strip_prefix(&keys).map_err(|error| Failure::failed(&what, error))?;
-        if !entry.file_type().is_file() {
-            continue;
+        if entry.file_type().is_file() {
+            files.push((name.to_owned(), kiln_secret::read_bytes(entry.path()).during(&what)?));
         }
-        let mut file = File::open(entry.path()).during(&what)?;
-        tar.append_file(name, &mut file).during(&what)?;
     }
-    tar.into_inner().during("packing the keys")?;
+    // Large enough never to be moved: what is left behind by that would not be wiped. Each file has a block before it and
+    // one that it need not fill, and two end the whole.
+    let room: usize = files.iter().map(|(_, content)| content.len() + 2 * BLOCK).sum();
+    let mut packed = Zeroizing::new(Vec::with_capacity(room + 2 * BLOCK));
+    for (name, content) in &files {
+        let mut header = tar::Header::new_ustar();
+        header.set_path(name).during("packing the keys")?;
+        header.set_size(content.len() as u64);
+        header.set_mode(0o600);
+        header.set_entry_type(tar::EntryType::Regular);
+        header.set_cksum();
+        // By hand: `tar::Builder` copies by way of a buffer that nobody wipes.
+        packed.extend_from_slice(header.as_bytes());
+        packed.extend_from_slice(content);
+        let whole = packed.len().next_multiple_of(BLOCK);
+        packed.resize(whole, 0);
+    }
+    let whole = packed.len() + 2 * BLOCK;
+    packed.resize(whole, 0);
     Ok(packed)
 }
 

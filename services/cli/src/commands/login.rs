@@ -1,6 +1,5 @@
 //! `kiln login`
 
-use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use clap::{ArgGroup, Args};
@@ -41,14 +40,8 @@ pub(crate) struct Login {
     token_file: Option<PathBuf>,
 }
 
-/// More than any of the files has.
-const MOST: u64 = 1 << 20;
-
 fn text(path: &Path) -> Outcome<Zeroizing<String>> {
-    let mut text = Zeroizing::new(String::new());
-    let opened = std::fs::File::open(path).and_then(|it| it.take(MOST).read_to_string(&mut text));
-    opened.during(format_args!("reading {}", path.display()))?;
-    Ok(text)
+    kiln_secret::read(path).during(format_args!("reading {}", path.display()))
 }
 
 pub(crate) async fn run(it: &Login, home: &Home, screen: Screen) -> Outcome {
@@ -60,7 +53,7 @@ pub(crate) async fn run(it: &Login, home: &Home, screen: Screen) -> Outcome {
         (Some(path), _) => {
             let mut pem = text(path)?;
             if let Some(key) = &it.key {
-                pem.push_str(&text(key)?);
+                pem = Zeroizing::new([pem.as_str(), &text(key)?].concat());
             }
             let read = Certificate::of_pem(&pem).and_then(|read| read.identity(site));
             read.map_err(|why| {
@@ -71,8 +64,7 @@ pub(crate) async fn run(it: &Login, home: &Home, screen: Screen) -> Outcome {
         }
         (None, Some(path)) => Proof::Token(text(path)?.trim().to_owned().into()),
         (None, None) => {
-            let mut token = Zeroizing::new(String::new());
-            std::io::stdin().take(MOST).read_to_string(&mut token).during("reading the token")?;
+            let token = kiln_secret::read_from(std::io::stdin()).during("reading the token")?;
             Proof::Token(token.trim().to_owned().into())
         }
     };

@@ -155,7 +155,7 @@ fn list(site: &Site, screen: Screen) -> Outcome {
     for holder in pki::holders(site) {
         let path = site.paths().identity(holder);
         // A machine may run some of the services only.
-        let Ok(text) = std::fs::read_to_string(&path) else { continue };
+        let Ok(text) = kiln_secret::read(&path) else { continue };
         let read = Certificate::of_pem(&text);
         let read = read.map_err(|why| Failure::failed(format!("the certificate {}", path.display()), why))?;
         found.push((read, path));

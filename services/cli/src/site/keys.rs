@@ -50,8 +50,7 @@ pub(crate) fn accounts_section(paths: Paths<'_>, site: &SiteName) -> Outcome<Str
     let mut users = Vec::new();
     for user in User::ALL {
         let path = paths.nats_seed(user);
-        let seed = std::fs::read_to_string(&path).during(format_args!("reading {}", path.display()))?;
-        let seed = Zeroizing::new(seed);
+        let seed = kiln_secret::read(&path).during(format_args!("reading {}", path.display()))?;
         let pair = nkeys::KeyPair::from_seed(seed.trim())
             .map_err(|error| Failure::failed(format!("the key {}", path.display()), error))?;
         users.push((user, pair.public_key()));
@@ -60,14 +59,14 @@ pub(crate) fn accounts_section(paths: Paths<'_>, site: &SiteName) -> Outcome<Str
 }
 
 /// Whole or not at all, and for root's eyes alone.
-pub(crate) fn write(path: &Path, text: &str) -> Outcome {
+pub(crate) fn write(path: &Path, content: &(impl AsRef<[u8]> + ?Sized)) -> Outcome {
     let what = format!("writing {}", path.display());
     let aside = path.with_extension("new");
     let mut options = File::options();
     options.create(true).write(true).truncate(true).mode(0o600);
     options
         .open(&aside)
-        .and_then(|mut file| file.write_all(text.as_bytes()).and_then(|()| file.sync_all()))
+        .and_then(|mut file| file.write_all(content.as_ref()).and_then(|()| file.sync_all()))
         .and_then(|()| std::fs::rename(&aside, path))
         .during(what)
 }

@@ -1,7 +1,7 @@
 //! The site's authority and the certificates of its services, as files: made, renewed in time, rotated.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use kiln_model::event::Service;
@@ -34,8 +34,8 @@ pub(crate) fn failed(what: &str) -> impl FnOnce(pki::Error) -> Failure {
     }
 }
 
-fn read(path: &PathBuf) -> Outcome<String> {
-    std::fs::read_to_string(path).during(format_args!("reading {}", path.display()))
+fn read(path: &Path) -> Outcome<Zeroizing<String>> {
+    kiln_secret::read(path).during(format_args!("reading {}", path.display()))
 }
 
 /// Who signs the site's certificates.
@@ -50,8 +50,7 @@ pub(crate) fn authority(site: &Site) -> Outcome<Authority> {
         .reason("no_authority")
         .todo("do it on the machine that has it; `kiln pki init` makes one for a site that has none"));
     }
-    Authority::of_key(site.name.clone(), &Zeroizing::new(read(&path)?))
-        .map_err(failed("reading the authority's key"))
+    Authority::of_key(site.name.clone(), &read(&path)?).map_err(failed("reading the authority's key"))
 }
 
 /// Who has a certificate on this machine: every service, and the broker of the site's own.
@@ -88,7 +87,7 @@ pub(crate) fn renew(site: &Site, all: bool) -> Outcome<Vec<Role>> {
     for holder in holders(site) {
         let path = site.paths().identity(holder);
         let hosts = hosts(site, holder);
-        let there = std::fs::read_to_string(&path).ok().and_then(|text| Certificate::of_pem(&text).ok());
+        let there = kiln_secret::read(&path).ok().and_then(|text| Certificate::of_pem(&text).ok());
         let stands = there.is_some_and(|it| {
             !it.is_due(SystemTime::now())
                 && it.issuer == authority.name()
@@ -141,7 +140,7 @@ pub(crate) fn period(site: &Site) -> Duration {
 pub(crate) fn prepare(site: &Site) -> Outcome {
     let (bundle, next) = (site.paths().authority(), next_key(site));
     let key = if next.exists() {
-        Authority::of_key(site.name.clone(), &Zeroizing::new(read(&next)?))
+        Authority::of_key(site.name.clone(), &read(&next)?)
     } else {
         Authority::new(site.name.clone())
     };
@@ -152,7 +151,7 @@ pub(crate) fn prepare(site: &Site) -> Outcome {
     // Begun again after it was cut off, it adds the same one, which is trusted once.
     if !of_bundle(&trusted).iter().any(|it| it.subject == key.name()) {
         let certificate = key.certificate(SystemTime::now()).map_err(failed(what))?;
-        write(&bundle, &format!("{trusted}{certificate}"))?;
+        write(&bundle, &[trusted.as_str(), &certificate].concat())?;
     }
     Ok(())
 }

@@ -109,7 +109,7 @@ impl Site {
     /// Where the user's seed can't be read, or the files for TLS can't.
     pub fn nats(&self, user: User) -> Result<NatsOptions, Error> {
         let path = self.paths().nats_seed(user);
-        let seed = std::fs::read_to_string(&path)
+        let seed = kiln_secret::read(&path)
             .map_err(|error| Error::Unreadable { path: path.clone(), reason: error.to_string() })?;
         let (url, site) = (self.nats_url.clone(), self.name.clone());
         let files = || TlsFiles {
@@ -119,7 +119,7 @@ impl Site {
         };
         let tls = self.broker_has_tls().then(|| tls::to_broker(&files())).transpose();
         let tls = tls.map_err(|reason| Error::Broker { url: url.clone(), reason })?;
-        Ok(NatsOptions { url, replicas: self.nats_replicas, site, user, seed: Some(seed.into()), tls })
+        Ok(NatsOptions { url, replicas: self.nats_replicas, site, user, seed: Some(seed), tls })
     }
 
     /// The certificate that a user of the broker shows. It says that its holder is of the site, and no more: the seed says

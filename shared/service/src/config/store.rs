@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use kiln_model::event::Service;
 use kiln_store::{Database, Password, Place, PostgresUrl};
 use serde::{Deserialize, Serialize};
-use zeroize::Zeroizing;
 
 use super::{Error, Site};
 
@@ -56,8 +55,7 @@ impl Site {
 fn read_password(path: &Path) -> Result<Password, Error> {
     let wrong =
         |reason: String| Error::Invalid { path: path.to_owned(), field: "store.password_file", reason };
-    let read = std::fs::metadata(path)
-        .and_then(|it| Ok((it.permissions().mode(), Zeroizing::new(std::fs::read_to_string(path)?))));
+    let read = std::fs::metadata(path).and_then(|it| Ok((it.permissions().mode(), kiln_secret::read(path)?)));
     let (mode, text) = read.map_err(|error| wrong(error.to_string()))?;
     if mode & 0o077 != 0 {
         return Err(wrong("others may look into it: chmod 600".to_owned()));
