@@ -6,6 +6,7 @@ use std::time::Duration;
 use kiln_api::deployer::{Fleet, InstanceState};
 use kiln_tests::Result;
 use kiln_tests::command::both;
+use kiln_tests::repo::Repo;
 use kiln_tests::server::{SETTLES, Web};
 use kiln_tests::site::{Site, settled};
 use kiln_tests::wait::until;
@@ -20,32 +21,46 @@ fn live(fleet: &Fleet) -> BTreeSet<String> {
     there.map(|instance| instance.id.clone()).collect()
 }
 
+/// Some of both releases run.
+fn midway(fleet: &Fleet) -> Result<()> {
+    let running: Vec<_> = fleet.instances.iter().filter(|it| it.state() == InstanceState::Running).collect();
+    let of = |release| running.iter().filter(|it| it.release == release && it.on_edge).count();
+    match (fleet.rollout.is_some(), of(1), of(2)) {
+        (true, 1.., 1..) => Ok(()),
+        found => Err(format!("{found:?}").into()),
+    }
+}
+
 /// Backed up under load while a rollout is under way, taken down, and restored into an empty folder.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restored_site_serves_again_and_does_nothing_that_was_not_due() -> Result<()> {
-    let web = Web::start(Site::up("backup")?).await?;
+    // Long enough for a backup within one of its steps.
+    let slow = |repo: &Repo| repo.replace("web/server.yaml", "soak: 300ms", "soak: 3s");
+    let web = Web::start_with(Site::up("backup")?, slow).await?;
     let folder = web.folder().to_owned();
     let (file, key) =
         (folder.join("site.kiln").display().to_string(), folder.join("key").display().to_string());
-    web.say("second")?;
-    let before = live(&web.settled(2).await?);
     let load = web.load();
+    web.say("second")?;
+    until("a rollout midway", SETTLES, async || midway(&web.site.fleet("web").await?)).await?;
     let written = web.site.json(&["backup", &file, "--key", &key])?;
+    midway(&web.site.fleet("web").await?).map_err(|why| format!("no longer: {why}"))?;
+    let history = web.site.json(&["history", "web", "-n", "0"])?;
+    let audit = web.site.json(&["audit", "-n", "0"])?;
+    let before = live(&web.settled(2).await?);
     load.stop().await.unfailing(100)?;
     println!("a backup of {} bytes with {} images", written["bytes"], written["images"]);
-    assert_eq!(written["images"], 2, "the one in force, and the one to go back to");
+    assert_eq!(written["images"], 2, "the one on its way, and the one to go back to");
     let again = web.site.try_kiln(&["backup", &file, "--key", &key])?;
     assert!(both(&again).contains("there already"), "{}", both(&again));
 
-    let history = web.site.json(&["history", "web", "-n", "0"])?;
-    let audit = web.site.json(&["audit", "-n", "0"])?;
     web.site.json(&["audit", "verify"])?;
     web.site.erase().await?;
     let refused = web.site.try_kiln(&["restore", &file, "--key", "/dev/null"])?;
     assert!(!refused.status.success());
     web.site.kiln(&["restore", &file, "--key", &key])?;
     web.site.kiln(&["up"])?;
-    // At first the fleet is as the store has it: the node has not been asked yet.
+    // The rollout goes on to its end. At first the fleet is as the store has it: the node has not been asked yet.
     until("other instances than those that are gone", SETTLES, async || {
         let fleet = web.site.fleet("web").await?;
         settled(&fleet, 2)?;
