@@ -154,7 +154,7 @@ pub async fn serve(options: ServerOptions, routes: Routes, stop: watch::Receiver
         tokio::select! {
             () = requested(&mut stop) => {}
             () = report(&health, service, ready) => {}
-            () = page::serve(page_connections, access) => {}
+            () = page::serve(page_connections, access, limits) => {}
         }
         set_health(&health, service, ServingStatus::NotServing).await;
         tokio::time::sleep(DRAIN).await;

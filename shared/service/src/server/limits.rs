@@ -14,7 +14,8 @@ pub struct Limits {
     pub connections: usize,
     /// Of one address, or of one /64 of IPv6, also while they shake hands.
     pub connections_per_address: usize,
-    /// From the connection to the end of its TLS handshake, and again to the first bytes of HTTP/2.
+    /// From the connection to the end of its TLS handshake, and again to the first bytes of HTTP/2, or to the end of the
+    /// headers at the metrics page.
     pub handshake: Duration,
     /// Calls under way on one connection.
     pub streams: u32,
@@ -29,6 +30,10 @@ pub struct Limits {
     pub age: Duration,
     /// Bound on one call, its first answer for a stream: an apply can wait for a slow repository.
     pub call: Duration,
+    /// Connections to the metrics page that are served at once; the others wait.
+    pub scrapes: usize,
+    /// Bound on a connection to the metrics page. A scrape is over long before; one that stands still gives its place up.
+    pub scrape: Duration,
     pub people: Rate,
     /// Of a service, or of one process at the Unix socket.
     pub others: Rate,
@@ -47,6 +52,8 @@ impl Default for Limits {
             alive: Duration::from_secs(30),
             age: Duration::from_secs(1800),
             call: Duration::from_secs(600),
+            scrapes: 16,
+            scrape: Duration::from_secs(60),
             people: Rate { calls_per_second: 200.0, burst: 400.0, under_way: 128 },
             // One connection's streams, and those of the one that takes its place.
             others: Rate { calls_per_second: 5000.0, burst: 10_000.0, under_way: 512 },

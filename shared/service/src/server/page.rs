@@ -2,7 +2,6 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::Duration;
 
 use http::{HeaderMap, Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
@@ -14,20 +13,20 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use super::connection::Connection;
+use super::limits::Limits;
 use crate::access::{Access, METRICS, Peer};
 use crate::error::ApiError;
 use crate::metrics;
 
-const CONNECTIONS: usize = 16;
-/// A scrape is over long before; one that stands still gives its place up.
-const LONGEST: Duration = Duration::from_secs(60);
-const HEADERS: Duration = Duration::from_secs(5);
-
 /// Never returns.
-pub(super) async fn serve(mut from: mpsc::Receiver<Result<Connection, Infallible>>, access: Arc<Access>) {
+pub(super) async fn serve(
+    mut from: mpsc::Receiver<Result<Connection, Infallible>>,
+    access: Arc<Access>,
+    limits: Limits,
+) {
     let mut connections = JoinSet::new();
     loop {
-        while connections.len() >= CONNECTIONS {
+        while connections.len() >= limits.scrapes {
             connections.join_next().await;
         }
         let Some(Ok(connection)) = from.recv().await else {
@@ -41,10 +40,11 @@ pub(super) async fn serve(mut from: mpsc::Receiver<Result<Connection, Infallible
         });
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
-            .header_read_timeout(HEADERS)
+            .header_read_timeout(limits.handshake)
             .serve_connection(TokioIo::new(connection), answer);
         // How a scraper's connection ends is its own affair.
-        connections.spawn(async move { drop(tokio::time::timeout(LONGEST, connection).await) });
+        let bounded = tokio::time::timeout(limits.scrape, connection);
+        connections.spawn(async move { drop(bounded.await) });
     }
 }
 

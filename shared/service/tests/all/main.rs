@@ -8,6 +8,7 @@
 
 mod limits;
 mod monitor;
+mod patience;
 mod remote;
 mod renewal;
 mod roles;

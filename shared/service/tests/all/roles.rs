@@ -96,6 +96,81 @@ async fn every_pair_of_method_and_role_is_as_the_table_says() {
     site.stop().await;
 }
 
+/// What changes something, or has something done, and who may: said again here, so that a slip in the table shows.
+const MAY: [(Role, &[&str]); 8] = [
+    (Role::Builder, &["engine/Launch", "engine/Retire", "engine/Check"]),
+    (
+        Role::Deployer,
+        &["builder/Hold", "engine/Launch", "engine/Retire", "engine/Route", "engine/Check", "engine/Verify"],
+    ),
+    (Role::Monitor, &["builder/InspectSource", "builder/Plan", "engine/Check"]),
+    (Role::Node, &[]),
+    (Role::Console, &[]),
+    (Role::Viewer, &[]),
+    (Role::Operator, &OPERATOR),
+    (Role::Admin, &ADMIN),
+];
+const OPERATOR: [&str; 9] = [
+    "builder/Apply",
+    "builder/Build",
+    "builder/CancelBuild",
+    "builder/InspectSource",
+    "builder/Plan",
+    "deployer/AbortRollout",
+    "deployer/Rollback",
+    "monitor/ApproveSignal",
+    "monitor/ReportSignal",
+];
+const ADMIN: [&str; 10] = [
+    "builder/Apply",
+    "builder/Build",
+    "builder/CancelBuild",
+    "builder/InspectSource",
+    "builder/Plan",
+    "builder/Remove",
+    "deployer/AbortRollout",
+    "deployer/Rollback",
+    "monitor/ApproveSignal",
+    "monitor/ReportSignal",
+];
+
+/// Methods whose names say that they change nothing.
+fn only_looks(method: &str) -> bool {
+    let name = method.rsplit('/').next().unwrap_or_default();
+    let looks = ["Get", "List", "Watch", "Export"].iter().any(|word| name.starts_with(word));
+    looks || ["engine/Logs", "audit/CheckSeals"].contains(&method)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_changes_anything_but_who_may() {
+    let site = Site::start().await;
+    let methods: Vec<(String, String)> = methods()
+        .into_iter()
+        .filter_map(|path| {
+            let short = path.strip_prefix("/kiln.")?.replace(".v1.", "/");
+            let (package, rest) = short.split_once('/')?;
+            Some((format!("{package}/{}", rest.split_once('/')?.1), path))
+        })
+        .filter(|(short, _)| !only_looks(short))
+        .collect();
+    assert_eq!(MAY.map(|(role, _)| role), Role::ALL);
+    let all: BTreeSet<_> = MAY.iter().flat_map(|(_, may)| *may).copied().collect();
+    let named: BTreeSet<_> = methods.iter().map(|(short, _)| short.as_str()).collect();
+    assert_eq!(named, all, "say who may call what is new");
+    for (role, may) in MAY {
+        let certificate = site.certificate(role);
+        let channel = site.channel(Some(&certificate), None);
+        let mut let_in = BTreeSet::new();
+        for (short, path) in &methods {
+            if call(&channel, path).await != Some(Code::PermissionDenied) {
+                let_in.insert(short.as_str());
+            }
+        }
+        assert_eq!(let_in, may.iter().copied().collect(), "{role}");
+    }
+    site.stop().await;
+}
+
 /// The table in the documentation is this one.
 #[test]
 fn the_documented_table_is_the_one_in_force() {
