@@ -358,3 +358,7 @@ pub fn read_trusted_key(path: &Path) -> Result<VerifyingKey, Error> {
         why: format!("not an ed25519 public key in PEM: {e}"),
     })
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;

@@ -246,4 +246,4 @@ fn sync_folder(folder: &Path) -> Result<(), Error> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

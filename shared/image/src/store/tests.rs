@@ -9,11 +9,11 @@ use super::*;
 use crate::index::Index;
 use crate::{Error, Layer, NewImage, Packer, Signer, Thoroughness, Whiteouts};
 
-fn key(seed: u8) -> SigningKey {
+pub(crate) fn key(seed: u8) -> SigningKey {
     SigningKey::from_bytes(&[seed; 32])
 }
 
-fn store() -> (tempfile::TempDir, ImageStore) {
+pub(crate) fn store() -> (tempfile::TempDir, ImageStore) {
     let folder = tempfile::tempdir().unwrap();
     let store = ImageStore::open(&folder.path().join("images")).unwrap();
     (folder, store)
@@ -36,7 +36,7 @@ fn layer(store: &ImageStore, content: &str) -> Layer {
     }
 }
 
-fn image(store: &ImageStore, contents: &[&str]) -> Digest {
+pub(crate) fn image(store: &ImageStore, contents: &[&str]) -> Digest {
     store
         .put_image(&NewImage {
             architecture: "amd64".to_owned(),
