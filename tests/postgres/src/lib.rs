@@ -65,17 +65,24 @@ impl Server {
     /// # Errors
     /// What the server says.
     pub fn psql(&self, database: &str, statement: &str) -> Result<String> {
+        let mut psql = self.as_superuser(database);
+        run(psql.args(["--command", statement])).map(|text| text.trim().to_owned())
+    }
+
+    fn as_superuser(&self, database: &str) -> Command {
         let mut psql = Command::new(self.programs.join("psql"));
         psql.arg("--host").arg(self.folder.path()).args(["--username=postgres", "--no-psqlrc", "--quiet"]);
-        psql.args([
-            "--tuples-only",
-            "--no-align",
-            "--no-password",
-            "--set=ON_ERROR_STOP=1",
-            "--dbname",
-            database,
-        ]);
-        run(psql.args(["--command", statement])).map(|text| text.trim().to_owned())
+        psql.args(["--tuples-only", "--no-align", "--no-password", "--set=ON_ERROR_STOP=1"]);
+        psql.args(["--dbname", database]);
+        psql
+    }
+
+    /// Runs the statements of a file.
+    ///
+    /// # Errors
+    /// What the server says.
+    pub fn psql_file(&self, database: &str, path: &Path) -> Result<()> {
+        run(self.as_superuser(database).arg("--file").arg(path)).map(drop)
     }
 
     /// Lets nobody into a database but with the superuser's password, which this is from now on. The database `postgres`
