@@ -350,6 +350,10 @@ impl Site {
         })
     }
 
+    pub const fn has_database(&self) -> bool {
+        self.database.is_some()
+    }
+
     fn with_database<T>(&self, act: impl FnOnce(&mut Postgres) -> Result<T>) -> Result<T> {
         let database = self.database.as_ref().ok_or("the site has no database")?;
         let mut database = database.lock().map_err(|_| "another thread broke off there")?;
@@ -409,6 +413,20 @@ impl Site {
         Ok(link.close().await?)
     }
 
+    /// Where the store of a service is. For sites whose state is in files.
+    ///
+    /// # Errors
+    /// Where the file refuses.
+    pub async fn position(&self, service: Service) -> Result<Position> {
+        let path = self.home.path().join(service.as_str()).join("store.db");
+        let mut link = SqliteConnectOptions::new().filename(path).connect().await?;
+        let asked = "SELECT CAST(value AS TEXT) FROM meta WHERE name IN ('epoch', 'sequence') ORDER BY name";
+        let found: Vec<String> = sqlx::query_scalar(asked).fetch_all(&mut link).await?;
+        link.close().await?;
+        let [epoch, sequence] = <[String; 2]>::try_from(found).map_err(|it| format!("{it:?}"))?;
+        Ok(Position { epoch, sequence })
+    }
+
     /// Takes the site down, and fails where anything of it is left.
     ///
     /// # Errors
@@ -432,6 +450,13 @@ impl Site {
         let left = self.on_machine()?;
         if left.is_empty() { Ok(()) } else { Err(format!("left over: {}", left.join("; ")).into()) }
     }
+}
+
+/// Where a store is: its epoch, and how far in that.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Position {
+    pub epoch: String,
+    pub sequence: String,
 }
 
 impl Drop for Site {

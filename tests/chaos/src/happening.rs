@@ -11,6 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::deck::shuffled;
 use crate::disk::Disk;
+use crate::kernel;
 use crate::stores::{self, Copy};
 use crate::wire::{Cut, Wire};
 
@@ -46,7 +47,7 @@ impl Kind {
         Self::StoreRestored,
         Self::AllKilled,
     ];
-    pub(crate) const OF_DATABASE: [Self; 2] = [Self::DatabaseKilled, Self::DatabaseFrozen];
+    pub(crate) const OF_DATABASE: [Self; 3] = [Self::DatabaseKilled, Self::DatabaseFrozen, Self::AllKilled];
     pub(crate) const ON_POSTGRES: [Self; 8] = [
         Self::DatabaseKilled,
         Self::DatabaseFrozen,
@@ -170,7 +171,7 @@ impl Happening {
                 stores::refuses(site, *service, from).await?;
                 whole.put_back(site)
             }
-            Self::StoreRestored(..) => before.ok_or("no copy was taken")?.put_back(site),
+            Self::StoreRestored(..) => before.ok_or("no copy was taken")?.restore(site).await,
             Self::AllKilled => reboot(site).await,
             Self::DatabaseKilled(away) => tokio::task::block_in_place(|| site.kill_database(*away)),
             Self::DatabaseFrozen(still) => tokio::task::block_in_place(|| site.freeze_database(*still)),
@@ -196,12 +197,16 @@ async fn wipe(site: &Site) -> Result<()> {
     Ok(std::fs::remove_dir_all(gone)?)
 }
 
-/// Everything that runs is killed at once, the instances and what holds them too.
+/// Everything that runs is killed at once, the instances, what holds them and the database too, and the kernel knows
+/// nothing of the site any more.
 async fn reboot(site: &Site) -> Result<()> {
     // First the one that would start the others again. One may be on its way up, and is found below.
     site.signal("supervisor", Signal::KILL)?;
     for process in PROCESSES {
         let _ = site.signal(process, Signal::KILL);
+    }
+    if site.has_database() {
+        tokio::task::block_in_place(|| site.kill_database(Duration::ZERO))?;
     }
     until("the end of every process", Duration::from_secs(30), async || {
         let left = processes(site)?;
@@ -212,6 +217,7 @@ async fn reboot(site: &Site) -> Result<()> {
         if left.is_empty() { Ok(()) } else { Err(format!("{left:?}").into()) }
     })
     .await?;
+    kernel::forgets(site).await?;
     site.kiln(&["up"]).map(drop)
 }
 

@@ -8,6 +8,7 @@ mod calls;
 mod deck;
 mod disk;
 mod happening;
+mod kernel;
 mod rounds;
 mod stores;
 mod wire;

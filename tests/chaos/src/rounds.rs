@@ -101,7 +101,10 @@ impl<'a> Rounds<'a> {
     async fn one(&mut self, plan: &Plan) -> Result<()> {
         let Plan { happening, after, calls_after } = plan;
         let forgets = happening.forgets();
-        let copy = forgets.map(|service| Copy::take(&self.web.site, service)).transpose()?;
+        let copy = match forgets {
+            Some(service) => Some(Copy::take(&self.web.site, service).await?),
+            None => None,
+        };
         let load = self.web.load();
         let beside = self.neighbour.load(self.web.port, "Hello")?;
         let said = format!("round {}", self.round);

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use kiln_model::event::Service;
 use kiln_tests::Result;
-use kiln_tests::site::Site;
+use kiln_tests::site::{Position, Site};
 use kiln_tests::wait::until;
 use rustix::process::Signal;
 
@@ -14,6 +14,8 @@ use rustix::process::Signal;
 pub(crate) struct Copy {
     service: Service,
     folder: tempfile::TempDir,
+    /// Where the store was; not looked at where nobody asks.
+    position: Option<Position>,
 }
 
 const FILES: [&str; 2] = ["store.db", "store.db-wal"];
@@ -27,15 +29,16 @@ impl Copy {
     ///
     /// # Errors
     /// Where the service does not run, or its files can't be read.
-    pub(crate) fn take(site: &Site, service: Service) -> Result<Self> {
+    pub(crate) async fn take(site: &Site, service: Service) -> Result<Self> {
         site.signal(service.as_str(), Signal::STOP)?;
         let taken = Self::of_files(site, service);
+        let position = site.position(service).await;
         site.signal(service.as_str(), Signal::CONT)?;
-        taken
+        Ok(Self { position: Some(position?), ..taken? })
     }
 
     fn of_files(site: &Site, service: Service) -> Result<Self> {
-        let copy = Self { service, folder: tempfile::tempdir()? };
+        let copy = Self { service, folder: tempfile::tempdir()?, position: None };
         for name in FILES {
             let from = store(site, service).join(name);
             if from.exists() {
@@ -51,6 +54,32 @@ impl Copy {
     /// What `kiln down` or `kiln up` said.
     pub(crate) fn put_back(&self, site: &Site) -> Result<()> {
         site.kiln(&["down", "--keep-instances"])?;
+        self.replace(site)?;
+        site.kiln(&["up"]).map(drop)
+    }
+
+    /// As [`Copy::put_back`]; and the service must have noticed that something is lost, and have begun a new epoch: else
+    /// nobody would ask it for all that it has, and numbers would be given out twice.
+    ///
+    /// # Errors
+    /// What `kiln down` or `kiln up` said, or that it goes on in the epoch of the copy.
+    pub(crate) async fn restore(&self, site: &Site) -> Result<()> {
+        site.kiln(&["down", "--keep-instances"])?;
+        let last = site.position(self.service).await?;
+        self.replace(site)?;
+        site.kiln(&["up"])?;
+        if self.position.as_ref() == Some(&last) {
+            // Nothing was written since the copy.
+            return Ok(());
+        }
+        until("a new epoch", Duration::from_secs(30), async || {
+            let now = site.position(self.service).await?;
+            if now.epoch == last.epoch { Err(format!("{now:?}").into()) } else { Ok(()) }
+        })
+        .await
+    }
+
+    fn replace(&self, site: &Site) -> Result<()> {
         let place = store(site, self.service);
         for name in ["store.db", "store.db-wal", "store.db-shm"] {
             remove(&place.join(name))?;
@@ -59,7 +88,7 @@ impl Copy {
                 fs::copy(&from, place.join(name))?;
             }
         }
-        site.kiln(&["up"]).map(drop)
+        Ok(())
     }
 }
 
