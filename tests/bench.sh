@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs one benchmark against its peer, both on the same work in turn, and prints one JSON line last.
+# Runs one benchmark against its peer, both on the same work in turn, and prints one JSON line last. Ends with 1 where the
+# line's `ratio` is below its `least_ratio`.
 #
 #   tests/bench.sh launch | replace | cold-bake | rebake-nothing | replicas
 set -euo pipefail

@@ -24,7 +24,14 @@ async fn main() -> ExitCode {
     match measured {
         Ok(line) => {
             println!("{line}");
-            ExitCode::SUCCESS
+            // A bound that a benchmark has is in its line.
+            match (line["ratio"].as_f64(), line["least_ratio"].as_f64()) {
+                (Some(ratio), Some(least)) if ratio < least => {
+                    eprintln!("kiln-bench {name}: the ratio is {ratio}, and has to be {least} at least");
+                    ExitCode::FAILURE
+                }
+                _ => ExitCode::SUCCESS,
+            }
         }
         Err(error) => {
             eprintln!("kiln-bench {name}: {error}");
