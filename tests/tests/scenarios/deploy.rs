@@ -1,6 +1,6 @@
 //! The files that a site is run in production with.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write as _;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
@@ -145,10 +145,19 @@ fn nats_server_understands_every_setting_of_its_own() -> Result<()> {
         ["--home", &home, "--site", "broker", "up", "--nats-url", "nats://127.0.0.1:4222", "--no-start"];
     run(Command::new(binary("kiln")?).args(make))?;
     let users = std::fs::read_to_string(Path::new(&home).join("nats/users.conf"))?;
-    let mut names = Vec::new();
+    let certificate = folder.path().join("certificate.pem");
+    with_its_files("certificate.pem", folder.path(), "")?;
+    let (mut names, mut environment) = (Vec::new(), BTreeMap::new());
     for entry in std::fs::read_dir(deploy("nats"))? {
         let entry = entry?;
         let text = with_its_files(&std::fs::read_to_string(entry.path())?, folder.path(), &users)?;
+        for variable in text.split('$').skip(1) {
+            let end = variable.find(|it: char| !it.is_ascii_uppercase() && it != '_');
+            let name = &variable[..end.unwrap_or(variable.len())];
+            let is_folder = name == "KILN_NATS_DATA";
+            let value = if is_folder { folder.path().join("data") } else { certificate.clone() };
+            environment.insert(name.to_owned(), value);
+        }
         let path = folder.path().join(entry.file_name());
         std::fs::write(&path, text)?;
         names.push(path);
@@ -156,15 +165,15 @@ fn nats_server_understands_every_setting_of_its_own() -> Result<()> {
     assert!(names.iter().any(|path| path.ends_with("server.conf")), "{names:?}");
     for path in &names {
         let mut check = Command::new("nats-server");
-        check.env("KILN_NATS_DATA", folder.path().join("data"));
-        run(check.arg("-t").arg("--config").arg(path))?;
+        run(check.envs(&environment).arg("-t").arg("--config").arg(path))?;
     }
     // It would say so.
     let wrong = folder.path().join("wrong.conf");
     let text = std::fs::read_to_string(folder.path().join("kiln.conf"))?;
     std::fs::write(&wrong, text.replace("write_deadline", "write_deadlines"))?;
-    let refused = Command::new("nats-server").arg("-t").arg("--config").arg(&wrong).output()?;
-    assert!(!refused.status.success());
+    let mut check = Command::new("nats-server");
+    let refused = run(check.envs(&environment).arg("-t").arg("--config").arg(&wrong));
+    assert!(refused.is_err_and(|said| said.to_string().contains("write_deadlines")));
     Ok(())
 }
 
