@@ -97,7 +97,7 @@ async fn every_pair_of_method_and_role_is_as_the_table_says() {
 }
 
 /// What changes something, or has something done, and who may: said again here, so that a slip in the table shows.
-const MAY: [(Role, &[&str]); 8] = [
+const MAY: [(Role, &[&str]); 9] = [
     (Role::Builder, &["engine/Launch", "engine/Retire", "engine/Check"]),
     (
         Role::Deployer,
@@ -106,6 +106,7 @@ const MAY: [(Role, &[&str]); 8] = [
     (Role::Monitor, &["builder/InspectSource", "builder/Plan", "engine/Check"]),
     (Role::Node, &[]),
     (Role::Console, &[]),
+    (Role::Broker, &[]),
     (Role::Viewer, &[]),
     (Role::Operator, &OPERATOR),
     (Role::Admin, &ADMIN),
