@@ -1,5 +1,6 @@
 //! A process's way to the broker, which is away, forgets, loses, doubles, delays and reorders.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -8,9 +9,15 @@ use kiln_bus::{Bus, Error, Handled, Handler, Interest, MemoryBus, ReportHandler}
 use kiln_model::event::Event;
 use tokio::sync::watch;
 
+use crate::acknowledged;
 use crate::invariants::Invariants;
 use crate::life::Life;
+use crate::store::Disk;
 use crate::world::World;
+
+/// Kind of aggregate of an event that no handler takes. It comes at once, and only by the broker: where it comes to lie is
+/// what it is about.
+pub(crate) const POISON: &str = "poison";
 
 /// The broker itself.
 #[derive(Clone)]
@@ -27,6 +34,11 @@ impl Broker {
 
     pub(crate) fn now(&self) -> MemoryBus {
         self.bus.lock().unwrap().clone()
+    }
+
+    /// How often its data was deleted.
+    pub(crate) fn wipes(&self) -> u64 {
+        *self.wiped.borrow()
     }
 
     pub(crate) fn set_away(&self, away: bool) {
@@ -47,6 +59,8 @@ fn empty() -> MemoryBus {
 #[derive(Clone)]
 pub(crate) struct SimBus {
     pub(crate) broker: Broker,
+    /// Of the process's service: what it commits because of an event.
+    pub(crate) disk: Disk,
     pub(crate) life: Life,
     pub(crate) world: World,
     pub(crate) invariants: Invariants,
@@ -95,7 +109,7 @@ impl Bus for SimBus {
         handler: Arc<dyn Handler>,
         stop: watch::Receiver<bool>,
     ) -> Result<(), Error> {
-        let handler = Arc::new(Fickle { handler, life: self.life.clone(), world: self.world.clone() });
+        let handler = Arc::new(Fickle { handler, bus: self.clone(), dying: Arc::default() });
         self.follow(|bus| {
             let (handler, stop) = (handler.clone(), stop.clone());
             async move { bus.consume(durable, interests, handler, stop).await }
@@ -120,37 +134,60 @@ impl Bus for SimBus {
 /// Gives events twice, late, and after others.
 struct Fickle {
     handler: Arc<dyn Handler>,
-    life: Life,
-    world: World,
+    bus: SimBus,
+    /// The process dies as soon as what it handled is acknowledged.
+    dying: Arc<AtomicBool>,
 }
 
 impl Fickle {
     fn again_later(&self, event: &Event) {
-        let (handler, life, event) = (self.handler.clone(), self.life.clone(), event.clone());
-        let wait = Duration::from_millis(self.world.between(1, 60_000));
+        let (handler, bus, event) = (self.handler.clone(), self.bus.clone(), event.clone());
+        let wait = Duration::from_millis(bus.world.between(1, 60_000));
         tokio::spawn(async move {
             tokio::time::sleep(wait).await;
-            life.here().await;
+            bus.life.here().await;
             handler.handle(&event, 1).await;
         });
+    }
+
+    /// The broker acknowledges before it gives the next one or waits for it: whichever comes first is the moment.
+    fn die_acknowledged(&self) {
+        self.dying.store(true, Ordering::SeqCst);
+        let life = self.bus.life.clone();
+        tokio::spawn(async move { life.kill("after an acknowledgement") });
     }
 }
 
 #[async_trait]
 impl Handler for Fickle {
     async fn handle(&self, event: &Event, attempt: u64) -> Handled {
-        self.life.here().await;
-        let faults = self.world.faults();
-        if self.world.chance(faults.event_late) {
+        let SimBus { disk, life, world, .. } = &self.bus;
+        if self.dying.load(Ordering::SeqCst) {
+            life.kill("after an acknowledgement");
+        }
+        life.here().await;
+        let faults = world.faults();
+        if event.event.aggregate_kind != POISON && world.chance(faults.event_late) {
             self.again_later(event);
             return Handled::Done;
         }
         let mut handled = self.handler.handle(event, attempt).await;
-        if self.world.chance(faults.event_doubled) {
-            self.life.here().await;
+        if world.chance(faults.event_doubled) {
+            life.here().await;
             handled = self.handler.handle(event, attempt).await;
         }
-        self.life.step("before an acknowledgement").await;
+        if event.event.aggregate_kind == POISON {
+            self.bus.invariants.poisoned(life.service, event, matches!(handled, Handled::Later(_)));
+        }
+        life.step("before an acknowledgement").await;
+        if matches!(handled, Handled::Done) {
+            if let Some(what) = acknowledged::missing(life.service, &disk.store, event).await {
+                world.wrong(3, format!("{} acknowledges what it did not commit: {what}", life.name()));
+            }
+            if world.extras().dies_acked && world.more().chance(faults.crash) {
+                self.die_acknowledged();
+            }
+        }
         handled
     }
 }

@@ -6,14 +6,17 @@
 #![cfg(test)]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "all of it is tests")]
 
+mod acknowledged;
 mod bakery;
 mod bus;
 mod calls;
+mod heard;
 mod invariants;
 mod life;
 mod nature;
 mod node;
 mod outside;
+mod purpose;
 mod settled;
 mod site;
 mod store;

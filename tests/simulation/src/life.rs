@@ -88,6 +88,11 @@ impl Life {
         *self.being.borrow() == Being::Dead
     }
 
+    /// Neither dead nor standing still.
+    pub(crate) fn is_alive(&self) -> bool {
+        *self.being.borrow() == Being::Alive
+    }
+
     /// Comes back in a process that is alive, and never in a dead one.
     pub(crate) async fn here(&self) {
         let mut being = self.being.subscribe();
@@ -111,6 +116,8 @@ impl Life {
         *count += 1;
         if *count == MOST {
             self.world.goes_round(&self.name, what);
+            // Where no time passes nothing else would ever come to its turn.
+            self.kill("since it goes round");
         }
     }
 

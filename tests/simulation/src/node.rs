@@ -35,6 +35,8 @@ pub(crate) struct Held {
     pub(crate) course: Course,
     /// Since when it is on the edge, where it is.
     pub(crate) on_edge: Option<Instant>,
+    /// When it was last asked whether it is well.
+    pub(crate) looked_at: Option<Instant>,
     /// Its process is gone, and the node does not know of it yet.
     gone: bool,
 }
@@ -256,7 +258,9 @@ impl SimNode {
                 version: 1,
                 ..Instance::default()
             };
-            machine.instances.insert(id.clone(), Held { message, course, on_edge: None, gone: false });
+            machine
+                .instances
+                .insert(id.clone(), Held { message, course, on_edge: None, looked_at: None, gone: false });
             self.invariants.launched(&machine, &id);
         }
         self.world.tell(format!("the node launches {id} at generation {}", request.generation));
@@ -412,8 +416,13 @@ impl EngineService for SimNode {
     async fn check(&self, request: Request<CheckRequest>) -> Answer<CheckResponse> {
         let CheckRequest { id, timeout, .. } = request.into_inner();
         let timeout = timeout.map(|timeout| Duration::try_from(timeout).unwrap());
-        let held = self.machine().instances.get(&id.parse::<InstanceId>().unwrap()).cloned();
-        let held = held.ok_or_else(|| Status::not_found(id.clone()))?;
+        let held = {
+            let mut machine = self.machine();
+            let held = machine.instances.get_mut(&id.parse::<InstanceId>().unwrap());
+            let held = held.ok_or_else(|| Status::not_found(id.clone()))?;
+            held.looked_at = Some(Instant::now());
+            held.clone()
+        };
         if held.message.state() != InstanceState::Running {
             return Err(Status::failed_precondition(format!("{id} does not run")));
         }

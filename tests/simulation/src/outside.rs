@@ -15,6 +15,7 @@ use kiln_monitor_core::release::ReleaseFile;
 
 use crate::life::Life;
 use crate::nature::Nature;
+use crate::world::{Extras, Policy};
 
 pub(crate) const URL: &str = "/srv/git/web";
 pub(crate) const ARCHIVE: &str = "archive";
@@ -31,15 +32,30 @@ pub(crate) struct Definition {
     pub(crate) tested: bool,
 }
 
+/// Of the server beside `web`, in a folder of its own, which nobody commits anything to.
+pub(crate) const SIDE: &str = "side";
+
+/// What all definitions of a story have in common.
+#[derive(Debug, Clone, Copy, Default)]
+struct Habits {
+    policy: Policy,
+    /// Updates of packages wait for a person.
+    approve: bool,
+    side: bool,
+}
+
 impl Definition {
-    fn text(&self) -> String {
+    fn text(&self, server: &str, habits: Habits) -> String {
         let Self { image, nature, run, replicas, tested } = self;
+        let Policy { surge, unavailable } = habits.policy;
+        let port = if server == SIDE { 8081 } else { 8080 };
+        let approve = if habits.approve && server != SIDE { "  on: { packages: approve }\n" } else { "" };
         let tests = if *tested { "  tests: [{ command: { run: ask } }]\n" } else { "" };
         format!(
-            "apiVersion: kiln/v1\nname: web\nimage:\n  from: {{ debian: bookworm }}\n  env: {{ IMAGE: \"{image}\", NATURE: {nature} \
-             }}\n  command: [serve]\n{tests}run:\n  replicas: {replicas}\n  ports: [{{ listen: 8080, target: 80 }}]\n  env: {{ RUN: \
+            "apiVersion: kiln/v1\nname: {server}\nimage:\n  from: {{ debian: bookworm }}\n  env: {{ IMAGE: \"{image}\", NATURE: {nature} \
+             }}\n  command: [serve]\n{tests}run:\n  replicas: {replicas}\n  ports: [{{ listen: {port}, target: 80 }}]\n  env: {{ RUN: \
              \"{run}\" }}\n  health: {{ command: {{ run: ask }}, interval: 2s, timeout: 1s, healthy: 1, unhealthy: 2, start: 10s }}\n  \
-             rollout: {{ rolling: {{ maxSurge: 1, maxUnavailable: 0 }}, soak: 10s, deadline: 10m }}\n  drain: 1s\nupdate:\n  debounce: \
+             rollout: {{ rolling: {{ maxSurge: {surge}, maxUnavailable: {unavailable} }}, soak: 10s, deadline: 10m }}\n  drain: 1s\nupdate:\n{approve}  debounce: \
              1s\n",
             nature = nature.word()
         )
@@ -61,6 +77,7 @@ pub(crate) struct Outside {
 
 #[derive(Debug, Default)]
 struct Known {
+    habits: Habits,
     commits: u64,
     /// None where the newest commit can't be taken.
     head: Option<Definition>,
@@ -80,6 +97,13 @@ pub(crate) struct Image {
 }
 
 impl Outside {
+    pub(crate) fn new(extras: Extras) -> Self {
+        let outside = Self::default();
+        let Extras { policy, approve, second: side, .. } = extras;
+        outside.known().habits = Habits { policy, approve, side };
+        outside
+    }
+
     fn known(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap()
     }
@@ -169,9 +193,20 @@ impl Repositories for Reach {
             reason: "is away".to_owned(),
         };
         let commit = head.ok_or_else(away)?;
-        let text = self.outside.known().head.as_ref().map_or_else(|| "name: [".to_owned(), Definition::text);
+        let (head, habits) = {
+            let known = self.outside.known();
+            (known.head.clone(), known.habits)
+        };
+        let text = head.map_or_else(|| "name: [".to_owned(), |definition| definition.text("web", habits));
         let mut tree = Tree::default();
-        tree.insert("server.yaml", Node::File { content: text.into_bytes().into(), executable: false })?;
+        let file = |text: String| Node::File { content: text.into_bytes().into(), executable: false };
+        if habits.side {
+            let side = Definition { image: 0, nature: Nature::Good, run: 0, replicas: 2, tested: false };
+            tree.insert("web/server.yaml", file(text))?;
+            tree.insert("side/server.yaml", file(side.text(SIDE, habits)))?;
+        } else {
+            tree.insert("server.yaml", file(text))?;
+        }
         Ok((commit, tree))
     }
 }

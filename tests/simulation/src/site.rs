@@ -40,7 +40,7 @@ use crate::life::Life;
 use crate::node::SimNode;
 use crate::outside::{Outside, Reach};
 use crate::store::{Disk, SimStore};
-use crate::world::World;
+use crate::world::{SimClock, World};
 
 pub(crate) const RESYNC: Duration = Duration::from_secs(30);
 
@@ -56,6 +56,8 @@ pub(crate) struct Site {
     disks: Arc<BTreeMap<Service, Disk>>,
     /// Of each replica of each service.
     lives: Arc<Mutex<BTreeMap<(Service, u64), Life>>>,
+    /// All that ever ran, by name.
+    processes: Arc<Mutex<BTreeMap<String, Life>>>,
     /// Services that several processes share for good.
     shared: Arc<BTreeMap<Service, u64>>,
     numbers: Arc<Mutex<BTreeMap<Service, u64>>>,
@@ -65,7 +67,7 @@ pub(crate) struct Site {
 impl Site {
     /// Its services begin to run.
     pub(crate) fn new(world: &World, folder: PathBuf) -> Self {
-        let outside = Outside::default();
+        let outside = Outside::new(world.extras());
         let invariants = Invariants::new(world, &outside);
         let disk = |service: Service| (service, Disk::new(service.as_str()));
         let first = Life::new(Service::Node, 0, 0, world);
@@ -80,6 +82,7 @@ impl Site {
             node,
             disks: Arc::new(Service::ALL.map(disk).into()),
             lives: Arc::default(),
+            processes: Arc::default(),
             shared: Arc::new(world.replicas()),
             numbers: Arc::default(),
             folder: Arc::new(folder),
@@ -103,6 +106,10 @@ impl Site {
 
     pub(crate) fn lives(&self) -> Vec<Life> {
         self.lives.lock().unwrap().values().cloned().collect()
+    }
+
+    pub(crate) fn process(&self, name: &str) -> Option<Life> {
+        self.processes.lock().unwrap().get(name).cloned()
     }
 
     /// A service's process: one of several where it has them.
@@ -138,6 +145,7 @@ impl Site {
         let life = Life::new(service, replica, number, &self.world);
         self.world.tell(format!("{} starts", life.name()));
         self.lives.lock().unwrap().insert((service, replica), life.clone());
+        self.processes.lock().unwrap().insert(life.name().to_owned(), life.clone());
         let (site, process) = (self.clone(), life.clone());
         tokio::spawn(async move {
             tokio::select! {
@@ -165,17 +173,13 @@ impl Site {
     }
 
     fn store(&self, life: &Life) -> SimStore {
-        SimStore {
-            disk: self.disk(life.service).clone(),
-            life: life.clone(),
-            world: self.world.clone(),
-            invariants: self.invariants.clone(),
-        }
+        SimStore::new(self.disk(life.service), life, &self.world, &self.invariants)
     }
 
     fn bus(&self, life: &Life) -> SimBus {
         SimBus {
             broker: self.broker.clone(),
+            disk: self.disk(life.service).clone(),
             life: life.clone(),
             world: self.world.clone(),
             invariants: self.invariants.clone(),
@@ -210,19 +214,40 @@ impl Site {
         self.directory.channel(Some(life), To::Service(service), &self.world)
     }
 
-    async fn builder(&self, life: &Life) -> String {
-        let to = |service| self.to(life, service);
+    fn decides(&self, life: &Life) -> Builder<SimStore, SimBakery, SimClock> {
         let documents = Documents::new(self.store(life));
         let contexts = Contexts::new(self.folder.join("contexts"));
         let bakery =
             SimBakery { outside: self.outside.clone(), life: life.clone(), world: self.world.clone() };
-        let builder = Builder {
+        Builder {
             sources: Sources::new(documents.clone(), contexts, self.reach(life)),
             documents,
             bakery,
             logs: Logs::open(self.folder.join("logs")).unwrap(),
             clock: self.world.clock(),
+        }
+    }
+
+    fn images(&self) -> ImageStore {
+        ImageStore::open(&self.folder.join("images")).unwrap()
+    }
+
+    /// A builder removes the images that nobody needs, as it does once an hour. The deployer was just heard of.
+    pub(crate) async fn collect(&self) {
+        let Some(life) = self.any_life(Service::Builder) else { return };
+        let (builder, images, now) = (self.decides(&life), self.images(), self.world.wall());
+        let collected = tokio::select! {
+            biased;
+            () = life.died() => return,
+            collected = builder.collect(&images, Some(now)) => collected,
+            () = tokio::time::sleep(RESYNC) => return,
         };
+        self.world.tell(format!("{} collects images: {collected:?}", life.name()));
+    }
+
+    async fn builder(&self, life: &Life) -> String {
+        let to = |service| self.to(life, service);
+        let builder = self.decides(life);
         let members = match self.members(life).await {
             Ok(members) => members,
             Err(error) => return error.to_string(),
@@ -230,7 +255,7 @@ impl Site {
         if let Err(error) = workers::recover(&builder, &members).await {
             return error.to_string();
         }
-        let images = ImageStore::open(&self.folder.join("images")).unwrap();
+        let images = self.images();
         let signing = Signing::with_one_key(self.folder.join("signing.key"), self.folder.join("signing.pub"));
         let api = kiln_builder::grpc::Api::new(builder.clone(), images.clone(), signing);
         self.directory.serve(life, BoxCloneSyncService::new(BuilderServiceServer::new(api)));

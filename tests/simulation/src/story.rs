@@ -1,61 +1,110 @@
 //! A story: what people, repositories, archives and faults do to a site, until all is quiet; then the site has to come to
 //! rest where it should.
 
+mod more;
+mod people;
+mod trouble;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use jiff::SignedDuration;
-use kiln_api::builder::apply_request::Source;
-use kiln_api::builder::builder_service_client::BuilderServiceClient;
-use kiln_api::builder::{ApplyRequest, GitSource};
-use kiln_api::deployer::deployer_service_client::DeployerServiceClient;
-use kiln_api::deployer::{AbortRolloutRequest, GetFleetRequest, RollbackRequest};
-use kiln_api::monitor::ReportSignalRequest;
-use kiln_api::monitor::monitor_service_client::MonitorServiceClient;
-use kiln_api::types;
+use kiln_builder_core::build::LEASE;
 use kiln_model::event::Service;
-use kiln_model::name::InstanceId;
-use tonic::{Code, Status};
+use tokio::time::Instant;
 
+use crate::heard;
 use crate::nature::Nature;
-use crate::outside::{Definition, URL};
-use crate::settled::unsettled;
-use crate::site::Site;
-use crate::world::{Faults, World};
+use crate::outside::Definition;
+use crate::settled::{Unjudged, look};
+use crate::site::{RESYNC, Site};
+use crate::world::{Extras, Faults, World};
 
 /// Rollouts with bad releases, their deadlines and the waits between replacements: all of it is over by then.
 const REST: Duration = Duration::from_secs(45 * 60);
 /// It has to stay as it came to be.
 const QUIET: Duration = Duration::from_secs(70);
-/// A person's patience with one call.
-const PATIENCE: Duration = Duration::from_secs(180);
+/// An archive that flapped holds builds back until the hour is over.
+const FLAPPED: Duration = Duration::from_secs(3_600);
+/// By then whatever was away, stood still or died is there again: 120 s, and up to 8 s for a new process.
+const BACK: Duration = Duration::from_secs(130);
+/// A lease of a process that died ends, and is looked at then.
+const TAKEN: Duration = LEASE.saturating_add(Duration::from_secs(5));
+/// What one service commits the next one knows by a resync of its own, which begins 30 s after the end of the one before;
+/// 5 s are for the calls of both. So in two of them a signal becomes a build's order and a revision becomes a release,
+/// and between the two lies only the work itself: debounce (1 s), plan, bake (8 s at most).
+const HEARD: Duration = RESYNC.saturating_add(Duration::from_secs(5));
 
 /// Tells the story of a seed.
 ///
 /// # Errors
 /// What does not hold.
-pub(crate) async fn tell(world: &World, folder: PathBuf) -> Result<(), Vec<String>> {
+pub(crate) async fn tell(world: &World, folder: PathBuf) -> Result<Unjudged, Vec<String>> {
+    world.set_extras(Extras::of(world));
+    tell_as_found(world, folder).await
+}
+
+/// The same without what was added to stories later, as it was when a mistake was found by it.
+///
+/// # Errors
+/// What does not hold.
+pub(crate) async fn tell_as_found(world: &World, folder: PathBuf) -> Result<Unjudged, Vec<String>> {
     let site = Site::new(world, folder);
-    let story = Story { site: site.clone(), calls: 0, images: 0, runs: 0, former: Vec::new() };
+    let story = Story {
+        site: site.clone(),
+        calls: 0,
+        images: 0,
+        runs: 0,
+        former: Vec::new(),
+        cancelled: false,
+        poison: Vec::new(),
+    };
     let told = go_on(story, world).await;
     site.directory.close();
     told
 }
 
-async fn go_on(mut story: Story, world: &World) -> Result<(), Vec<String>> {
+async fn go_on(mut story: Story, world: &World) -> Result<Unjudged, Vec<String>> {
     story.begin().await;
+    if world.extras().flaps {
+        story.flap_packages().await;
+    }
     let acts = world.between(1, 8);
     for _ in 0..acts {
         story.wait().await;
+        if world.extras().more_acts && world.more().chance(0.6) {
+            story.act_more().await;
+            story.wait().await;
+        }
         story.act().await;
         if !world.broken().is_empty() {
             return Err(world.broken());
         }
     }
     story.wait().await;
-    world.set_faults(Faults::default());
-    world.tell("from here on nothing is disturbed");
+    let deaf = world.extras().deaf;
+    world.set_faults(Faults { event_lost: if deaf { 1.0 } else { 0.0 }, ..Faults::default() });
+    world.tell(if deaf { "from here on only events are lost" } else { "from here on nothing is disturbed" });
+    if story.cancelled {
+        // What somebody cancelled is tried again by who applies it again.
+        story.apply().await;
+    }
     story.rest().await
+}
+
+/// Since when things are as they are.
+#[derive(Default)]
+struct Since(BTreeMap<String, Instant>);
+
+impl Since {
+    /// What is so now, and has been for longer.
+    fn longer_than(&mut self, limit: Duration, now: BTreeSet<String>) -> Vec<String> {
+        self.0.retain(|what, _| now.contains(what));
+        for what in now {
+            self.0.entry(what).or_insert_with(Instant::now);
+        }
+        self.0.iter().filter(|(_, since)| since.elapsed() > limit).map(|(what, _)| what.clone()).collect()
+    }
 }
 
 struct Story {
@@ -65,6 +114,10 @@ struct Story {
     runs: u64,
     /// Definitions that were committed before.
     former: Vec<Definition>,
+    /// Somebody cancelled a build.
+    cancelled: bool,
+    /// What no handler can take, with how often the broker's data had been deleted before.
+    poison: Vec<(u64, Vec<u8>)>,
 }
 
 impl Story {
@@ -161,253 +214,70 @@ impl Story {
         }
     }
 
-    fn request_id(&mut self) -> String {
-        self.calls += 1;
-        format!("call-{}", self.calls)
-    }
-
-    async fn apply(&mut self) {
-        let git = GitSource { url: URL.to_owned(), branch: "main".to_owned() };
-        let (request_id, source) = (self.request_id(), Some(Source::Git(git)));
-        let request = ApplyRequest { request_id, source };
-        let client = BuilderServiceClient::new(self.site.channel(Service::Builder));
-        self.insist("apply", || {
-            let (mut client, request) = (client.clone(), request.clone());
-            async move { client.apply(request).await }
-        })
-        .await;
-    }
-
-    async fn roll_back(&mut self) {
-        let Some(expected) = self.release().await else { return };
-        self.site.invariants.excuse(expected);
-        let (request_id, server) = (self.request_id(), "web".to_owned());
-        let request = RollbackRequest {
-            request_id,
-            server,
-            expected_release: expected,
-            reason: "somebody said so".to_owned(),
-            ..RollbackRequest::default()
-        };
-        let client = DeployerServiceClient::new(self.site.channel(Service::Deployer));
-        self.insist(&format!("rollback from {expected}"), || {
-            let (mut client, request) = (client.clone(), request.clone());
-            async move { client.rollback(request).await }
-        })
-        .await;
-    }
-
-    async fn abort(&mut self) {
-        let Some(expected) = self.release().await else { return };
-        self.site.invariants.excuse(expected);
-        let (request_id, server) = (self.request_id(), "web".to_owned());
-        let request = AbortRolloutRequest { request_id, server, expected_release: expected };
-        let client = DeployerServiceClient::new(self.site.channel(Service::Deployer));
-        self.insist("abort", || {
-            let (mut client, request) = (client.clone(), request.clone());
-            async move { client.abort_rollout(request).await }
-        })
-        .await;
-    }
-
-    async fn report(&mut self) {
-        let (request_id, server) = (self.request_id(), "web".to_owned());
-        let request = ReportSignalRequest {
-            id: request_id.clone(),
-            request_id,
-            server,
-            reporter: "scanner".to_owned(),
-            summary: "found something".to_owned(),
-            remedy: types::Remedy::Rebuild.into(),
-            ..ReportSignalRequest::default()
-        };
-        let client = MonitorServiceClient::new(self.site.channel(Service::Monitor));
-        self.insist("report", || {
-            let (mut client, request) = (client.clone(), request.clone());
-            async move { client.report_signal(request).await }
-        })
-        .await;
-    }
-
-    /// What the fleet is on, or going to.
-    async fn release(&self) -> Option<u64> {
-        let mut client = DeployerServiceClient::new(self.site.channel(Service::Deployer));
-        let request = GetFleetRequest { server: "web".to_owned() };
-        let fleet = client.get_fleet(request).await.ok()?.into_inner().fleet?;
-        let rollout = fleet.rollout.filter(|rollout| rollout.ended.is_none());
-        Some(rollout.map_or(fleet.release, |rollout| rollout.to_release))
-    }
-
-    /// Makes a call until it is answered, one way or the other; each try is the same call. What was acknowledged is
-    /// acknowledged again in the same words.
-    async fn insist<T, F>(&self, what: &str, call: impl Fn() -> F)
-    where
-        T: std::fmt::Debug + PartialEq,
-        F: Future<Output = Result<tonic::Response<T>, Status>>,
-    {
-        let world = self.world();
-        let give_up = world.elapsed() + PATIENCE;
-        let answer = loop {
-            match call().await {
-                Ok(answer) => break answer.into_inner(),
-                Err(status) => {
-                    let passes = matches!(
-                        status.code(),
-                        Code::Unavailable
-                            | Code::DeadlineExceeded
-                            | Code::Aborted
-                            | Code::Cancelled
-                            | Code::Unknown
-                            | Code::Internal
-                    );
-                    if !passes || world.elapsed() > give_up {
-                        world.tell(format!("{what} is refused: {}", status.message()));
-                        return;
-                    }
-                }
-            }
-            tokio::time::sleep(Duration::from_millis(world.between(100, 3_000))).await;
-        };
-        world.tell(format!("{what} is acknowledged"));
-        if let Ok(again) = call().await
-            && again.get_ref() != &answer
-        {
-            world.wrong(16, format!("{what} was answered {answer:?}, and then {again:?}"));
-        }
-    }
-
-    fn strike_instance(&self) {
-        let world = self.world();
-        let machine = self.site.invariants.machine.lock().unwrap();
-        let now = tokio::time::Instant::now();
-        let running = machine.instances.iter().filter(|(_, held)| held.is_fleet() && held.answers(now));
-        let running: Vec<InstanceId> = running.map(|(id, _)| id.clone()).collect();
-        drop(machine);
-        let Some(id) = world.pick(&running) else { return };
-        self.site.invariants.excuse(id.release);
-        let strike = |change: &dyn Fn(&mut crate::nature::Course)| {
-            let mut machine = self.site.invariants.machine.lock().unwrap();
-            change(&mut machine.instances.get_mut(id).unwrap().course);
-        };
-        match world.between(0, 2) {
-            0 => self.site.node.exit(id, 137),
-            1 => {
-                world.tell(format!("{id} hangs"));
-                strike(&|course| course.hangs = true);
-            }
-            _ => {
-                let period = Duration::from_millis(world.between(1_000, 20_000));
-                world.tell(format!("{id} flaps, every {period:?}"));
-                strike(&|course| course.flaps = Some(period));
-            }
-        }
-    }
-
-    fn kill(&self) {
-        let service = *self.world().pick(&Service::ALL).unwrap();
-        if let Some(life) = self.site.any_life(service) {
-            life.kill("by SIGKILL");
-        }
-    }
-
-    /// A process stands still; where it is not the node, another one takes its place meanwhile. Then it goes on.
-    fn freeze(&self) {
-        let site = self.site.clone();
-        let world = self.world().clone();
-        let service = *world.pick(&Service::ALL).unwrap();
-        let Some(life) = site.any_life(service).filter(|life| !life.is_dead()) else { return };
-        tokio::spawn(async move {
-            life.freeze();
-            if service != Service::Node && world.chance(0.7) {
-                tokio::time::sleep(Duration::from_millis(world.between(0, 10_000))).await;
-                if !life.is_dead() {
-                    site.start(service, life.replica);
-                }
-            }
-            tokio::time::sleep(Duration::from_millis(world.between(100, 90_000))).await;
-            life.thaw();
-            let replaced =
-                site.life(service, life.replica).is_some_and(|newest| newest.name() != life.name());
-            if replaced {
-                tokio::time::sleep(Duration::from_millis(world.between(100, 30_000))).await;
-                life.kill("since it was replaced");
-            }
-        });
-    }
-
-    /// The machine goes down with everything on it.
-    fn reboot(&self) {
-        self.world().tell("the machine goes down");
-        for life in self.site.lives() {
-            life.kill("with the machine");
-        }
-        let ids: Vec<InstanceId> =
-            self.site.invariants.machine.lock().unwrap().instances.keys().cloned().collect();
-        for id in ids {
-            self.site.node.exit(&id, 137);
-        }
-    }
-
-    fn trouble_broker(&self) {
-        let world = self.world().clone();
-        let broker = self.site.broker.clone();
-        if world.chance(0.4) {
-            world.tell("the broker's data is deleted");
-            broker.wipe();
-            return;
-        }
-        world.tell("the broker is away");
-        broker.set_away(true);
-        let away = Duration::from_millis(world.between(100, 120_000));
-        tokio::spawn(async move {
-            tokio::time::sleep(away).await;
-            broker.set_away(false);
-            world.tell("the broker is back");
-        });
-    }
-
-    fn trouble_outside(&self) {
-        let world = self.world().clone();
-        let outside = self.site.outside.clone();
-        let git = world.chance(0.5);
-        let set = move |away| if git { outside.set_git_away(away) } else { outside.set_archive_away(away) };
-        world.tell(if git { "the repository is away" } else { "the archive is away" });
-        set(true);
-        let away = Duration::from_millis(world.between(100, 90_000));
-        tokio::spawn(async move {
-            tokio::time::sleep(away).await;
-            set(false);
-            world.tell("repository and archive are there");
-        });
-    }
-
-    fn jump(&self) {
-        let seconds = i64::try_from(self.world().between(1, 30 * 3600)).unwrap();
-        let by = if self.world().chance(0.5) { seconds } else { -seconds };
-        self.world().tell(format!("the wall clock jumps by {by} s"));
-        self.world().shift_wall(SignedDuration::from_secs(by));
-    }
-
     /// Comes to rest, and stays there.
-    async fn rest(&self) -> Result<(), Vec<String>> {
-        let world = self.world();
-        let give_up = world.elapsed() + REST;
+    async fn rest(&mut self) -> Result<Unjudged, Vec<String>> {
+        let world = self.world().clone();
+        let began = world.elapsed();
+        let give_up = began + REST + if world.extras().flaps { FLAPPED } else { Duration::ZERO };
         let mut quiet = Duration::ZERO;
+        let (mut unheard, mut ownerless) = (Since::default(), Since::default());
         loop {
             tokio::time::sleep(Duration::from_secs(1)).await;
+            if world.extras().deaf && world.elapsed() > began + BACK {
+                for what in unheard.longer_than(HEARD, heard::not_yet(&self.site).await) {
+                    world.wrong(9, format!("{what} is not known within a resync"));
+                }
+            }
+            for what in ownerless.longer_than(TAKEN, self.ownerless()) {
+                world.wrong(19, format!("{what} runs, its owner is dead, and nobody takes it"));
+            }
             if !world.broken().is_empty() {
                 return Err(world.broken());
             }
-            match unsettled(&self.site).await {
-                None => quiet += Duration::from_secs(1),
-                Some(why) if world.elapsed() > give_up => {
+            match look(&self.site).await {
+                Ok(_) if quiet < QUIET => quiet += Duration::from_secs(1),
+                Ok(unjudged) => {
+                    self.dead_letters().map_err(|wrong| vec![wrong])?;
+                    return Ok(unjudged);
+                }
+                Err(why) if world.elapsed() > give_up => {
                     return Err(vec![format!("it does not come to rest: {why}")]);
                 }
-                Some(_) => quiet = Duration::ZERO,
-            }
-            if quiet >= QUIET {
-                return Ok(());
+                Err(_) => {
+                    quiet = Duration::ZERO;
+                    if world.extras().approve && world.elapsed().as_secs().is_multiple_of(10) {
+                        self.approve().await;
+                    }
+                }
             }
         }
+    }
+
+    /// Builds of dead processes, where a builder is there to take them.
+    fn ownerless(&self) -> BTreeSet<String> {
+        let lives = self.site.lives();
+        if !lives.iter().any(|life| life.service == Service::Builder && life.is_alive()) {
+            return BTreeSet::new();
+        }
+        let is_dead = |owner: &str| self.site.process(owner).is_none_or(|life| life.is_dead());
+        let running = self.site.invariants.running().into_iter();
+        running.filter(|(_, owner)| is_dead(owner)).map(|(build, _)| build).collect()
+    }
+
+    /// 14: each poison lies there once, as far as nobody deleted it, and nobody waits for it.
+    fn dead_letters(&self) -> Result<(), String> {
+        if let [service, ..] = self.site.invariants.blocked().as_slice() {
+            return Err(format!("invariant 14: {service} takes nothing any more, for poison"));
+        }
+        let letters = self.site.broker.now().dead_letters();
+        for (wipes, payload) in &self.poison {
+            let count = letters.iter().filter(|letter| letter.payload == *payload).count();
+            if *wipes == self.site.broker.wipes() && count != 1 {
+                return Err(format!(
+                    "invariant 14: poison {payload:?} lies {count} times in the dead letters"
+                ));
+            }
+        }
+        Ok(())
     }
 }

@@ -13,6 +13,9 @@ use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 use tokio::time::Instant;
 
+/// Makes another seed out of a story's.
+const MORE: u64 = 0x6d6f_7265;
+
 /// How often each fault strikes where it can, from 0 to 1.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Faults {
@@ -63,6 +66,102 @@ impl Faults {
     }
 }
 
+/// How many more instances there may be than a server wants, and how many fewer may answer, while they are replaced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Policy {
+    pub(crate) surge: u64,
+    pub(crate) unavailable: u64,
+}
+
+impl Policy {
+    const ALL: [Self; 4] = [
+        Self { surge: 2, unavailable: 1 },
+        Self { surge: 0, unavailable: 1 },
+        Self { surge: 3, unavailable: 0 },
+        Self { surge: 1, unavailable: 2 },
+    ];
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self { surge: 1, unavailable: 0 }
+    }
+}
+
+/// What a share of the stories has beside all others. A story without any of it is told as it was before it was thought
+/// of, so that named seeds go on to tell of what they found.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Extras {
+    /// A process dies right after an acknowledgement too.
+    pub(crate) dies_acked: bool,
+    /// Not only single documents are read late.
+    pub(crate) late_lists: bool,
+    /// No event ever comes, after the faults neither.
+    pub(crate) deaf: bool,
+    /// People cancel, remove and approve; what comes in is poison; a definition flaps; images are collected.
+    pub(crate) more_acts: bool,
+    /// The archive flaps, which takes as long as a hundred other stories.
+    pub(crate) flaps: bool,
+    /// Updates of packages wait for a person.
+    pub(crate) approve: bool,
+    /// Another server, beside the one that the story is about.
+    pub(crate) second: bool,
+    pub(crate) policy: Policy,
+}
+
+impl Extras {
+    pub(crate) fn of(world: &World) -> Self {
+        let more = world.more();
+        let policy = if more.chance(0.2) { *more.pick(&Policy::ALL).unwrap() } else { Policy::default() };
+        Self {
+            dies_acked: more.chance(0.25),
+            late_lists: more.chance(0.25),
+            deaf: more.chance(0.08),
+            more_acts: more.chance(0.25),
+            flaps: more.chance(0.005),
+            approve: more.chance(0.1),
+            second: more.chance(0.15),
+            policy,
+        }
+    }
+}
+
+/// A stream of random numbers.
+struct Random(Mutex<StdRng>);
+
+impl Random {
+    fn new(seed: u64) -> Self {
+        Self(Mutex::new(StdRng::seed_from_u64(seed)))
+    }
+
+    /// From 0 to 1.
+    fn share(&self) -> f64 {
+        held(&self.0).random()
+    }
+
+    fn between(&self, least: u64, most: u64) -> u64 {
+        held(&self.0).random_range(least..=most)
+    }
+}
+
+/// Chance that is drawn apart from all that stories had before: what asks it changes nothing of what the others ask.
+pub(crate) struct More<'a>(&'a Random);
+
+impl More<'_> {
+    pub(crate) fn chance(&self, probability: f64) -> bool {
+        probability > 0.0 && self.0.share() < probability
+    }
+
+    pub(crate) fn between(&self, least: u64, most: u64) -> u64 {
+        self.0.between(least, most)
+    }
+
+    pub(crate) fn pick<'a, T>(&self, choices: &'a [T]) -> Option<&'a T> {
+        let last = choices.len().checked_sub(1)? as u64;
+        choices.get(usize::try_from(self.between(0, last)).unwrap())
+    }
+}
+
 #[derive(Clone)]
 pub(crate) struct World {
     inner: Arc<Inner>,
@@ -70,7 +169,9 @@ pub(crate) struct World {
 
 struct Inner {
     seed: u64,
-    random: Mutex<StdRng>,
+    random: Random,
+    more: Random,
+    extras: Mutex<Extras>,
     faults: Mutex<Faults>,
     /// Each line is printed at once: for a story that never ends.
     aloud: bool,
@@ -89,7 +190,9 @@ impl World {
     pub(crate) fn new(seed: u64) -> Self {
         let inner = Inner {
             seed,
-            random: Mutex::new(StdRng::seed_from_u64(seed)),
+            random: Random::new(seed),
+            more: Random::new(seed ^ MORE),
+            extras: Mutex::default(),
             faults: Mutex::default(),
             aloud: std::env::var_os("KILN_ALOUD").is_some(),
             start: Instant::now(),
@@ -116,16 +219,28 @@ impl World {
 
     /// From 0 to 1.
     pub(crate) fn share(&self) -> f64 {
-        held(&self.inner.random).random()
+        self.inner.random.share()
     }
 
     pub(crate) fn between(&self, least: u64, most: u64) -> u64 {
-        held(&self.inner.random).random_range(least..=most)
+        self.inner.random.between(least, most)
     }
 
     pub(crate) fn pick<'a, T>(&self, choices: &'a [T]) -> Option<&'a T> {
         let last = choices.len().checked_sub(1)? as u64;
         choices.get(usize::try_from(self.between(0, last)).unwrap())
+    }
+
+    pub(crate) fn more(&self) -> More<'_> {
+        More(&self.inner.more)
+    }
+
+    pub(crate) fn extras(&self) -> Extras {
+        *held(&self.inner.extras)
+    }
+
+    pub(crate) fn set_extras(&self, extras: Extras) {
+        *held(&self.inner.extras) = extras;
     }
 
     pub(crate) fn faults(&self) -> Faults {
@@ -151,6 +266,10 @@ impl World {
     pub(crate) fn wall(&self) -> Timestamp {
         let begin = Timestamp::from_second(1_800_000_000).unwrap();
         begin + SignedDuration::try_from(self.elapsed()).unwrap() + *held(&self.inner.shift)
+    }
+
+    pub(crate) fn shift(&self) -> SignedDuration {
+        *held(&self.inner.shift)
     }
 
     pub(crate) fn shift_wall(&self, by: SignedDuration) {
