@@ -2,8 +2,9 @@
 # Runs every check and every test, from nothing but Rust, gcc and Python on Debian 12.
 #
 #   tests/run.sh          what a change must pass; long tests are sampled
-#   tests/run.sh --full   the same with full counts, the scenarios on PostgreSQL as well, and an upgrade from the commit
-#                         before, whose programs are compiled for it (the history has to be there)
+#   tests/run.sh --full   the same with full counts, the scenarios on PostgreSQL as well, known mistakes planted for the
+#                         simulation to find, and an upgrade from the commit before, whose programs are compiled for it
+#                         (the history has to be there)
 #
 # The tests are run as root, with sudo where this is not; all else is done as who calls.
 set -euo pipefail
@@ -64,10 +65,13 @@ if [ "${1:-}" = --full ]; then
 fi
 
 if [ "${1:-}" = --full ]; then
+    step "planted mistakes"
+    tests/mutants.sh
+
     step "an upgrade from the commit before"
     tests/upgrade.sh
 else
-    echo "not done: the upgrade from the commit before, for which its programs have to be compiled (--full)"
+    echo "not done: planted mistakes, and the upgrade from the commit before, for which programs have to be compiled (--full)"
 fi
 
 step "the quickstart's own check"
