@@ -8,10 +8,11 @@ use kiln_builder_core::server::Server;
 use kiln_model::event::Service;
 use kiln_store::{Store as _, decode};
 
+use crate::nature::Nature;
 use crate::settled::look;
 use crate::site::Site;
 use crate::takeover::{ALONE, apply, commit, each_holds, rests, until};
-use crate::world::Faults;
+use crate::world::{Extras, Faults};
 
 /// Where nothing is away and nobody dies.
 const SOON: Duration = Duration::from_secs(300);
@@ -33,6 +34,7 @@ fn a_look_whose_answer_was_lost_ends() {
     each_holds(&ALONE, async |site| {
         apply(site).await?;
         rests(site).await?;
+        site.world.set_extras(Extras { late_answers: true, ..Extras::default() });
         site.world.set_faults(Faults { commit_unknown: 0.5, ..Faults::default() });
         for image in 1..6 {
             commit(site, image);
@@ -65,6 +67,8 @@ fn a_definition_that_comes_back_is_followed_whatever_the_clock_says() {
 fn a_build_whose_builder_was_killed_five_times_is_tried_again() {
     each_holds(&ALONE, async |site| {
         apply(site).await?;
+        rests(site).await?;
+        site.outside.publish(Nature::Good);
         for _ in 0..5 {
             let owner = until("a build", SOON, async || {
                 let builds = site.invariants.builds();

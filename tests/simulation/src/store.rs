@@ -264,6 +264,11 @@ impl Store for SimStore {
         }
         self.life.step("after a commit").await;
         if self.world.chance(faults.commit_unknown) {
+            if self.world.extras().late_answers {
+                let late = self.world.more().between(1, BEHIND_MILLIS);
+                tokio::time::sleep(Duration::from_millis(late)).await;
+                self.life.here().await;
+            }
             return Err(self.refused("commit", "the answer is lost"));
         }
         Ok(committed)

@@ -96,6 +96,8 @@ pub(crate) struct Extras {
     pub(crate) dies_acked: bool,
     /// Not only single documents are read late.
     pub(crate) late_lists: bool,
+    /// That a commit's answer is lost is found out later, and what was committed is noticed before.
+    pub(crate) late_answers: bool,
     /// No event ever comes, after the faults neither.
     pub(crate) deaf: bool,
     /// People cancel, remove and approve; what comes in is poison; a definition flaps; images are collected.
@@ -116,6 +118,7 @@ impl Extras {
         Self {
             dies_acked: more.chance(0.25),
             late_lists: more.chance(0.25),
+            late_answers: more.chance(0.25),
             deaf: more.chance(0.08),
             more_acts: more.chance(0.25),
             flaps: more.chance(0.005),

@@ -30,28 +30,31 @@ impl Story {
         }
     }
 
-    /// Something comes from the broker that nobody can take, or that who takes it refuses for good.
+    /// Things come from the broker that nobody can take, or that who takes them refuses for good.
     async fn poison(&mut self) {
-        let number = self.poison.len() as u64 + 1;
-        let world = self.world().clone();
         let kinds = [
             (Service::Monitor, "server", "needs_update"),
             (Service::Builder, "revision", "created"),
             (Service::Builder, "definition", "applied"),
             (Service::Deployer, "instance", "changed"),
         ];
-        let (service, entity, verb) = *world.more().pick(&kinds).unwrap();
-        let kind = EventType::new(service, entity, verb);
-        // No message begins so; or a message without the field that it is about.
-        let without_field = matches!(entity, "server" | "revision") && world.more().chance(0.5);
-        let byte = u8::try_from(number % 100).unwrap();
-        let payload = if without_field { vec![0xc0, 0x3e, byte] } else { vec![0xff, byte] };
-        let server = Some(crate::settled::web());
-        let bus = self.site.broker.now();
-        let sent = if !without_field && world.more().chance(0.5) {
-            let subject = kind.subject(&"sim".parse().unwrap(), server.as_ref());
-            bus.publish_raw(&subject, Default::default(), &payload)
-        } else {
+        for (service, entity, verb) in kinds {
+            let kind = EventType::new(service, entity, verb);
+            // No message begins so, without headers and with them; or a message without the field that it is about.
+            self.send(kind.clone(), 0xff, false).await;
+            self.send(kind.clone(), 0xff, true).await;
+            if matches!(entity, "server" | "revision") {
+                self.send(kind, 0xc0, true).await;
+            }
+        }
+    }
+
+    async fn send(&mut self, kind: EventType, first: u8, with_headers: bool) {
+        let number = self.poison.len() as u64 + 1;
+        let payload = vec![first, 0x3e, u8::try_from(number % 100).unwrap()];
+        let (bus, server) = (self.site.broker.now(), Some(crate::settled::web()));
+        self.world().tell(format!("poison {number} comes as {}", kind.ce_type()));
+        let sent = if with_headers {
             let event = NewEvent {
                 kind,
                 server,
@@ -59,14 +62,16 @@ impl Story {
                 aggregate_id: number.to_string(),
                 aggregate_version: 1,
                 payload: payload.clone(),
-                time: world.wall(),
+                time: self.world().wall(),
                 traceparent: String::new(),
             };
             let id = Event::id_of(POISON, &event, 0);
             bus.publish(&Event { id, sequence: number, epoch: POISON.to_owned(), event }).await
+        } else {
+            let subject = kind.subject(&"sim".parse().unwrap(), server.as_ref());
+            bus.publish_raw(&subject, Default::default(), &payload)
         };
         if sent.is_ok() {
-            world.tell(format!("poison {number} comes as {service}.{entity}.{verb}"));
             self.poison.push((self.site.broker.wipes(), payload));
         }
     }
