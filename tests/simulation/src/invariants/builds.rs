@@ -32,6 +32,10 @@ impl Invariants {
         };
         for image in images(before).difference(&images(after)) {
             self.collected(seen, image);
+            // Its lock has none any more: the next plan for it is built.
+            let made_it =
+                |build: &Build| matches!(build.state, State::Succeeded { image: made } if made == *image);
+            seen.builds.retain(|_, build| !made_it(build));
         }
         // 2 and 19, as the builder's own list has them.
         let builds: Vec<Build> = seen.builds.values().cloned().collect();
