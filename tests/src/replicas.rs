@@ -17,6 +17,7 @@ use kiln_api::deployer::{Fleet, GetFleetRequest, ListRolloutsRequest, Rollout};
 use kiln_api::monitor::monitor_service_client::MonitorServiceClient;
 use kiln_builder_core::build::{self, Build};
 use kiln_model::event::Service;
+use kiln_model::name::BuildId;
 use kiln_service::client::{Channel, channel, own_address};
 use kiln_service::config;
 use kiln_service::members;
@@ -226,6 +227,14 @@ impl Second {
             }
         }
         Err("nothing is built".into())
+    }
+
+    /// # Errors
+    /// Where there is none of this id.
+    pub async fn build(&self, id: &BuildId) -> Result<Build> {
+        let store = self.stores.get(&Service::Builder).ok_or("its store is not open")?;
+        let document = store.get(build::KIND, &id.to_string()).await?.ok_or("there is no such build")?;
+        Ok(decode(&document, build::SCHEMA)?)
     }
 
     /// A fleet as one of the deployers has it.

@@ -10,6 +10,7 @@ use kiln_api::deployer::{Fleet, ListReleasesRequest, RolloutState};
 use kiln_api::engine::ListInstancesRequest;
 use kiln_api::monitor::{GetServerStatusRequest, ListHealthRequest, ListSignalsRequest};
 use kiln_api::types::{self, Role};
+use kiln_builder_core::build::Build;
 use kiln_model::event::Service;
 use kiln_tests::Result;
 use kiln_tests::replicas::{Replica, Second};
@@ -22,8 +23,6 @@ use serde_json::Value;
 
 /// From the death of a replica to what another one does in its place.
 const TAKEN_OVER: Duration = Duration::from_secs(5);
-/// What happens in a rollout is written once a second: a step can be so much older than its first sight.
-const WRITTEN: Duration = Duration::from_secs(1);
 const SOON: Duration = Duration::from_secs(30);
 /// Longer than two resyncs and a lease.
 const LONG: Duration = Duration::from_secs(12);
@@ -119,6 +118,46 @@ async fn a_deployer_that_wakes_after_another_has_finished_its_rollout_does_no_ha
     web.site.down()
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_builder_and_a_monitor_that_wake_do_nothing_twice() -> Result<()> {
+    let (site, second) = Site::up_double("awake").await?;
+    let web = Web::start_with(site, slowly).await?;
+    let load = web.load();
+    let deployer = Replica::First;
+
+    // In the middle of a build: another one makes it again, and its own comes to nothing.
+    web.repo.replace("web/server.yaml", "command: { run: nginx -v }", "command: { run: sleep 4 }")?;
+    web.say("release 2")?;
+    let (frozen, build) = tested(&second, &web).await?;
+    second.signal(frozen, Service::Builder, Signal::STOP)?;
+    second.settled(deployer, "web", 2, SETTLES).await?;
+    let done = second.build(&build.id).await?;
+    assert!(done.token > build.token && done.state.has_ended(), "{done:?}");
+    second.signal(frozen, Service::Builder, Signal::CONT)?;
+
+    // Before a commit: another one sees it, and it sees nothing that is new.
+    let sources = web.site.builder().list_sources(ListSourcesRequest::default()).await?.into_inner().sources;
+    let source = sources.first().ok_or("there is a source")?;
+    let monitor = second.owner(Service::Monitor, &source.id).await?;
+    second.signal(monitor, Service::Monitor, Signal::STOP)?;
+    web.say("release 3")?;
+    second.settled(deployer, "web", 3, SETTLES).await?;
+    second.signal(monitor, Service::Monitor, Signal::CONT)?;
+
+    tokio::time::sleep(LONG).await;
+    for replica in [Replica::First, Replica::Second] {
+        second.settled(replica, "web", 3, SOON).await?;
+        went_out_once(&second, Alive { builder: replica, deployer: replica, monitor: replica }, 3).await?;
+    }
+    until("the tests' instances are gone", SOON, async || {
+        if testing(&web).await? { Err("one is left".into()) } else { Ok(()) }
+    })
+    .await?;
+    load.stop().await.unfailing(1000)?;
+    second.stop(&web.site)?;
+    web.site.down()
+}
+
 /// One of each service, in the middle of what it was at.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_replica_that_is_killed_is_replaced_by_another_within_five_seconds() -> Result<()> {
@@ -141,7 +180,7 @@ async fn a_replica_that_is_killed_is_replaced_by_another_within_five_seconds() -
         if version > left { Ok(killed.elapsed()) } else { Err("the rollout stands".into()) }
     })
     .await?;
-    in_time("the rollout went on", taken_over.saturating_sub(WRITTEN));
+    in_time("the rollout went on", taken_over);
     second.settled(deployer, "web", 2, SETTLES).await?;
 
     let sources = web.site.builder().list_sources(ListSourcesRequest::default()).await?.into_inner().sources;
@@ -167,14 +206,7 @@ async fn a_replica_that_is_killed_is_replaced_by_another_within_five_seconds() -
 
     web.repo.replace("web/server.yaml", "command: { run: nginx -v }", "command: { run: sleep 4 }")?;
     web.say("release 4")?;
-    let (dead, build) = until("the image's tests", SETTLES, async || {
-        let building = second.building().await?;
-        let listed = web.site.engine().list_instances(ListInstancesRequest::default()).await?.into_inner();
-        let mut specs =
-            listed.instances.iter().filter(|it| it.ended.is_none()).filter_map(|it| it.spec.as_ref());
-        if specs.any(|spec| spec.role() == Role::Test) { Ok(building) } else { Err("not yet".into()) }
-    })
-    .await?;
+    let (dead, build) = tested(&second, &web).await?;
     let killed = kill(&second, dead, Service::Builder)?;
     let taken_over = until("the other builder", SOON, async || {
         let (whose, now) = second.building().await?;
@@ -190,6 +222,22 @@ async fn a_replica_that_is_killed_is_replaced_by_another_within_five_seconds() -
     load.stop().await.unfailing(1000)?;
     second.stop(&web.site)?;
     web.site.down()
+}
+
+/// An instance is there for an image's tests.
+async fn testing(web: &Web) -> Result<bool> {
+    let listed = web.site.engine().list_instances(ListInstancesRequest::default()).await?.into_inner();
+    let mut specs = listed.instances.iter().filter(|it| it.ended.is_none()).filter_map(|it| it.spec.as_ref());
+    Ok(specs.any(|spec| spec.role() == Role::Test))
+}
+
+/// A build whose image is under test, and whose it is.
+async fn tested(second: &Second, web: &Web) -> Result<(Replica, Build)> {
+    until("the image's tests", SETTLES, async || {
+        let building = second.building().await?;
+        if testing(web).await? { Ok(building) } else { Err("not yet".into()) }
+    })
+    .await
 }
 
 fn kill(second: &Second, replica: Replica, service: Service) -> Result<Instant> {
