@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use jiff::Timestamp;
 use kiln_builder_core::definition::{self, IMAGE_CONTEXT_KIND, ImageContext};
 use kiln_builder_core::head::{self, By, Found as Taken, Outcome};
-use kiln_builder_core::server::{Refused, Server};
+use kiln_builder_core::server::{self, Refused, Server};
 use kiln_builder_core::source::{Pending, Place, Source, SourceId};
 use kiln_builder_core::{graph, signal};
 use kiln_model::cause::{Cause, CauseKind};
@@ -218,6 +218,7 @@ impl<S: Store> Sources<S> {
         }
         taking.orphan_others().await?;
         taking.source.value.commit.clone_from(&look.commit);
+        taking.hold_unchanged();
         Ok((taking.finish()?, applied))
     }
 
@@ -458,6 +459,14 @@ impl<'a, S: Store> Taking<'a, S> {
             }
         }
         Ok(())
+    }
+
+    /// That a server is as the person wants it is an answer too: one that was removed before is not what was read.
+    fn hold_unchanged(&mut self) {
+        let unchanged = self.servers.iter().filter(|(_, touched)| touched.before == touched.after);
+        for (name, touched) in unchanged {
+            self.edit.expect(server::KIND, name.as_str(), touched.version);
+        }
     }
 
     fn finish(mut self) -> Result<Edit, Error> {

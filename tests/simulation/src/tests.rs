@@ -222,6 +222,12 @@ fn a_definition_that_comes_back_after_the_clock_was_set_back_is_followed() {
     holds(16318);
 }
 
+/// A server was removed beside another, and applied again on what was read before: it seemed to be as it was wanted.
+#[test]
+fn what_was_removed_is_not_taken_for_unchanged() {
+    ends_well(377, play(377));
+}
+
 /// Its builder was killed five times for reasons of its own, and the packages that it was for never came.
 #[test]
 fn a_build_that_was_interrupted_too_often_is_tried_again() {

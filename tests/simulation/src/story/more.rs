@@ -18,11 +18,10 @@ const FLAP: Duration = Duration::from_secs(21);
 
 impl Story {
     pub(super) async fn act_more(&mut self) {
-        let (approves, beside) = (self.world().extras().approve, self.world().extras().second);
+        let approves = self.world().extras().approve;
         match self.world().more().between(0, 11) {
             0..=3 => self.cancel().await,
-            // Not in stories with another server: what is applied again there did not always come.
-            4 if !beside => self.remove().await,
+            4 => self.remove().await,
             5 | 6 => self.poison().await,
             7 => self.flap_definition().await,
             8 | 9 => self.collect().await,
