@@ -229,6 +229,28 @@ impl Site {
         serde_json::from_str(&text).map_err(|error| format!("{error} in:\n{text}").into())
     }
 
+    /// Runs `kiln -o json` where it prints a document a line.
+    ///
+    /// # Errors
+    /// Where it fails, or a line is none.
+    pub fn lines(&self, arguments: &[&str]) -> Result<Vec<serde_json::Value>> {
+        let text = self.kiln(&[&["-o", "json"], arguments].concat())?;
+        text.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
+    }
+
+    /// Whether the broker has the end of a rollout, by a connection that is made for the question.
+    ///
+    /// # Errors
+    /// Where it has not, or can't be asked.
+    pub fn heard(&self, release: u64) -> Result<()> {
+        let is_it = |event: &serde_json::Value| {
+            event["type"] == "kiln.deployer.rollout.succeeded.v1"
+                && event["data"]["rollout"]["to_release"] == release
+        };
+        let events = self.lines(&["events", "--since", "1h"])?;
+        if events.iter().any(is_it) { Ok(()) } else { Err("there is none".into()) }
+    }
+
     fn channel(&self, service: Service) -> Channel {
         channel(&self.home.path().join(format!("run/{service}.sock")))
     }

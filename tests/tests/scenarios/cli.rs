@@ -48,12 +48,6 @@ fn error(output: &Output, reason: &str) -> Result<Value> {
     Ok(document["error"].clone())
 }
 
-/// The documents of a command that prints one a line.
-fn lines(site: &Site, arguments: &[&str]) -> Result<Vec<Value>> {
-    let text = site.kiln(&[&["-o", "json"], arguments].concat())?;
-    text.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
-}
-
 fn items<'a>(document: &'a Value, list: &str) -> &'a [Value] {
     document[list].as_array().map(Vec::as_slice).unwrap_or_default()
 }
@@ -174,12 +168,12 @@ async fn the_life_of_a_server_in_every_command() -> Result<()> {
     assert!(items(&history, "rollouts").len() >= 5, "{history}");
     let told = site.kiln(&["events", "--server", "web"])?;
     assert!(told.contains("rollout.rolled_back") && told.contains("web r3 -> r2"), "{told}");
-    let events = lines(site, &["events", "--since", "1h"])?;
+    let events = site.lines(&["events", "--since", "1h"])?;
     assert!(events.iter().any(|event| event["type"] == "kiln.builder.build.succeeded.v1"));
-    assert_eq!(lines(site, &["logs", "web-b1", "--tail", "2"])?.len(), 2);
+    assert_eq!(site.lines(&["logs", "web-b1", "--tail", "2"])?.len(), 2);
     assert_eq!(site.kiln(&["logs", "web-b1", "--tail", "1"])?.lines().count(), 1);
     // nginx says nothing here.
-    assert!(lines(site, &["logs", "web"])?.is_empty());
+    assert!(site.lines(&["logs", "web"])?.is_empty());
 
     let removed = shown(site, &["remove", "web", "--wait", "--timeout", PATIENCE], "nothing of it runs")?;
     assert_eq!(removed["retired"], true);

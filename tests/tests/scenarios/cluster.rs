@@ -9,7 +9,6 @@ use kiln_tests::random::Random;
 use kiln_tests::server::Web;
 use kiln_tests::site::{Site, full};
 use kiln_tests::wait::until;
-use serde_json::Value;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn with_a_server_of_the_brokers_cluster_killed_the_loop_goes_on() -> Result<()> {
@@ -37,7 +36,7 @@ async fn with_a_server_of_the_brokers_cluster_killed_the_loop_goes_on() -> Resul
         web.site.settled("web", release, Duration::from_secs(90)).await.map_err(told)?;
         assert!(fetch(web.address(), "/").await?.contains(&format!("Hello {said}")), "{said}");
         // What went on did not do so by the resyncs alone.
-        until("the event of the rollout", Duration::from_secs(30), async || heard(&web.site, release))
+        until("the event of the rollout", Duration::from_secs(30), async || web.site.heard(release))
             .await
             .map_err(told)?;
         cluster.revive(*leader)?;
@@ -46,15 +45,4 @@ async fn with_a_server_of_the_brokers_cluster_killed_the_loop_goes_on() -> Resul
     }
     load.stop().await.unfailing(1000)?;
     web.site.down()
-}
-
-/// Whether the brokers have the end of a rollout.
-fn heard(site: &Site, release: u64) -> Result<()> {
-    let events = site.kiln(&["-o", "json", "events", "--since", "1h"])?;
-    let mut events = events.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let is_it = |event: &Value| {
-        event["type"] == "kiln.deployer.rollout.succeeded.v1"
-            && event["data"]["rollout"]["to_release"] == release
-    };
-    if events.any(|event| is_it(&event)) { Ok(()) } else { Err("there is none".into()) }
 }

@@ -14,7 +14,6 @@ use kiln_tests::command::both;
 use kiln_tests::server::Web;
 use kiln_tests::site::{Site, free_port};
 use kiln_tests::wait::until;
-use serde_json::Value;
 
 /// Processes of the site in the machine's own network: all that have its folder in their command line. What runs in an
 /// instance is not Kiln's.
@@ -153,17 +152,6 @@ fn greets(site: &Site, identity: &str) -> Result<()> {
     if text.starts_with("INFO {") { Ok(()) } else { Err(text.into()) }
 }
 
-/// Whether the broker has the end of a rollout, by a connection that is made for the question.
-fn heard(site: &Site, release: u64) -> Result<()> {
-    let events = site.kiln(&["-o", "json", "events", "--since", "1h"])?;
-    let mut events = events.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let is_it = |event: &Value| {
-        event["type"] == "kiln.deployer.rollout.succeeded.v1"
-            && event["data"]["rollout"]["to_release"] == release
-    };
-    if events.any(|event| is_it(&event)) { Ok(()) } else { Err("there is none".into()) }
-}
-
 /// Certificates of six seconds, and nothing asked anew of the others meanwhile: what happens, happens by events.
 #[tokio::test(flavor = "multi_thread")]
 async fn events_go_on_while_the_brokers_certificate_and_authority_change() -> Result<()> {
@@ -190,8 +178,7 @@ async fn events_go_on_while_the_brokers_certificate_and_authority_change() -> Re
         .await?;
         web.say(&format!("release {release}"))?;
         web.settled(release).await?;
-        until("the event of the rollout", Duration::from_secs(10), async || heard(&web.site, release))
-            .await?;
+        until("the event of the rollout", Duration::from_secs(10), async || web.site.heard(release)).await?;
     }
     until("the old authority to be forgotten", Duration::from_secs(10), async || {
         match greets(&web.site, &strange) {
