@@ -1,10 +1,16 @@
 //! Network namespaces by name, in the folder where `ip netns` looks for them.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use rustix::mount::{UnmountFlags, mount_bind, unmount};
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+use rustix::mount::{
+    MountPropagationFlags, UnmountFlags, mount_bind, mount_bind_recursive, mount_change, unmount,
+};
 use rustix::thread::UnshareFlags;
 
 use crate::failure::{During, Failure};
@@ -12,6 +18,8 @@ use crate::failure::{During, Failure};
 const DIR: &str = "/run/netns";
 /// The type of the kernel's file system of namespaces.
 const NSFS: rustix::fs::FsWord = 0x6e73_6673;
+/// For others that make the folder ready, which takes them milliseconds.
+const LOCKED: Duration = Duration::from_secs(5);
 
 pub(crate) fn path(name: &str) -> PathBuf {
     Path::new(DIR).join(name)
@@ -26,7 +34,7 @@ pub(crate) fn is_there(name: &str) -> bool {
 /// to listen below 1024, and needs none, as the namespace is its own. Blocks for about a millisecond.
 pub(crate) fn make(name: &str) -> Result<(), Failure> {
     let path = path(name);
-    fs::create_dir_all(DIR).during(|| format!("making {DIR}"))?;
+    make_ready().during(|| format!("making {DIR} a mount point of its own"))?;
     fs::OpenOptions::new()
         .write(true)
         .create_new(true)
@@ -42,6 +50,48 @@ pub(crate) fn make(name: &str) -> Result<(), Failure> {
     made.during(|| format!("making the network namespace {name}")).inspect_err(|_| {
         let _ = remove(name);
     })
+}
+
+/// The folder is a mount point of its own whose mounts others see, as `ip netns add` makes it. Where that comes after
+/// the first namespace, it is bound over itself with all that is in it: the namespaces are mounted twice from then on,
+/// once where nobody can unmount them any more, and none of them can be removed.
+fn make_ready() -> io::Result<()> {
+    fs::create_dir_all(DIR)?;
+    let share = || mount_change(DIR, MountPropagationFlags::SHARED | MountPropagationFlags::REC);
+    if share().is_ok() {
+        return Ok(());
+    }
+    let below = File::open(DIR)?;
+    lock(&below)?;
+    match share() {
+        // Not a mount point.
+        Err(Errno::INVAL) => {}
+        // Another one was first.
+        done => return Ok(done?),
+    }
+    mount_bind_recursive(DIR, DIR)?;
+    share()?;
+    // What was mounted before is mounted twice now.
+    for name in fs::read_dir(DIR)?.flatten().map(|entry| entry.file_name()) {
+        let hidden = Path::new("/proc/self/fd").join(below.as_raw_fd().to_string()).join(name);
+        if rustix::fs::statfs(&hidden).is_ok_and(|stat| stat.f_type == NSFS) {
+            unmount(&hidden, UnmountFlags::DETACH)?;
+        }
+    }
+    Ok(())
+}
+
+/// The lock that `ip netns` takes for the same; it ends with the descriptor.
+fn lock(folder: &File) -> io::Result<()> {
+    let began = Instant::now();
+    loop {
+        match flock(folder, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK | Errno::INTR) if began.elapsed() < LOCKED => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            locked => return Ok(locked?),
+        }
+    }
 }
 
 fn enter_and_pin(path: &Path) -> io::Result<()> {
@@ -92,4 +142,56 @@ pub(crate) fn list(prefix: &str) -> Result<Vec<String>, Failure> {
     };
     let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
     Ok(names.filter(|name| name.starts_with(prefix)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use rustix::mount::{MountFlags, mount};
+
+    use super::*;
+
+    /// Does it on a thread with mounts of its own, where nobody made the folder yet, as on a machine that has just booted.
+    fn just_booted(does: impl FnOnce() + Send) {
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // SAFETY: only this thread's mounts change, and no other thread shares its folder.
+                unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }.unwrap();
+                mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
+                mount("tmpfs", "/run", "tmpfs", MountFlags::empty(), None).unwrap();
+                does();
+            });
+        });
+    }
+
+    fn ip_netns(verb: &str, name: &str) {
+        assert!(Command::new("ip").args(["netns", verb, name]).status().unwrap().success());
+    }
+
+    #[test]
+    fn what_was_made_before_others_used_the_folder_can_be_removed() {
+        just_booted(|| {
+            make("kiln-first").unwrap();
+            ip_netns("add", "other");
+            remove("kiln-first").unwrap();
+            assert_eq!(list("kiln-").unwrap(), Vec::<String>::new());
+            ip_netns("delete", "other");
+        });
+    }
+
+    #[test]
+    fn what_an_earlier_version_made_can_be_removed_and_stays_until_then() {
+        just_booted(|| {
+            fs::create_dir_all(DIR).unwrap();
+            fs::write(path("kiln-first"), "").unwrap();
+            mount_bind("/proc/self/ns/net", path("kiln-first")).unwrap();
+            make("kiln-second").unwrap();
+            assert!(is_there("kiln-first") && is_there("kiln-second"));
+            ip_netns("add", "other");
+            remove("kiln-first").unwrap();
+            remove("kiln-second").unwrap();
+            assert_eq!(list("kiln-").unwrap(), Vec::<String>::new());
+        });
+    }
 }
