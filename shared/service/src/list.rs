@@ -57,7 +57,7 @@ mod tests {
         let store = SqlStore::in_memory().await.unwrap();
         for id in ["a", "b"] {
             let (kind, id, body) = ("server".to_owned(), id.to_owned(), serde_json::json!({}));
-            commit(&store, Change::Put { kind, id, expected: 0, schema: 1, body }).await;
+            commit(&store, Change::Put { kind, id, expected: 0, schema: 1, body: body.into() }).await;
         }
         let full = page(&store, "server", None).await.unwrap();
         let told = info(&full);

@@ -98,7 +98,7 @@ mod tests {
 
     fn put(expected: u64) -> Batch {
         let (kind, id) = ("server".to_owned(), "web".to_owned());
-        let change = Change::Put { kind, id, expected, schema: 1, body: serde_json::json!({}) };
+        let change = Change::Put { kind, id, expected, schema: 1, body: serde_json::json!({}).into() };
         Batch { changes: vec![change], ..Batch::default() }
     }
 

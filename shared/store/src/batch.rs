@@ -1,5 +1,7 @@
 //! A change of the store as data.
 
+use std::sync::Arc;
+
 use jiff::Timestamp;
 use kiln_model::event::NewEvent;
 use kiln_model::name::{RequestId, ServerName};
@@ -31,7 +33,7 @@ pub struct Expect {
 pub enum Change {
     /// Writes a document whose version is `expected` (0: it must not exist); its version becomes the next one.
     /// A document that is written again after its deletion goes on counting.
-    Put { kind: String, id: String, expected: u64, schema: u32, body: serde_json::Value },
+    Put { kind: String, id: String, expected: u64, schema: u32, body: Arc<serde_json::Value> },
     /// Leaves a tombstone.
     Delete { kind: String, id: String, expected: u64 },
 }

@@ -39,7 +39,7 @@ pub async fn conformance<S: Store>(open: impl AsyncFn(&str) -> S) {
 }
 
 fn put(kind: &str, id: &str, expected: u64, body: serde_json::Value) -> Change {
-    Change::Put { kind: kind.to_owned(), id: id.to_owned(), expected, schema: 1, body }
+    Change::Put { kind: kind.to_owned(), id: id.to_owned(), expected, schema: 1, body: body.into() }
 }
 
 fn delete(kind: &str, id: &str, expected: u64) -> Change {
@@ -105,7 +105,7 @@ async fn versions(store: &impl Store) {
         store.commit(change(put("server", "web", 0, json!({"n": 1, "text": "ü\u{0}\"'"})))).await.unwrap();
     let document = store.get("server", "web").await.unwrap().unwrap();
     assert_eq!((document.version, document.sequence), (1, first.sequence));
-    assert_eq!(document.body, json!({"n": 1, "text": "ü\u{0}\"'"}));
+    assert_eq!(*document.body, json!({"n": 1, "text": "ü\u{0}\"'"}));
     // Another kind is another document.
     assert_eq!(store.get("source", "web").await.unwrap(), None);
 

@@ -1,5 +1,7 @@
 //! Documents and their place in the store's order.
 
+use std::sync::Arc;
+
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -21,7 +23,7 @@ pub struct Document {
     /// The sequence of the commit that wrote it.
     pub sequence: u64,
     pub schema: u32,
-    pub body: serde_json::Value,
+    pub body: Arc<serde_json::Value>,
 }
 
 /// One line of a listing of changes.
@@ -56,7 +58,7 @@ pub fn decode<T: DeserializeOwned>(document: &Document, known_schema: u32) -> Re
             known: known_schema,
         });
     }
-    T::deserialize(body).map_err(|error| Error::Unreadable {
+    T::deserialize(&**body).map_err(|error| Error::Unreadable {
         kind: kind.clone(),
         id: id.clone(),
         reason: error.to_string(),
@@ -67,8 +69,8 @@ pub fn decode<T: DeserializeOwned>(document: &Document, known_schema: u32) -> Re
 ///
 /// # Errors
 /// [`Error::Unreadable`] where the value has no JSON form.
-pub fn encode<T: Serialize>(kind: &str, id: &str, value: &T) -> Result<serde_json::Value, Error> {
-    serde_json::to_value(value).map_err(|error| Error::Unreadable {
+pub fn encode<T: Serialize>(kind: &str, id: &str, value: &T) -> Result<Arc<serde_json::Value>, Error> {
+    serde_json::to_value(value).map(Arc::new).map_err(|error| Error::Unreadable {
         kind: kind.to_owned(),
         id: id.to_owned(),
         reason: error.to_string(),

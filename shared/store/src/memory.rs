@@ -48,6 +48,8 @@ struct State {
 #[derive(Debug)]
 struct Stored {
     document: Document,
+    /// Bytes of the text of its body, which is what pages are limited by.
+    size: usize,
     deleted: Option<Timestamp>,
 }
 
@@ -75,6 +77,11 @@ impl Stored {
     /// As a reader sees it: 0 for what does not exist.
     fn live(&self) -> u64 {
         if self.deleted.is_some() { 0 } else { self.document.version }
+    }
+
+    /// In the order of what changed.
+    fn place(&self) -> (u64, &str) {
+        (self.document.sequence, &self.document.id)
     }
 
     fn entry(&self) -> Entry {
@@ -162,12 +169,13 @@ impl State {
             Change::Put { kind, id, schema, body, .. } => (kind, id, schema, body, None),
             // What does not exist leaves no tombstone.
             Change::Delete { expected: 0, .. } => return,
-            Change::Delete { kind, id, .. } => (kind, id, 0, serde_json::Value::Null, Some(now)),
+            Change::Delete { kind, id, .. } => (kind, id, 0, Arc::default(), Some(now)),
         };
         let version = self.last(&kind, &id) + 1;
         let key = (kind.clone(), id.clone());
+        let size = body.to_string().len();
         let document = Document { kind, id, version, sequence, schema, body };
-        self.documents.insert(key, Stored { document, deleted });
+        self.documents.insert(key, Stored { document, size, deleted });
     }
 
     /// The version that a document had last, deleted or not.
@@ -227,24 +235,20 @@ impl Store for MemoryStore {
         } else {
             Position::parse(page_token, epoch)?
         };
-        let place = |stored: &Stored| (stored.document.sequence, stored.document.id.clone());
-        let from = (position.sequence, position.id.clone());
         let mut found: Vec<&Stored> = state
             .of_kind(kind)
             .filter(|s| s.deleted.is_none() || s.document.sequence > position.tombstones_after)
-            .filter(|s| place(s) > from)
+            .filter(|s| s.place() > (position.sequence, position.id.as_str()))
             .collect();
-        found.sort_by_key(|stored| place(stored));
+        found.sort_by(|one, other| one.place().cmp(&other.place()));
         let limit = limit.clamp(1, PAGE_LIMIT) as usize;
         let (mut entries, mut bytes, mut more) = (Vec::new(), 0, false);
         for stored in found {
-            // The text of a body is what the limit is about; that of a small page is not worth being made.
-            let size = stored.document.body.to_string().len();
-            if entries.len() >= limit || (!entries.is_empty() && bytes + size > PAGE_BYTES) {
+            if entries.len() >= limit || (!entries.is_empty() && bytes + stored.size > PAGE_BYTES) {
                 more = true;
                 break;
             }
-            bytes += size;
+            bytes += stored.size;
             entries.push(stored.entry());
         }
         Ok(position.page(entries, more, epoch, state.sequence))

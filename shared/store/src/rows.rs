@@ -68,14 +68,15 @@ pub(crate) fn version(row: &dyn Row) -> Result<Version, Error> {
 
 pub(crate) fn document(row: &dyn Row) -> Result<Document, Error> {
     let (kind, id) = (owned(row, "kind")?, owned(row, "id")?);
-    let body = serde_json::from_str(text(row, "body")?).map_err(|error| unreadable(&kind, &id, &error))?;
+    let body: serde_json::Value =
+        serde_json::from_str(text(row, "body")?).map_err(|error| unreadable(&kind, &id, &error))?;
     let schema = unsigned(row, "schema_number")?;
     Ok(Document {
         version: unsigned(row, "version")?,
         sequence: unsigned(row, "sequence")?,
         // One that does not fit is newer than any that a program knows.
         schema: u32::try_from(schema).unwrap_or(u32::MAX),
-        body,
+        body: body.into(),
         kind,
         id,
     })

@@ -31,7 +31,7 @@ pub const NODE: &str = include_str!("../documents/node.jsonl");
 pub fn documents(lines: &str) -> Vec<Document> {
     let document = |line| {
         let Line { kind, id, schema, body } = serde_json::from_str(line).unwrap();
-        Document { kind, id, version: 1, sequence: 1, schema, body }
+        Document { kind, id, version: 1, sequence: 1, schema, body: body.into() }
     };
     lines.lines().map(document).collect()
 }

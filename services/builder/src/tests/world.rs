@@ -440,7 +440,8 @@ impl World {
         let store = self.builder.documents.store();
         let expected = store.get(kind, id).await.unwrap().unwrap().version;
         let body = serde_json::json!({ "of": "another kind" });
-        let put = Change::Put { kind: kind.to_owned(), id: id.to_owned(), expected, schema: 1, body };
+        let put =
+            Change::Put { kind: kind.to_owned(), id: id.to_owned(), expected, schema: 1, body: body.into() };
         store.commit(Batch { changes: vec![put], ..Batch::default() }).await.unwrap();
     }
 

@@ -11,7 +11,7 @@ fn batch(n: u64) -> Batch {
         id,
         expected: 0,
         schema: 1,
-        body: json!({"text": "ü\u{0}'"}),
+        body: json!({"text": "ü\u{0}'"}).into(),
     };
     Batch {
         changes: vec![put(format!("web{n}"))],

@@ -8,7 +8,7 @@ use crate::{Batch, Change, Error, SqlStore, Store as _};
 fn put(id: &str, expected: u64) -> Batch {
     let (kind, id) = ("server".to_owned(), id.to_owned());
     Batch {
-        changes: vec![Change::Put { kind, id, expected, schema: 1, body: json!({}) }],
+        changes: vec![Change::Put { kind, id, expected, schema: 1, body: json!({}).into() }],
         ..Batch::default()
     }
 }

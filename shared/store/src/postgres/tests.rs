@@ -13,7 +13,8 @@ use crate::layout::tests::go_forward;
 use crate::{Batch, Change, Store as _};
 
 fn put(kind: &str, id: &str, expected: u64, body: serde_json::Value) -> Batch {
-    let change = Change::Put { kind: kind.to_owned(), id: id.to_owned(), expected, schema: 1, body };
+    let change =
+        Change::Put { kind: kind.to_owned(), id: id.to_owned(), expected, schema: 1, body: body.into() };
     Batch { changes: vec![change], ..Batch::default() }
 }
 

@@ -10,7 +10,8 @@ use crate::layout::tests::go_forward;
 use crate::{Batch, Change, Cursor, Store as _};
 
 fn put(kind: &str, id: &str, expected: u64, body: serde_json::Value) -> Batch {
-    let change = Change::Put { kind: kind.to_owned(), id: id.to_owned(), expected, schema: 1, body };
+    let change =
+        Change::Put { kind: kind.to_owned(), id: id.to_owned(), expected, schema: 1, body: body.into() };
     Batch { changes: vec![change], ..Batch::default() }
 }
 
@@ -273,7 +274,7 @@ async fn a_store_of_the_first_programs_opens_unchanged() {
     let store = open(&path).await.unwrap();
     let sequence = *store.sequence().borrow();
     assert!(store.epoch() != "01JFIRST" && sequence > 41, "{} at {sequence}", store.epoch());
-    assert_eq!(store.get("server", "web").await.unwrap().unwrap().body, json!({"n": 1}));
+    assert_eq!(*store.get("server", "web").await.unwrap().unwrap().body, json!({"n": 1}));
     assert_eq!(store.commit(put("server", "web", 7, json!({}))).await.unwrap().sequence, sequence + 1);
     let after: String = sqlx::query_scalar(tables).fetch_one(&mut old).await.unwrap();
     assert_eq!(before, after);

@@ -114,7 +114,7 @@ async fn of_several_that_write_one_version_one_wins() {
         one.await.unwrap();
     }
     let counter = stores[0].get("counter", "c").await.unwrap().unwrap();
-    assert_eq!((counter.version, counter.body), (25 * REPLICAS, json!({ "n": 25 * REPLICAS })));
+    assert_eq!((counter.version, (*counter.body).clone()), (25 * REPLICAS, json!({ "n": 25 * REPLICAS })));
 }
 
 #[tokio::test]
