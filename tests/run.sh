@@ -28,8 +28,12 @@ step() {
 }
 
 step "what the tests need"
+# One waits for the network, the other for the disk.
+cargo fetch --quiet --locked &
+fetched=$!
 deploy/prerequisites.sh --tests
 tests/tools.sh
+wait "$fetched"
 export PATH="$PWD/target/tools:$PATH"
 
 if [ "$(id -u)" -ne 0 ]; then
