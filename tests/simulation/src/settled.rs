@@ -48,7 +48,7 @@ pub(crate) async fn look(site: &Site) -> Result<Unjudged, String> {
         return halted(site, &fleet);
     }
     if fleet.removed && (failed || server.is_quarantined()) {
-        return gone(site, &fleet, failed);
+        return gone(site, &server, &fleet, failed);
     }
     let release = site.invariants.release(&name, fleet.release).ok_or("nothing runs")?;
     machine(site, &fleet, &release)?;
@@ -107,7 +107,7 @@ async fn beside(site: &Site) -> Result<(), String> {
 }
 
 /// It was removed, and what was applied since then is bad: nothing of it runs.
-fn gone(site: &Site, fleet: &Fleet, failed: bool) -> Result<Unjudged, String> {
+fn gone(site: &Site, server: &Server, fleet: &Fleet, failed: bool) -> Result<Unjudged, String> {
     let machine = site.invariants.machine.lock().unwrap();
     let mut live = machine.instances.iter().filter(|(id, held)| id.server == fleet.server && held.is_there());
     if let Some((id, _)) = live.next() {
@@ -123,6 +123,12 @@ fn gone(site: &Site, fleet: &Fleet, failed: bool) -> Result<Unjudged, String> {
     }
     if convicts_good(site, fleet) {
         return Ok(Some(BY_HAND));
+    }
+    // What it was released with was bad. It stays convicted until it changes, and there is nothing else to run.
+    let mut convicted =
+        fleet.quarantine.iter().filter_map(|it| site.invariants.release(&fleet.server, it.release));
+    if convicted.any(|release| release.revision.definition_digest == server.head.digest) {
+        return Ok(Some("what was applied after a removal had been convicted with bad packages"));
     }
     Err("nothing runs, and what was applied is good".to_owned())
 }

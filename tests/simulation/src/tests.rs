@@ -233,3 +233,15 @@ fn what_was_removed_is_not_taken_for_unchanged() {
 fn a_build_that_was_interrupted_too_often_is_tried_again() {
     holds(19299);
 }
+
+/// The clock was set while it started: by the wall clock it had had its time.
+#[test]
+fn what_starts_slowly_has_its_time_whatever_the_clock_says() {
+    holds(10941);
+}
+
+/// A definition was released with bad packages and convicted with them: after a removal there is nothing else to run.
+#[test]
+fn what_was_convicted_with_bad_packages_stays_convicted_over_a_removal() {
+    holds(7006);
+}

@@ -2,10 +2,8 @@
 
 use std::time::Duration;
 
-use jiff::Timestamp;
 use kiln_model::run::HealthPolicy;
 use kiln_model::signal::HealthState;
-use kiln_model::time::Now;
 
 /// How often an instance that declares no check is taken for running.
 pub const ENGINE_INTERVAL: Duration = Duration::from_secs(1);
@@ -83,24 +81,24 @@ pub struct Track {
 }
 
 impl Track {
-    /// An instance that was launched at `launched`, as the deployer's clock says.
-    pub fn new(terms: &Terms, launched: Timestamp, now: Now) -> Self {
-        // A clock that was moved can't stretch the shield: it lasts at most `start` from now.
-        let age = Duration::try_from(now.wall.duration_since(launched)).unwrap_or(Duration::ZERO);
+    /// An instance that is heard of at `now`, monotonic. Its start begins here, and not when the deployer says that it was
+    /// launched: a clock that was set, or that differs from the deployer's, would take its time from an instance that starts
+    /// slowly, and a good release would be convicted. A restart of the monitor gives it anew.
+    pub fn new(terms: &Terms, now: Duration) -> Self {
         Self {
             state: HealthState::Starting,
             passes: 0,
             failures: 0,
             passed_once: false,
             absent: false,
-            shielded_until: now.monotonic + terms.start.saturating_sub(age),
+            shielded_until: now + terms.start,
         }
     }
 
     /// One whose state was kept over a restart. The answers before it are forgotten: only new ones change the state.
-    pub fn resume(state: HealthState, absent: bool, terms: &Terms, launched: Timestamp, now: Now) -> Self {
+    pub fn resume(state: HealthState, absent: bool, terms: &Terms, now: Duration) -> Self {
         let passed_once = matches!(state, HealthState::Healthy | HealthState::Unhealthy);
-        Self { state, passed_once, absent, ..Self::new(terms, launched, now) }
+        Self { state, passed_once, absent, ..Self::new(terms, now) }
     }
 
     pub const fn state(&self) -> HealthState {
@@ -168,13 +166,9 @@ mod tests {
         Terms { interval: Duration::from_secs(2), timeout: Duration::from_secs(1), healthy, unhealthy, start }
     }
 
-    fn at(monotonic: Duration) -> Now {
-        Now { wall: Timestamp::UNIX_EPOCH + monotonic, monotonic }
-    }
-
     /// Feeds answers a second apart: `+` passed, `-` failed, `x` gone, `?` absent, `!` runs; gives the states after each.
     fn story(terms: &Terms, answers: &str) -> String {
-        let mut track = Track::new(terms, Timestamp::UNIX_EPOCH, at(Duration::ZERO));
+        let mut track = Track::new(terms, Duration::ZERO);
         let mut states = String::new();
         for (second, answer) in (1..).zip(answers.chars()) {
             let fact = match answer {
@@ -228,35 +222,28 @@ mod tests {
     }
 
     #[test]
-    fn the_start_counts_from_the_launch_and_never_lasts_longer() {
-        let terms = terms(1, 1, START);
-        let now = Now { wall: Timestamp::UNIX_EPOCH + Duration::from_secs(1000), monotonic: START };
-        let awaits = |launched: i64, seconds: u64| {
-            let launched = Timestamp::from_second(launched).unwrap();
-            Track::new(&terms, launched, now).awaits_first_pass(START + Duration::from_secs(seconds))
-        };
-        assert!(awaits(1000, 29) && !awaits(1000, 30));
-        assert!(awaits(990, 19) && !awaits(990, 20));
-        assert!(!awaits(0, 0));
-        // Launched in the future, by a clock that was set back since.
-        assert!(awaits(5000, 29) && !awaits(5000, 30));
+    fn the_start_counts_from_when_it_was_heard_of() {
+        let heard_of = Duration::from_secs(1000);
+        let track = Track::new(&terms(1, 1, START), heard_of);
+        assert!(track.awaits_first_pass(heard_of + Duration::from_secs(29)));
+        assert!(!track.awaits_first_pass(heard_of + START));
     }
 
     #[test]
     fn a_restart_keeps_the_state_and_forgets_the_answers() {
         let terms = terms(2, 2, START);
-        let now = at(Duration::ZERO);
-        let resumed = Track::resume(HealthState::Healthy, false, &terms, now.wall, now);
-        assert!(!resumed.awaits_first_pass(now.monotonic));
-        let once = resumed.next(Fact::Failed, &terms, now.monotonic).unwrap();
+        let now = Duration::ZERO;
+        let resumed = Track::resume(HealthState::Healthy, false, &terms, now);
+        assert!(!resumed.awaits_first_pass(now));
+        let once = resumed.next(Fact::Failed, &terms, now).unwrap();
         assert_eq!(once.state(), HealthState::Healthy);
-        let twice = once.next(Fact::Failed, &terms, now.monotonic).unwrap();
+        let twice = once.next(Fact::Failed, &terms, now).unwrap();
         assert_eq!(twice.state(), HealthState::Unhealthy);
-        let gone = Track::resume(HealthState::Gone, false, &terms, now.wall, now);
-        assert_eq!(gone.next(Fact::Passed, &terms, now.monotonic), Err(Illegal::AfterGone));
-        assert_eq!(gone.next(Fact::Runs, &terms, now.monotonic), Err(Illegal::AfterGone));
-        let absent = Track::resume(HealthState::Gone, true, &terms, now.wall, now);
-        let back = absent.next(Fact::Runs, &terms, now.monotonic).unwrap();
+        let gone = Track::resume(HealthState::Gone, false, &terms, now);
+        assert_eq!(gone.next(Fact::Passed, &terms, now), Err(Illegal::AfterGone));
+        assert_eq!(gone.next(Fact::Runs, &terms, now), Err(Illegal::AfterGone));
+        let absent = Track::resume(HealthState::Gone, true, &terms, now);
+        let back = absent.next(Fact::Runs, &terms, now).unwrap();
         assert_eq!((back.state(), back.is_absent()), (HealthState::Starting, false));
     }
 
@@ -271,7 +258,7 @@ mod tests {
             answers in proptest::collection::vec(any::<bool>(), 0..40),
         ) {
             let terms = terms(healthy, unhealthy, Duration::from_secs(start));
-            let mut track = Track::new(&terms, Timestamp::UNIX_EPOCH, at(Duration::ZERO));
+            let mut track = Track::new(&terms, Duration::ZERO);
             let mut expected = HealthState::Starting;
             let mut counted: Vec<bool> = Vec::new();
             for (second, passed) in (1..).zip(answers) {

@@ -141,7 +141,7 @@ pub(super) struct Draft {
 impl Tracked {
     pub(super) fn new(facts: Facts, now: Now) -> Self {
         let terms = Terms::of(facts.policy.as_ref());
-        let track = Track::new(&terms, facts.launched, now);
+        let track = Track::new(&terms, now.monotonic);
         let watched = Watched {
             id: facts.id.clone(),
             node: facts.node.clone(),
@@ -168,7 +168,7 @@ impl Tracked {
     /// As the document says; the answers before the restart do not count for the next state.
     pub(super) fn resume(watched: Watched, version: u64, now: Now) -> Self {
         let terms = Terms::of(watched.policy.as_ref());
-        let track = Track::resume(watched.state, watched.absent, &terms, watched.launched, now);
+        let track = Track::resume(watched.state, watched.absent, &terms, now.monotonic);
         Self::from_parts(watched, track, terms, now, version)
     }
 
@@ -205,7 +205,7 @@ impl Tracked {
             if live.watched.address.is_none() {
                 // Launched only now: its start begins here.
                 let Watched { state, absent, .. } = live.watched;
-                live.track = Track::resume(state, absent, &live.terms, facts.launched, now);
+                live.track = Track::resume(state, absent, &live.terms, now.monotonic);
                 live.began = now.monotonic;
             }
             live.watched.address = facts.address;
@@ -387,7 +387,7 @@ impl Tracked {
         // Nobody who leaves comes back. Taken from whoever knows: two that kept to what they know would write without end.
         live.watched.leaving |= leaving;
         if state != live.watched.state && (!(mine && found) || state == HealthState::Gone) {
-            live.track = Track::resume(state, absent, &live.terms, document.launched, now);
+            live.track = Track::resume(state, absent, &live.terms, now.monotonic);
             let Watched { changed, detail, observed, checks, .. } = document;
             let before = live.watched.clone();
             live.watched = Watched { state, absent, changed, detail, observed, checks, ..before };
