@@ -8,11 +8,14 @@ use std::time::{Duration, Instant};
 
 use kiln_model::event::Service;
 use rustix::fs::FlockOperation;
+use rustix::io::Errno;
 
 use crate::config::Paths;
 
 /// A service that was killed while it started a child leaves the lock with it until that becomes another program.
 const PATIENCE: Duration = Duration::from_millis(500);
+/// Between two looks at a lock that is held.
+const LOOK: Duration = Duration::from_millis(10);
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -42,16 +45,10 @@ impl Guard {
             options.open(path).map_err(|error| failed(path, error.to_string()))
         };
         let lock = open(&path)?;
-        let begin = Instant::now();
-        loop {
-            match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => break,
-                Err(rustix::io::Errno::WOULDBLOCK) if begin.elapsed() < PATIENCE => {
-                    std::thread::sleep(PATIENCE / 20);
-                }
-                Err(rustix::io::Errno::WOULDBLOCK) => return Err(Error::Held { service, path }),
-                Err(error) => return Err(failed(&path, error.to_string())),
-            }
+        match lock_within(&lock, PATIENCE) {
+            Ok(()) => {}
+            Err(Errno::WOULDBLOCK) => return Err(Error::Held { service, path }),
+            Err(error) => return Err(failed(&path, error.to_string())),
         }
         // Written aside and moved: a reader never sees half a number.
         let pid = paths.pid(service);
@@ -64,10 +61,24 @@ impl Guard {
     }
 }
 
+/// Locks a file, or waits for whoever has it. The lock ends with the file's last descriptor. Blocks.
+///
+/// # Errors
+/// `WOULDBLOCK` where another one had it for all of `patience`, and what else the kernel says.
+pub fn lock_within(file: &File, patience: Duration) -> Result<(), Errno> {
+    let begin = Instant::now();
+    loop {
+        match rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK | Errno::INTR) if begin.elapsed() < patience => std::thread::sleep(LOOK),
+            locked => return locked,
+        }
+    }
+}
+
 /// Whether somebody holds a lock: what runs, wherever its process is seen. One that can't be opened is not there.
 pub fn is_held(lock: &Path) -> bool {
     File::open(lock).is_ok_and(|lock| {
-        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK)
+        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared) == Err(Errno::WOULDBLOCK)
     })
 }
 

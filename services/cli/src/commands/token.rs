@@ -9,7 +9,7 @@ use clap::{Args, Subcommand};
 use jiff::Timestamp;
 use kiln_service::access::{PersonName, Role, Secret, Token as Kept, TokenFile};
 use kiln_service::config::Site;
-use rustix::fs::FlockOperation;
+use kiln_service::guard::lock_within;
 use serde_json::json;
 
 use crate::failure::{Code, During as _, Failure, Outcome};
@@ -17,6 +17,9 @@ use crate::home::Home;
 use crate::screen::{Screen, bad, good, plain, print};
 use crate::site::{self, keys};
 use crate::words::lifetime;
+
+/// For others that change the file, which takes them milliseconds.
+const LOCKED: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Args)]
 pub(crate) struct Token {
@@ -142,7 +145,7 @@ fn change(site: &Site, edit: impl FnOnce(&mut TokenFile) -> Outcome) -> Outcome 
         .mode(0o600)
         .open(path.with_extension("lock"))
         .during(&what)?;
-    rustix::fs::flock(&lock, FlockOperation::LockExclusive).map_err(|error| Failure::failed(&what, error))?;
+    lock_within(&lock, LOCKED).map_err(|error| Failure::new(Code::Unavailable, &what, error))?;
     let mut file = read(site)?;
     edit(&mut file)?;
     keys::write(&path, &file.to_text().map_err(|why| Failure::failed(&what, why))?)

@@ -4,9 +4,9 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rustix::fs::{FlockOperation, flock};
+use kiln_service::guard::lock_within;
 use rustix::io::Errno;
 use rustix::mount::{
     MountPropagationFlags, UnmountFlags, mount_bind, mount_bind_recursive, mount_change, unmount,
@@ -62,7 +62,8 @@ fn make_ready() -> io::Result<()> {
         return Ok(());
     }
     let below = File::open(DIR)?;
-    lock(&below)?;
+    // The lock that `ip netns` takes for the same.
+    lock_within(&below, LOCKED)?;
     match share() {
         // Not a mount point.
         Err(Errno::INVAL) => {}
@@ -79,19 +80,6 @@ fn make_ready() -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// The lock that `ip netns` takes for the same; it ends with the descriptor.
-fn lock(folder: &File) -> io::Result<()> {
-    let began = Instant::now();
-    loop {
-        match flock(folder, FlockOperation::NonBlockingLockExclusive) {
-            Err(Errno::WOULDBLOCK | Errno::INTR) if began.elapsed() < LOCKED => {
-                std::thread::sleep(Duration::from_millis(10));
-            }
-            locked => return Ok(locked?),
-        }
-    }
 }
 
 fn enter_and_pin(path: &Path) -> io::Result<()> {
