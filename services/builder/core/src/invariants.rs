@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use kiln_model::cause::{Cause, CauseKind};
+
 use crate::build::{Build, State};
 use crate::server::Server;
 
@@ -41,8 +43,14 @@ pub fn violations(servers: &[Server], builds: &[Build]) -> Vec<String> {
         if server.wanted.as_ref().is_some_and(|wanted| wanted.causes.is_empty()) {
             found.push(format!("{name} is planned for no cause"));
         }
+        // A definition that a commit brings back is wanted again under the name that it had before.
+        let is_of_one_time = |cause: &&Cause| cause.kind != CauseKind::DefinitionChanged;
         if let (Some(wanted), Some(building)) = (&server.wanted, &server.building)
-            && wanted.causes.iter().any(|cause| building.causes.iter().any(|other| other.id == cause.id))
+            && wanted
+                .causes
+                .iter()
+                .filter(is_of_one_time)
+                .any(|cause| building.causes.iter().any(|other| other.id == cause.id))
         {
             found.push(format!("{name} would follow one cause twice"));
         }

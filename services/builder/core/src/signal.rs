@@ -81,9 +81,14 @@ pub fn receive(server: &mut Server, signal: &Signal, now: Timestamp) -> Intake {
     };
     let ours = signal.remedy == Remedy::Rebuild && signal.state == SignalState::Open && mode != Mode::Never;
     let cause = cause(signal);
-    let in_force_already =
-        signal.cause == CauseKind::DefinitionChanged && signal.fingerprint == server.head.digest.to_string();
-    if !ours || server.removed || in_force_already || server.is_following(&cause.id) {
+    let followed = if signal.cause == CauseKind::DefinitionChanged {
+        // A plan that it led to may still be under way, and another definition may have been taken over since: what a
+        // commit brings back is to be taken over again.
+        signal.fingerprint == server.head.digest.to_string()
+    } else {
+        server.is_following(&cause.id)
+    };
+    if !ours || server.removed || followed {
         return Intake::Ignored;
     }
     let known = server.handled.iter().position(|handled| handled.id == signal.id);
