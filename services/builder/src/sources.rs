@@ -371,9 +371,15 @@ impl<'a, S: Store> Taking<'a, S> {
             definition: one.stored.reference(&self.look.commit),
         };
         let now = self.now;
+        let documents = self.documents;
         let touched = self.touched(&name).await?;
+        let awaited = match touched.after.as_ref().and_then(|server| server.building.as_ref()) {
+            Some(building) => documents.build(&building.build).await?.map(|read| read.value),
+            None => None,
+        };
         let former = touched.before.as_ref().map(|server| server.source.clone());
-        let (server, outcome, told) = head::take_over(touched.after.take(), &name, taken, cause, by, now);
+        let (server, outcome, told) =
+            head::take_over(touched.after.take(), &name, taken, cause, by, awaited.as_ref(), now);
         touched.told.extend(told);
         let version = touched.version + u64::from(touched.before.as_ref() != Some(&server));
         touched.after = Some(server);

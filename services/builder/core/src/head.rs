@@ -5,6 +5,7 @@ use kiln_model::cause::Cause;
 use kiln_model::definition::Mode;
 use kiln_model::revision::{Revision, RevisionContent};
 
+use crate::build::Build;
 use crate::definition::DefinitionRef;
 use crate::quarantine::Quarantine;
 use crate::server::{Refused, Server};
@@ -36,13 +37,14 @@ pub enum By {
     Signal,
 }
 
-/// Takes a definition over.
+/// Takes a definition over. `awaited` is the build that the server awaits.
 pub fn take_over(
     server: Option<Server>,
     name: &kiln_model::name::ServerName,
     found: Found,
     cause: Cause,
     by: By,
+    awaited: Option<&Build>,
     now: Timestamp,
 ) -> (Server, Outcome, Vec<Told>) {
     let due = match by {
@@ -85,8 +87,10 @@ pub fn take_over(
     server.refused = None;
     server.head = definition;
     if outcome == Outcome::Unchanged {
-        // A person who applies again what failed wants another try.
-        if by == By::Hand && server.failure.is_some() {
+        // A person who applies again what failed wants another try. That the awaited build was cancelled, or failed, may not
+        // have been taken in yet.
+        let failed = server.failure.is_some() || awaited.is_some_and(|build| !build.state.holds_slot());
+        if by == By::Hand && failed {
             server.want(cause, due);
         }
         return (server, outcome, Vec::new());

@@ -367,6 +367,35 @@ fn two_servers_with_one_lock_share_one_build() {
 }
 
 #[test]
+fn what_is_applied_again_is_built_though_its_cancelled_build_is_not_taken_in_yet() {
+    let mut world = applied(&Content::new("a", 3));
+    commit(&mut world, &Content::new("b", 3), "commit-1");
+    world.advance(30);
+    world.settle();
+    let now = world.now;
+    world.builds.get_mut("web-b2").unwrap().cancel("somebody", now).unwrap();
+    let cause = world.cause(CauseKind::DefinitionApplied, "apply-2");
+    world.apply(&name("web"), &Content::new("b", 3), By::Hand, cause);
+    world.work();
+    let in_force = world.servers[&name("web")].in_force.as_ref().unwrap();
+    assert_eq!(in_force.build.to_string(), "web-b3");
+}
+
+/// The plan for it was still under way, as with an archive that is away.
+#[test]
+fn a_definition_that_comes_back_before_it_was_built_is_looked_at() {
+    let mut world = applied(&Content::new("a", 3));
+    let (web, one, other) = (name("web"), Content::new("b", 3), Content::new("c", 3));
+    let fingerprint = world.define(&web, &one).digest.to_string();
+    assert_eq!(world.signal(&web, CauseKind::DefinitionChanged, &fingerprint), Intake::LookAtSource);
+    let cause = signal::cause(&world.make_signal(&web, CauseKind::DefinitionChanged, &fingerprint));
+    world.apply(&web, &one, By::Signal, cause);
+    commit(&mut world, &other, "commit-2");
+    world.advance(1);
+    assert_eq!(world.signal(&web, CauseKind::DefinitionChanged, &fingerprint), Intake::LookAtSource);
+}
+
+#[test]
 fn a_plan_for_what_is_no_longer_there_counts_for_nothing() {
     let mut world = applied(&Content::new("a", 3));
     commit(&mut world, &Content::new("b", 3), "commit-1");

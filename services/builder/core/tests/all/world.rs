@@ -158,7 +158,10 @@ impl World {
             definition: stored.reference("c0ffee"),
         };
         let known = self.servers.get(server).cloned();
-        let (taken, outcome, told) = head::take_over(known, server, found, cause, by, self.now);
+        let building = known.as_ref().and_then(|server| server.building.as_ref());
+        let awaited = building.and_then(|building| self.builds.get(&building.build.to_string()));
+        let (taken, outcome, told) =
+            head::take_over(known.clone(), server, found, cause, by, awaited, self.now);
         self.servers.insert(server.clone(), taken);
         self.say(format!("{server} {outcome:?} {told:?}"));
         outcome
