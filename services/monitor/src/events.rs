@@ -125,7 +125,9 @@ impl<S: Store, C: Clock> Events<S, C> {
         {
             return Err(Refusal::Failed(format!("there is no instance `{instance}`")));
         }
-        let observation: Observation = report.observation(server.generation, self.clock.now().wall);
+        let mut observation: Observation = report.observation(server.generation, self.clock.now().wall);
+        // What is named is a source of reports. Who answers for it is whoever may publish, and the broker does not tell who.
+        observation.reporter = format!("bus for {}", observation.reporter);
         let scope =
             Scope::Report(SignalId::new(&observation.server, observation.cause, &observation.fingerprint));
         Ok(self.signals.see(&scope, &[observation]).await?)

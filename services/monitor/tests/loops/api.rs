@@ -220,7 +220,9 @@ async fn reports_come_in_on_the_bus_and_bad_ones_are_put_aside() {
     send(&binary.encode_to_vec());
     world.hears("needs_update reported web").await;
     until("the bad ones are put aside", async || (world.bus.dead_letters().len() == 2).then_some(())).await;
-    assert_eq!(signals(&monitor).await.len(), 1);
+    let signals = signals(&monitor).await;
+    assert_eq!(signals.len(), 1);
+    assert_eq!(signals[0].reporter, "bus for scanner");
     assert_eq!(world.said(), ["needs_update reported web"]);
     monitor.stop().await;
 }
