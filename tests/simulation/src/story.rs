@@ -235,6 +235,8 @@ impl Story {
                 return Err(world.broken());
             }
             match look(&self.site).await {
+                // What it was sent is known to nobody until it goes on.
+                Ok(_) if self.stands_still() => quiet = Duration::ZERO,
                 Ok(_) if quiet < QUIET => quiet += Duration::from_secs(1),
                 Ok(unjudged) => {
                     self.dead_letters().map_err(|wrong| vec![wrong])?;
@@ -251,6 +253,10 @@ impl Story {
                 }
             }
         }
+    }
+
+    fn stands_still(&self) -> bool {
+        self.site.lives().iter().any(|life| !life.is_alive() && !life.is_dead())
     }
 
     /// Builds of dead processes, where a builder is there to take them.

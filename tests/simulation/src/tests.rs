@@ -245,3 +245,23 @@ fn what_starts_slowly_has_its_time_whatever_the_clock_says() {
 fn what_was_convicted_with_bad_packages_stays_convicted_over_a_removal() {
     holds(7006);
 }
+
+/// A commit brought back what a plan was still wanted for, another definition having been taken over in between: it was taken
+/// for followed.
+#[test]
+fn a_definition_that_comes_back_while_it_is_planned_is_taken_over_again() {
+    holds(13815);
+    holds(14494);
+}
+
+/// A deployer that was new resumed at once what another one held, which held it again, without end.
+#[test]
+fn what_another_deployer_holds_is_not_resumed_without_an_answer() {
+    holds(31879);
+}
+
+/// A build was cancelled and its definition applied again before the server had taken that in.
+#[test]
+fn what_is_applied_after_its_build_was_cancelled_is_built() {
+    holds(36027);
+}
