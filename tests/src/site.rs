@@ -395,13 +395,23 @@ impl Site {
     /// # Errors
     /// Where the machine can't be looked at.
     pub fn on_machine(&self) -> Result<Vec<String>> {
-        let output = Command::new(self.program("kiln-node")?)
+        let mut lines = self.made_by("kiln-node")?;
+        lines.extend(self.made_by("kiln-builder")?);
+        Ok(lines)
+    }
+
+    /// What one of the programs has on this machine.
+    ///
+    /// # Errors
+    /// Where the machine can't be looked at.
+    pub fn made_by(&self, program: &str) -> Result<Vec<String>> {
+        let output = Command::new(self.program(program)?)
             .arg("--home")
             .arg(self.home.path())
             .arg("--leftovers")
             .output()?;
         if !output.status.success() {
-            return Err(format!("kiln-node --leftovers: {}", both(&output)).into());
+            return Err(format!("{program} --leftovers: {}", both(&output)).into());
         }
         Ok(String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect())
     }

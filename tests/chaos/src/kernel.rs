@@ -53,6 +53,8 @@ fn remove(kind: &str, name: &str) -> Result<()> {
             return Ok(());
         }
         "mount" => format!("umount --lazy {name}"),
+        // It lies on a tmpfs. What is still mounted in it keeps its files, which may be those of a cache.
+        "folder" => format!("rm --recursive --force --one-file-system {name}"),
         "netns" => format!("ip netns delete {name}"),
         "bridge" | "interface" => format!("ip link delete {name}"),
         "nft table" => format!("nft delete table {name}"),

@@ -219,10 +219,20 @@ fn one_for_each(builds: &[Build], happening: &Happening) -> Result<()> {
     Ok(())
 }
 
-/// How many of each kind of thing the site has on the machine: cgroups, mounts, namespaces, leases and so on.
+/// How many of each kind of thing the node has on the machine: cgroups, mounts, namespaces, leases and so on.
+///
+/// # Errors
+/// Where there is anything of a build: one is under way, or left something.
 fn kinds_of(site: &Site) -> Result<BTreeMap<String, usize>> {
+    // The builder carries the mark of what it starts.
+    let itself = format!("process: {} ", site.pid("builder")?);
+    let mut of_builds = site.made_by("kiln-builder")?;
+    of_builds.retain(|line| !line.starts_with(&itself));
+    if !of_builds.is_empty() {
+        return Err(format!("of builds there is {of_builds:?}").into());
+    }
     let mut kinds = BTreeMap::new();
-    for thing in site.on_machine()? {
+    for thing in site.made_by("kiln-node")? {
         let kind = thing.split([':', ' ']).next().unwrap_or_default();
         // An instance's workers come and go.
         if kind != "process" {
