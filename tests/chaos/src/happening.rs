@@ -19,6 +19,12 @@ pub(crate) const SERVICES: [&str; 4] = ["builder", "deployer", "monitor", "node"
 const PROCESSES: [&str; 5] = ["builder", "deployer", "monitor", "node", "nats"];
 const OWNERS: [Service; 4] = [Service::Builder, Service::Deployer, Service::Monitor, Service::Node];
 
+/// Both ends are told of such a cut at their next word, and try to connect until it is mended.
+const CUT: Duration = Duration::from_secs(8);
+/// A client asks every 10 s whether the broker is there, and gives the connection up when it would ask a third time with
+/// two answers missing: 30 s after the last word at the latest. Then it tries to connect, in vain at first.
+const SILENCE: Duration = Duration::from_secs(35);
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// SIGKILL of every service and of the broker, one after the other.
@@ -95,9 +101,10 @@ impl Happening {
             }
             Kind::Frozen => Self::Frozen(one(&PROCESSES, random), long(32)),
             Kind::BrokerWiped => Self::BrokerWiped,
-            Kind::BrokerCut => {
-                Self::BrokerCut(one(&[Cut::Silent, Cut::Reset], random), Duration::from_secs(8))
-            }
+            Kind::BrokerCut => match one(&[Cut::Silent, Cut::Reset], random) {
+                Cut::Silent => Self::BrokerCut(Cut::Silent, SILENCE),
+                Cut::Reset => Self::BrokerCut(Cut::Reset, CUT),
+            },
             Kind::DiskFull => Self::DiskFull(Duration::from_secs(4)),
             Kind::StoreCutShort => Self::StoreCutShort(one(&OWNERS, random), random.below(1000)),
             Kind::StoreRestored => {
