@@ -3,6 +3,7 @@
 # ordinary run, then those that are told on purpose.
 #
 #   tests/mutants.sh [NAME…]     all of tests/simulation/mutants, or those named
+#   tests/mutants.sh --check     only whether each can be planted in the code as it is
 #
 # Prints which seed found which mistake; fails where one is not found by any, and where the stories do not end well before
 # anything is planted.
@@ -11,6 +12,16 @@ set -euo pipefail
 unset KILN_TEST_FULL
 cd "$(dirname "$0")/.."
 root=$PWD
+
+# A patch that fits only nearly may plant something else one day.
+if [ "${1:-}" = --check ]; then
+    unfit=0
+    for patch in tests/simulation/mutants/*.patch; do
+        git apply --check "$patch" || { echo "$patch can't be planted" >&2 && unfit=1; }
+    done
+    exit "$unfit"
+fi
+
 # A target folder of its own: cargo takes the same crate of two trees for one, and a mistake that is planted here must not
 # come into what is built elsewhere.
 target=${CARGO_TARGET_DIR:-$root/target}/mutants

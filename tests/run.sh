@@ -41,8 +41,9 @@ if [ "$(id -u)" -ne 0 ]; then
     export "CARGO_TARGET_${host}_RUNNER=$PWD/tests/as-root.sh"
 fi
 
-step "format, protocol, dependencies"
+step "format, protocol, dependencies, mistakes to plant"
 cargo fmt --all --check
+tests/mutants.sh --check
 (cd proto && buf lint && buf breaking --against ../tests/earlier/proto.binpb)
 cargo deny --log-level error check bans licenses sources
 

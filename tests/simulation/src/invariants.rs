@@ -15,7 +15,7 @@ use kiln_model::cause::CauseKind;
 use kiln_model::digest::Digest;
 use kiln_model::event::{Event, Service};
 use kiln_model::name::ServerName;
-use kiln_store::{Committed, Document, decode};
+use kiln_store::{Committed, Document, Watermark, decode};
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
@@ -158,6 +158,16 @@ impl Invariants {
             }
             Service::Deployer => self.deployer(&mut seen, before, after),
             Service::Monitor | Service::Node => {}
+        }
+    }
+
+    /// 2: what was handled is not handled again, and not after what came later.
+    pub(crate) fn advanced(&self, life: &Life, marks: &[Watermark], were: &[u64]) {
+        for (mark, was) in marks.iter().zip(were).filter(|(mark, was)| mark.version <= **was) {
+            let Watermark { source_kind, source_id, version } = mark;
+            let what =
+                format!("{} takes version {version} of {source_kind} {source_id} after {was}", life.name());
+            self.world.wrong(2, what);
         }
     }
 

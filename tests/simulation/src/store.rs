@@ -258,6 +258,7 @@ impl Store for SimStore {
         let committed = self.disk.store.commit(batch.clone()).await?;
         let after = self.disk.documents(&batch).await;
         self.invariants.committed(&self.life, &committed, &before, &after);
+        self.invariants.advanced(&self.life, &batch.watermarks, &watermarks);
         self.disk.remember(&batch, &before, watermarks);
         if let Some(heard) = &self.heard {
             advance(heard, committed.sequence);
