@@ -75,6 +75,8 @@ impl Held {
 pub(crate) struct Machine {
     pub(crate) instances: BTreeMap<InstanceId, Held>,
     pub(crate) edge: BTreeMap<String, (u64, Vec<Listener>)>,
+    /// Images that somebody was told the signature of is right.
+    pub(crate) verified: BTreeSet<Digest>,
     retired: BTreeSet<InstanceId>,
     fences: BTreeMap<String, u64>,
 }
@@ -232,6 +234,9 @@ impl SimNode {
             let mut machine = self.machine();
             if let Some(held) = machine.instances.get(&id) {
                 if held.spec() != &spec {
+                    if held.is_fleet() {
+                        self.world.wrong(8, format!("{id} is launched again, as another one"));
+                    }
                     return Err(Status::already_exists("another specification"));
                 }
                 if !matches!(held.message.state(), InstanceState::Retiring | InstanceState::Retired) {
@@ -442,6 +447,9 @@ impl EngineService for SimNode {
     async fn verify(&self, request: Request<VerifyRequest>) -> Answer<VerifyResponse> {
         let digest: Digest = request.into_inner().image_digest.parse().unwrap();
         let verified = self.outside.is_signed(&digest);
+        if verified {
+            self.machine().verified.insert(digest);
+        }
         Ok(Response::new(VerifyResponse { verified, key_id: "key".to_owned(), detail: String::new() }))
     }
 

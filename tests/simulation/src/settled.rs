@@ -10,7 +10,7 @@ use kiln_model::name::{InstanceId, ServerName};
 use kiln_store::{Store as _, decode};
 use tokio::time::Instant;
 
-use crate::node::Held;
+use crate::node::{Held, Machine};
 use crate::outside::{Definition, SIDE};
 use crate::site::Site;
 
@@ -113,6 +113,7 @@ fn gone(site: &Site, server: &Server, fleet: &Fleet, failed: bool) -> Result<Unj
     if let Some((id, _)) = live.next() {
         return Err(format!("{id} runs, and the server was removed"));
     }
+    off_edge(&machine, fleet)?;
     let bad = site.outside.definition().is_none_or(|definition| definition.nature.is_bad());
     if bad || site.outside.packages().1.is_bad() {
         return Ok(None);
@@ -150,6 +151,7 @@ fn halted(site: &Site, fleet: &Fleet) -> Result<Unjudged, String> {
     if let Some((id, _)) = machine.instances.iter().find(|(_, held)| of_it(held)) {
         return Err(format!("{id} runs, and the fleet was given up"));
     }
+    off_edge(&machine, fleet)?;
     let failed =
         fleet.finished.as_ref().and_then(|rollout| site.invariants.release(&fleet.server, rollout.to));
     if failed.as_ref().is_some_and(|release| site.invariants.is_excused(&fleet.server, release.number)) {
@@ -165,6 +167,14 @@ fn halted(site: &Site, fleet: &Fleet) -> Result<Unjudged, String> {
         Some(image) if image.nature.is_bad() && definition.is_none_or(is_bad) => Ok(None),
         Some(image) if image.nature.is_bad() && site.outside.packages().1.is_bad() => Ok(None),
         image => Err(format!("given up with {image:?}, which is not the newest that is bad")),
+    }
+}
+
+fn off_edge(machine: &Machine, fleet: &Fleet) -> Result<(), String> {
+    let listeners = machine.edge.get(fleet.server.as_str()).map_or(&[][..], |(_, listeners)| listeners);
+    match listeners.first() {
+        Some(left) => Err(format!("port {} is on the edge, and nothing runs behind it", left.listen)),
+        None => Ok(()),
     }
 }
 
