@@ -26,6 +26,8 @@ const WITHIN: Duration = Duration::from_secs(5);
 const DEADLINE: Duration = Duration::from_secs(600);
 /// Of a probe in the definitions here, with its timeout.
 const A_LOOK: Duration = Duration::from_secs(3);
+/// Longer than an instance may take to come up, and than a member of a service is waited for.
+const AWAY: Duration = Duration::from_secs(60);
 /// Stories with these numbers have two or three processes of each service.
 const SHARED: [u64; 6] = [3, 7, 11, 15, 19, 23];
 /// In these each service has a process for itself.
@@ -215,6 +217,33 @@ fn a_monitor_that_stands_still_for_longer_than_a_deadline_convicts_nothing() {
         monitors.iter().for_each(Life::freeze);
         tokio::time::sleep(DEADLINE + Duration::from_secs(60)).await;
         monitors.iter().for_each(Life::thaw);
+        rests(site).await
+    });
+}
+
+/// Each process dies as soon as it is there, and the broker is away: who serves goes on to, then and when all are back.
+#[test]
+fn the_edge_stays_as_it_is_while_all_of_kiln_is_away_and_when_it_is_back() {
+    each_holds(&[ALONE[0], ALONE[1], SHARED[0]], async |site| {
+        apply(site).await?;
+        rests(site).await?;
+        let edge = || site.invariants.machine.lock().unwrap().on_edge("web");
+        let (before, began) = (edge(), Instant::now());
+        site.broker.set_away(true);
+        while began.elapsed() < AWAY * 2 {
+            if began.elapsed() < AWAY {
+                site.lives().iter().for_each(|life| life.kill("as soon as it is there"));
+            } else {
+                site.broker.set_away(false);
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            let now = edge();
+            if now != before {
+                return Err(format!(
+                    "{now:?} are on the edge, {before:?} were, and nothing happened to them"
+                ));
+            }
+        }
         rests(site).await
     });
 }
