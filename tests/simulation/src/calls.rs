@@ -96,6 +96,7 @@ impl tower::Service<Request<Body>> for Wire {
             wire.here().await;
             let limit = deadline(&request);
             let answered = tokio::time::timeout(limit, wire.carry(request)).await;
+            wire.told();
             wire.here().await;
             Ok(answered.unwrap_or_else(|_| failed(Code::DeadlineExceeded, "it takes too long")))
         })
@@ -126,6 +127,14 @@ impl Wire {
     async fn here(&self) {
         if let Some(caller) = &self.caller {
             caller.here().await;
+        }
+    }
+
+    /// What it asked for is done, and it may die before it does anything about it.
+    fn told(&self) {
+        let Some(caller) = &self.caller else { return };
+        if self.world.extras().dies_answered && self.world.more().chance(self.world.faults().crash) {
+            caller.kill("when an answer comes");
         }
     }
 
