@@ -52,7 +52,7 @@ pub struct Watched {
     pub policy: Option<HealthPolicy>,
     /// None until it was launched.
     pub address: Option<std::net::IpAddr>,
-    /// For people, and for the version before, which can't read a document without it.
+    /// Nothing here asks for it. The version before can't read a document without it.
     pub launched: jiff::Timestamp,
     /// On its way out: not looked at any more.
     pub leaving: bool,
