@@ -41,6 +41,7 @@ pub(super) async fn serve(
         let connection = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(limits.handshake)
+            .max_buf_size(limits.headers as usize)
             .serve_connection(TokioIo::new(connection), answer);
         // How a scraper's connection ends is its own affair.
         let bounded = tokio::time::timeout(limits.scrape, connection);

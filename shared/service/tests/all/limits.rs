@@ -8,11 +8,11 @@ use bytes::Bytes;
 use h2::client::SendRequest;
 use http::Request;
 use kiln_api::monitor::{ListHealthRequest, WatchHealthRequest};
-use kiln_service::access::{Rate, Role};
+use kiln_service::access::{METRICS, Rate, Role};
 use kiln_service::error::describe;
 use kiln_service::server::Limits;
 use prost::Message as _;
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::task::JoinHandle;
 use tonic::Code;
 
@@ -229,6 +229,15 @@ async fn huge_headers_are_refused() {
         serves(&client).await;
         connection.abort();
     }
+    let viewer = site.certificate(Role::Viewer);
+    let mut page = site.tls(site.metrics, Some(&viewer), b"http/1.1", ELSEWHERE).await.unwrap();
+    let huge = "x".repeat(60 << 10);
+    let huge = format!("GET {METRICS} HTTP/1.1\r\nhost: kiln.local\r\nx-huge: {huge}\r\n\r\n");
+    // The server hangs up before it has read all of it.
+    let _ = page.write_all(huge.as_bytes()).await;
+    let mut answer = Vec::new();
+    let _ = tokio::time::timeout(LONG, page.read_to_end(&mut answer)).await.expect("it stays open");
+    assert!(answer.starts_with(b"HTTP/1.1 431"), "{}", String::from_utf8_lossy(&answer));
     site.stop().await;
 }
 
