@@ -3,12 +3,15 @@
 mod caller;
 mod layer;
 mod rate;
+mod stranger;
 mod table;
 mod tokens;
 
 use std::path::PathBuf;
-use std::time::{Instant, SystemTime};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 
+use futures::future::BoxFuture;
 use http::{HeaderMap, header};
 use kiln_model::name::SiteName;
 use tonic::Request;
@@ -17,21 +20,54 @@ pub use caller::{Caller, Identity, PersonName, Role, Way};
 pub(crate) use layer::AccessLayer;
 pub use rate::Rate;
 pub(crate) use rate::{Permit, Rates};
+pub(crate) use stranger::Stranger;
 pub use table::{METRICS, Row, TABLE, row};
+use tokens::Hash;
 pub use tokens::{Secret, Token, TokenFile, Tokens};
 
 use crate::error::ApiError;
 use crate::reloaded::Reloaded;
 
+/// Between two looks at the token of a call under way. A second, with the time in which its file is not looked at again.
+const AGAIN: Duration = Duration::from_millis(500);
+/// For whoever is known to nobody.
+const TODO: &str = "`kiln login` with a certificate of this site or with a token";
+
 /// What is known of whoever is at the other end of a connection.
 #[derive(Debug, Clone)]
 pub(crate) enum Peer {
-    /// On the Unix socket, whose folder lets in none but the site's own user.
-    Local(Caller),
-    /// With a certificate of the site's authority; why it names nobody, where it does not.
-    Certificate(Result<Caller, String>),
-    /// Over TLS, without a certificate: a token must say who it is.
-    Unnamed,
+    /// On the Unix socket, whose folder lets in none but the site's own user, or with a certificate of the site's
+    /// authority.
+    Known(Caller),
+    /// Anybody else, over TLS.
+    Stranger(Arc<Stranger>),
+}
+
+impl Peer {
+    /// Whether it was ever said who it is.
+    pub(crate) fn is_known(&self) -> bool {
+        match self {
+            Self::Known(_) => true,
+            Self::Stranger(stranger) => stranger.is_known(),
+        }
+    }
+
+    /// Whether more of its calls were refused than a connection is kept for.
+    pub(crate) fn is_given_up(&self) -> bool {
+        match self {
+            Self::Known(_) => false,
+            Self::Stranger(stranger) => stranger.is_given_up(),
+        }
+    }
+}
+
+/// A call that was let in.
+#[derive(Debug)]
+pub(crate) struct Admitted {
+    caller: Caller,
+    permit: Permit,
+    /// Of the token that says who calls, where it is one that does.
+    token: Option<Hash>,
 }
 
 /// What decides whether a call is let in.
@@ -51,46 +87,62 @@ impl Access {
     ///
     /// # Errors
     /// Says who, what was asked for, and what would do.
-    pub(crate) fn admit(
-        &self,
-        peer: &Peer,
-        headers: &HeaderMap,
-        method: &str,
-    ) -> Result<(Caller, Permit), ApiError> {
-        let caller = self.caller(peer, headers)?;
+    pub(crate) fn admit(&self, peer: &Peer, headers: &HeaderMap, method: &str) -> Result<Admitted, ApiError> {
+        let (caller, token) = match peer {
+            Peer::Known(caller) => (caller.clone(), None),
+            Peer::Stranger(stranger) => {
+                let (caller, token) =
+                    self.by_token(stranger, headers).inspect_err(|_| stranger.was_refused())?;
+                stranger.showed_good_token();
+                (caller, Some(token))
+            }
+        };
         if caller.until.is_some_and(|until| until <= SystemTime::now()) {
             return Err(ApiError::unknown_caller(
                 format!("the certificate of {} has ended", caller.name()),
                 "connect anew with a renewed one: `kiln pki issue`, then `kiln login`",
             ));
         }
-        // Also what is refused counts: asking is work.
+        // Also what is refused counts: asking is work. A stranger has no rate: its connection ends after a few.
         let permit = self.rates.enter(&caller, Instant::now())?;
         table::check(&caller, method)?;
-        Ok((caller, permit))
+        Ok(Admitted { caller, permit, token })
     }
 
-    fn caller(&self, peer: &Peer, headers: &HeaderMap) -> Result<Caller, ApiError> {
-        const TODO: &str = "`kiln login` with a certificate of this site or with a token";
-        match peer {
-            Peer::Local(caller) | Peer::Certificate(Ok(caller)) => Ok(caller.clone()),
-            Peer::Certificate(Err(why)) => Err(ApiError::unknown_caller(
-                format!("the certificate names nobody of this site: {why}"),
-                TODO,
-            )),
-            Peer::Unnamed => {
-                let Some(value) = headers.get(header::AUTHORIZATION) else {
-                    let why = "there is neither a client certificate nor a token on this connection";
-                    return Err(ApiError::unknown_caller(why, TODO));
-                };
-                let token = value.to_str().ok().and_then(|text| text.strip_prefix("Bearer "));
-                let found = token.map(|token| self.tokens.get().find(token, jiff::Timestamp::now()));
-                found
-                    .unwrap_or(Err("it has not the form `Bearer kiln_…`"))
-                    .map_err(|why| ApiError::unknown_caller(format!("the token is refused: {why}"), TODO))
-            }
+    fn by_token(&self, stranger: &Stranger, headers: &HeaderMap) -> Result<(Caller, Hash), ApiError> {
+        if let Some(why) = &stranger.certificate {
+            let why = format!("the certificate names nobody of this site: {why}");
+            return Err(ApiError::unknown_caller(why, TODO));
         }
+        let Some(value) = headers.get(header::AUTHORIZATION) else {
+            let why = "there is neither a client certificate nor a token on this connection";
+            return Err(ApiError::unknown_caller(why, TODO));
+        };
+        let token = value.to_str().ok().and_then(|text| text.strip_prefix("Bearer "));
+        let now = jiff::Timestamp::now();
+        // One that is unknown may have been made just now.
+        let find = |token| self.tokens.get().find(token, now).or_else(|_| self.tokens.now().find(token, now));
+        let found = token.map(find);
+        found.unwrap_or(Err("it has not the form `Bearer kiln_…`")).map_err(refused)
     }
+
+    /// Why a call under way may not go on, as soon as its token is good no more. Never comes for one without.
+    fn refusal(self: &Arc<Self>, token: Option<Hash>) -> BoxFuture<'static, ApiError> {
+        let Some(token) = token else { return Box::pin(std::future::pending()) };
+        let access = Arc::clone(self);
+        Box::pin(async move {
+            loop {
+                tokio::time::sleep(AGAIN).await;
+                if let Err(why) = access.tokens.get().of_hash(&token, jiff::Timestamp::now()) {
+                    return refused(why);
+                }
+            }
+        })
+    }
+}
+
+fn refused(why: &str) -> ApiError {
+    ApiError::unknown_caller(format!("the token is refused: {why}"), TODO)
 }
 
 /// Whoever made a call, as its connection told.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// A file is looked at no more often than this, and only when what is in it is asked for.
+/// A file that is asked for often is looked at no more often than this, and only when it is asked for.
 const LOOK: Duration = Duration::from_millis(500);
 
 type Read<T> = Box<dyn Fn(&[PathBuf]) -> Result<T, String> + Send + Sync>;
@@ -49,8 +49,18 @@ impl<T> Reloaded<T> {
 
     /// What the files hold now, or held when they could last be read.
     pub(crate) fn get(&self) -> Arc<T> {
+        self.looked_at_within(LOOK)
+    }
+
+    /// As [`Reloaded::get`], and looked at whenever that was done last: for what is asked seldom, and where a change must
+    /// not be waited for.
+    pub(crate) fn now(&self) -> Arc<T> {
+        self.looked_at_within(Duration::ZERO)
+    }
+
+    fn looked_at_within(&self, pause: Duration) -> Arc<T> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if state.looked.is_none_or(|looked| looked.elapsed() >= LOOK) {
+        if state.looked.is_none_or(|looked| looked.elapsed() >= pause) {
             state.looked = Some(Instant::now());
             let stamps: Vec<_> = self.paths.iter().map(stamp).collect();
             if stamps != state.stamps {

@@ -4,13 +4,15 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use http::{Request, Response};
+use futures::future::BoxFuture;
+use http::{HeaderMap, Request, Response};
 use http_body_util::{BodyExt as _, Limited};
+use hyper::body::{Body as HttpBody, Bytes, Frame, SizeHint};
 use tonic::Status;
 use tonic::body::Body;
 use tower::{Layer, Service};
 
-use super::{Access, Peer};
+use super::{Access, Admitted, Peer, Permit};
 use crate::error::ApiError;
 
 /// The one method that takes large messages, with its service's own bound: packed folders. All others share this one, also
@@ -54,10 +56,10 @@ where
             Some(peer) => self.access.admit(peer, request.headers(), request.uri().path()),
             None => Err(ApiError::Internal("a connection came past the door".to_owned())),
         };
-        let permit = match admitted {
-            Ok((caller, permit)) => {
+        let (permit, mut refusal) = match admitted {
+            Ok(Admitted { caller, permit, token }) => {
                 request.extensions_mut().insert(caller);
-                permit
+                (permit, self.access.refusal(token))
             }
             Err(refused) => {
                 let refused = Status::from(refused).into_http();
@@ -79,14 +81,47 @@ where
         }
         let answer = self.inner.call(request);
         Box::pin(async move {
-            let response = answer.await?;
-            // A call is under way to the end of its answer.
-            Ok(response.map(|body| {
-                Body::new(body.map_frame(move |frame| {
-                    let _under_way = &permit;
-                    frame
-                }))
-            }))
+            let response = tokio::select! {
+                response = answer => response?,
+                refused = &mut refusal => return Ok(Status::from(refused).into_http()),
+            };
+            Ok(response.map(|body| Body::new(Answer { body, refusal, _under_way: permit })))
         })
+    }
+}
+
+/// The answer to a call, which is under way to its end.
+struct Answer {
+    body: Body,
+    refusal: BoxFuture<'static, ApiError>,
+    _under_way: Permit,
+}
+
+impl HttpBody for Answer {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let this = &mut *self;
+        // Before the body, which may have something to say each time.
+        if let Poll::Ready(refused) = this.refusal.as_mut().poll(context) {
+            (this.body, this.refusal) = (Body::empty(), Box::pin(std::future::pending()));
+            // Told as at the end of any answer: a body that fails would only reset the stream.
+            let mut trailers = HeaderMap::new();
+            let told = Status::from(refused).add_header(&mut trailers);
+            return Poll::Ready(Some(told.map(|()| Frame::trailers(trailers))));
+        }
+        Pin::new(&mut this.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }

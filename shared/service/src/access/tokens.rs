@@ -17,6 +17,9 @@ use super::caller::{Caller, Identity, PersonName, Role};
 const PREFIX: &str = "kiln_";
 const BYTES: usize = 32;
 
+/// What is kept of a secret.
+pub(super) type Hash = [u8; 32];
+
 /// A secret of 256 random bits. It is shown once, to whoever makes it.
 pub struct Secret(Zeroizing<String>);
 
@@ -31,7 +34,7 @@ impl Secret {
         &self.0
     }
 
-    fn hash(text: &str) -> [u8; 32] {
+    fn hash(text: &str) -> Hash {
         Sha256::digest(text.as_bytes()).into()
     }
 }
@@ -131,13 +134,21 @@ impl Tokens {
         }
     }
 
+    /// Whose a token is, and by which hash it is found again.
+    ///
     /// # Errors
     /// Why it is refused, which tells nothing of other tokens.
-    pub fn find(&self, token: &str, now: Timestamp) -> Result<Caller, &'static str> {
+    pub(super) fn find(&self, token: &str, now: Timestamp) -> Result<(Caller, Hash), &'static str> {
         if token.len() != PREFIX.len() + 2 * BYTES || !token.starts_with(PREFIX) {
             return Err("it has not the form of one");
         }
         let hash = Secret::hash(token);
+        Ok((self.of_hash(&hash, now)?, hash))
+    }
+
+    /// # Errors
+    /// As [`Tokens::find`].
+    pub(super) fn of_hash(&self, hash: &Hash, now: Timestamp) -> Result<Caller, &'static str> {
         // Every one is compared, and each in the same time.
         let found = self.known.iter().fold(None, |found, known| {
             if bool::from(known.0.as_slice().ct_eq(hash.as_slice())) { Some(known) } else { found }
@@ -174,9 +185,11 @@ mod tests {
         assert!(!text.contains(ada.reveal()) && !text.contains(&ada.reveal()[5..]), "{text}");
         let tokens = Tokens::of(TokenFile::parse(&text).unwrap());
         let (good, late) = (time("2026-01-31T23:59:59Z"), time("2026-02-01T00:00:00Z"));
-        let caller = tokens.find(ada.reveal(), good).unwrap();
+        let (caller, hash) = tokens.find(ada.reveal(), good).unwrap();
+        assert_eq!(tokens.of_hash(&hash, good).as_ref(), Ok(&caller));
+        assert!(tokens.of_hash(&hash, late).unwrap_err().contains("expired"));
         assert_eq!((caller.name(), caller.role()), ("ada", Some(Role::Operator)));
-        assert_eq!(tokens.find(bob.reveal(), good).unwrap().name(), "bob");
+        assert_eq!(tokens.find(bob.reveal(), good).unwrap().0.name(), "bob");
         assert!(tokens.find(ada.reveal(), late).unwrap_err().contains("expired"));
         let revoked = Tokens::of(TokenFile { token: vec![of_ada] });
         assert!(revoked.find(bob.reveal(), good).unwrap_err().contains("revoked"));

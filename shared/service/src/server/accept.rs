@@ -15,7 +15,7 @@ use tokio_rustls::TlsAcceptor;
 use super::connection::{Connection, Io};
 use super::limits::Limits;
 use super::seats::{Seat, Seats};
-use crate::access::{Caller, Peer};
+use crate::access::{Caller, Peer, Stranger};
 use crate::certificate::Certificate;
 use crate::tls::ServerTls;
 
@@ -73,7 +73,7 @@ pub(super) async fn unix(listener: UnixListener, place: String, limits: Limits, 
             }
         };
         let peer = match local(&stream) {
-            Ok(caller) => Peer::Local(caller),
+            Ok(caller) => Peer::Known(caller),
             Err(error) => {
                 refusals.add(&format!("the kernel does not say who it is: {error}"));
                 continue;
@@ -160,10 +160,15 @@ async fn shake(
         }
     };
     let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
-    let peer = certificate.map_or(Peer::Unnamed, |der| {
-        let read = Certificate::read(der);
-        Peer::Certificate(read.and_then(|read| Ok(Caller::certified(&read.identity(&site)?, read.until))))
+    let named = certificate.map(|der| {
+        let read = Certificate::read(der)?;
+        Ok(Caller::certified(&read.identity(&site)?, read.until))
     });
+    let peer = match named.transpose() {
+        Ok(Some(caller)) => Peer::Known(caller),
+        Ok(None) => Peer::Stranger(Arc::new(Stranger::new(None))),
+        Err(why) => Peer::Stranger(Arc::new(Stranger::new(Some(why)))),
+    };
     Ok(Connection::new(Io::Tls(Box::new(stream)), peer, seat, patience))
 }
 

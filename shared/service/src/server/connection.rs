@@ -12,7 +12,7 @@ use tokio_rustls::server::TlsStream;
 use tonic::transport::server::Connected;
 
 use super::seats::Seat;
-use crate::access::{Caller, Peer};
+use crate::access::Peer;
 
 /// The first bytes of HTTP/2, by which a client shows that it means to speak it.
 const PREFACE: usize = 24;
@@ -26,7 +26,7 @@ pub(super) struct Connection {
     io: Io,
     peer: Peer,
     _seat: Seat,
-    /// Until the preface is here.
+    /// Until the preface is here, and it is known who calls.
     begin: Option<Pin<Box<Sleep>>>,
     read: usize,
     /// When the caller's certificate ends, and all its calls with it.
@@ -36,8 +36,8 @@ pub(super) struct Connection {
 impl Connection {
     pub(super) fn new(io: Io, peer: Peer, seat: Seat, patience: Duration) -> Self {
         let until = match &peer {
-            Peer::Certificate(Ok(Caller { until, .. })) => *until,
-            _ => None,
+            Peer::Known(caller) => caller.until,
+            Peer::Stranger(_) => None,
         };
         let left = until.map(|until| until.duration_since(SystemTime::now()).unwrap_or_default());
         Self {
@@ -77,6 +77,10 @@ impl AsyncRead for Connection {
         if is_over(&mut this.end, context) {
             return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the certificate has ended")));
         }
+        if this.peer.is_given_up() {
+            let why = "too many of its calls were refused";
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::PermissionDenied, why)));
+        }
         let before = buffer.filled().len();
         let done = match &mut this.io {
             Io::Unix(stream) => Pin::new(stream).poll_read(context, buffer),
@@ -84,10 +88,10 @@ impl AsyncRead for Connection {
         };
         if this.begin.is_some() {
             this.read += buffer.filled().len() - before;
-            if this.read >= PREFACE {
+            if this.read >= PREFACE && this.peer.is_known() {
                 this.begin = None;
             } else if is_over(&mut this.begin, context) {
-                return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "nothing was asked for")));
+                return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "nothing was let in")));
             }
         }
         done

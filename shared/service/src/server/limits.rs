@@ -15,7 +15,7 @@ pub struct Limits {
     /// Of one address, or of one /64 of IPv6, also while they shake hands.
     pub connections_per_address: usize,
     /// From the connection to the end of its TLS handshake, and again to the first bytes of HTTP/2, or to the end of the
-    /// headers at the metrics page.
+    /// headers at the metrics page; without a client certificate to the first call with a good token.
     pub handshake: Duration,
     /// Calls under way on one connection.
     pub streams: u32,

@@ -15,5 +15,6 @@ mod roles;
 mod server;
 mod site;
 mod start;
+mod strangers;
 mod trace;
 mod wire;

@@ -2,9 +2,8 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
-use jiff::Timestamp;
 use kiln_api::monitor::ListHealthRequest;
-use kiln_service::access::{Identity, Role, Secret, Token, TokenFile};
+use kiln_service::access::{Identity, Role, Secret};
 use kiln_service::error::describe;
 use kiln_service::pki::Authority;
 use kiln_service::server::{Limits, ServerOptions, serve};
@@ -13,7 +12,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tonic::{Code, Status};
 
 use crate::monitor::{Client, options, report};
-use crate::site::{LOCALHOST, Site, connect, free_port, identity, replace, site_name};
+use crate::site::{LOCALHOST, Site, connect, free_port, identity, in_an_hour, replace, site_name, token};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -140,27 +139,15 @@ async fn a_good_certificate_with_the_wrong_role_is_told_which_would_do() {
     site.stop().await;
 }
 
-fn token(random: u8, role: Role, expires: &str) -> (Secret, Token) {
-    let secret = Secret::of([random; 32]);
-    let name = format!("bot{random}").parse().unwrap();
-    let created = "2026-01-01T00:00:00Z".parse().unwrap();
-    let token = Token::new(&secret, name, role, created, expires.parse().unwrap()).unwrap();
-    (secret, token)
-}
-
 #[tokio::test]
 async fn a_token_is_good_until_it_expires_or_is_revoked() {
     let site = Site::start().await;
-    let far = Timestamp::now().checked_add(HOUR).unwrap().to_string();
+    let far = in_an_hour();
     let (viewer, of_viewer) = token(1, Role::Viewer, &far);
     let (operator, of_operator) = token(2, Role::Operator, &far);
     let (late, of_late) = token(3, Role::Admin, "2026-01-02T00:00:00Z");
     let unknown = Secret::of([4; 32]);
-    let keep = |tokens: &[&Token]| {
-        let file = TokenFile { token: tokens.iter().map(|token| (*token).clone()).collect() };
-        replace(&site.path("tokens.toml"), &file.to_text().unwrap());
-    };
-    keep(&[&of_viewer, &of_operator, &of_late]);
+    site.keep(&[&of_viewer, &of_operator, &of_late]);
     let by = |secret: &Secret| site.client(None, Some(secret.reveal()));
     look(by(&viewer)).await.unwrap();
     let answer = by(&operator).report_signal(report("r1")).await.unwrap().into_inner();
@@ -180,7 +167,7 @@ async fn a_token_is_good_until_it_expires_or_is_revoked() {
     // Also on a connection that stands.
     let standing = by(&viewer);
     look(standing.clone()).await.unwrap();
-    keep(&[&of_operator]);
+    site.keep(&[&of_operator]);
     let revoked = Instant::now();
     while look(standing.clone()).await.is_ok() {
         assert!(revoked.elapsed() < Duration::from_secs(2), "a revoked token is good still");
@@ -193,9 +180,8 @@ async fn a_token_is_good_until_it_expires_or_is_revoked() {
 #[tokio::test]
 async fn a_token_beside_a_certificate_or_on_the_socket_says_nothing() {
     let site = Site::start().await;
-    let far = Timestamp::now().checked_add(HOUR).unwrap().to_string();
-    let (secret, kept) = token(1, Role::Admin, &far);
-    replace(&site.path("tokens.toml"), &TokenFile { token: vec![kept] }.to_text().unwrap());
+    let (secret, kept) = token(1, Role::Admin, &in_an_hour());
+    site.keep(&[&kept]);
     let viewer = site.certificate(Role::Viewer);
     let status =
         site.client(Some(&viewer), Some(secret.reveal())).report_signal(report("r1")).await.unwrap_err();
@@ -283,6 +269,7 @@ async fn a_client_is_answered_by_none_but_the_service_it_asked_for() {
 #[tokio::test]
 async fn metrics_are_for_those_who_may_look() {
     let site = Site::start().await;
+    site.keep(&[&token(1, Role::Viewer, &in_an_hour()).1]);
     look(site.running.client()).await.unwrap();
     let page = async |role: Option<Role>, path: &str| {
         let identity = role.map(|role| site.certificate(role));

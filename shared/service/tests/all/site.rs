@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use jiff::Timestamp;
 use kiln_api::monitor::monitor_service_client::MonitorServiceClient;
 use kiln_model::event::Service;
 use kiln_model::name::SiteName;
-use kiln_service::access::{Identity, Role};
+use kiln_service::access::{Identity, Role, Secret, Token, TokenFile};
 use kiln_service::client;
 use kiln_service::pki::Authority;
 use kiln_service::server::{Limits, ServerOptions};
@@ -43,6 +44,19 @@ pub(crate) fn identity(role: Role) -> Identity {
     } else {
         Identity::service(role).unwrap()
     }
+}
+
+/// Of a person whose name says which it is.
+pub(crate) fn token(random: u8, role: Role, expires: &str) -> (Secret, Token) {
+    let secret = Secret::of([random; 32]);
+    let name = format!("bot{random}").parse().unwrap();
+    let created = "2026-01-01T00:00:00Z".parse().unwrap();
+    let token = Token::new(&secret, name, role, created, expires.parse().unwrap()).unwrap();
+    (secret, token)
+}
+
+pub(crate) fn in_an_hour() -> String {
+    Timestamp::now().checked_add(LIFE).unwrap().to_string()
 }
 
 /// Replaced as `kiln up` does it: by a rename.
@@ -82,6 +96,12 @@ impl Site {
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.running.folder.path().join(name)
+    }
+
+    /// The tokens that there are from now on.
+    pub(crate) fn keep(&self, tokens: &[&Token]) {
+        let file = TokenFile { token: tokens.iter().map(|token| (*token).clone()).collect() };
+        replace(&self.path("tokens.toml"), &file.to_text().unwrap());
     }
 
     /// A file with the certificate of an identity and its key.
