@@ -260,6 +260,10 @@ fn of_status(what: impl Display, status: &Status) -> Failure {
 fn tls_refusal(status: &Status) -> Option<String> {
     let chain = kiln_service::error::chain(status);
     for (mark, whose) in [
+        (
+            "received fatal alert: CertificateRequired",
+            "the site has no tokens, and takes nobody without a certificate",
+        ),
         ("received fatal alert", "the service does not take this certificate"),
         ("invalid peer certificate", "the service's certificate is not to be trusted"),
         (" answers where the ", "the wrong service"),
@@ -323,6 +327,7 @@ mod tests {
         let of = |words: &str| Status::from_error(Box::new(std::io::Error::other(words.to_owned())));
         for (words, why) in [
             ("received fatal alert: CertificateExpired", "does not take this certificate"),
+            ("received fatal alert: CertificateRequired", "the site has no tokens"),
             (
                 "invalid peer certificate: UnknownIssuer",
                 "not to be trusted: invalid peer certificate: UnknownIssuer",

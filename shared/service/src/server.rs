@@ -104,17 +104,17 @@ const fn grpc_name(service: Service) -> &'static str {
 pub async fn serve(options: ServerOptions, routes: Routes, stop: watch::Receiver<bool>) -> Result<(), Error> {
     let ServerOptions { service, socket, listen, metrics, tls, tokens, limits, ready } = options;
     let place = socket.display().to_string();
-    let access = Arc::new(Access::new(tls.site.clone(), tokens, limits.people, limits.others));
+    let access = Arc::new(Access::new(tls.site.clone(), tokens.clone(), limits.people, limits.others));
     let (hall, connections) = mpsc::channel(WAITING);
     let (page_hall, page_connections) = mpsc::channel(WAITING);
     // They end with whoever takes their connections.
     let mut doors = JoinSet::new();
     if let Some(address) = listen {
-        let port = open(address, &tls, &[b"h2"]).await?;
+        let port = open(address, &tls, &tokens, &[b"h2"]).await?;
         doors.spawn(accept::tcp(port, limits.clone(), hall.clone()));
     }
     if let Some(address) = metrics {
-        match open(address, &tls, &[b"http/1.1"]).await {
+        match open(address, &tls, &tokens, &[b"http/1.1"]).await {
             Ok(port) => drop(doors.spawn(accept::tcp(port, limits.clone(), page_hall))),
             // A site of before certificates has none until the next `kiln up`; its services work all the same.
             Err(error @ Error::Tls { .. }) => tracing::error!(%error, "there are no metrics"),
@@ -176,10 +176,11 @@ pub async fn serve(options: ServerOptions, routes: Routes, stop: watch::Receiver
 async fn open(
     address: SocketAddr,
     files: &TlsFiles,
+    tokens: &Path,
     protocols: &'static [&'static [u8]],
 ) -> Result<accept::Port, Error> {
-    let tls: ServerTls =
-        tls::server(files, protocols).map_err(|reason| Error::Tls { place: address.to_string(), reason })?;
+    let tls: ServerTls = tls::server(files, tokens, protocols)
+        .map_err(|reason| Error::Tls { place: address.to_string(), reason })?;
     let listener = TcpListener::bind(address).await.map_err(|error| bind_error(&address, &error))?;
     Ok(accept::Port { address, listener, tls: Arc::new(tls), site: files.site.clone() })
 }

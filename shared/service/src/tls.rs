@@ -17,7 +17,7 @@ use tokio_rustls::rustls::server::{NoServerSessionStorage, WebPkiClientVerifier}
 use tokio_rustls::rustls::version::TLS13;
 use tokio_rustls::rustls::{ClientConfig, ConfigBuilder, RootCertStore, ServerConfig};
 
-use crate::access::Role;
+use crate::access::{Role, Tokens};
 use crate::reloaded::{Reloaded, text, unreadable};
 
 /// Where the files of one end lie.
@@ -72,18 +72,26 @@ pub(crate) type ServerTls = Reloaded<ServerConfig>;
 
 /// # Errors
 /// Names the file that can't be read or used.
-pub(crate) fn server(files: &TlsFiles, protocols: &'static [&'static [u8]]) -> Result<ServerTls, String> {
-    Reloaded::new(files.paths(), move |paths| {
-        let [authority, identity] = paths else {
+pub(crate) fn server(
+    files: &TlsFiles,
+    tokens: &Path,
+    protocols: &'static [&'static [u8]],
+) -> Result<ServerTls, String> {
+    let mut paths = files.paths();
+    paths.push(tokens.to_owned());
+    let site = files.site.clone();
+    Reloaded::new(paths, move |paths| {
+        let [authority, identity, tokens] = paths else {
             return Err("a server needs a certificate of its own".to_owned());
         };
         let (chain, key) = own(identity)?;
-        // A caller without a certificate may have a token: the layer of the calls decides.
-        let callers =
-            WebPkiClientVerifier::builder_with_provider(Arc::new(authorities(authority)?), provider())
-                .allow_unauthenticated()
-                .build()
-                .map_err(|error| error.to_string())?;
+        let mut callers =
+            WebPkiClientVerifier::builder_with_provider(Arc::new(authorities(authority)?), provider());
+        // A caller without a certificate may have one of them: the layer of the calls decides.
+        if !Tokens::read(&site, std::slice::from_ref(tokens)).is_empty() {
+            callers = callers.allow_unauthenticated();
+        }
+        let callers = callers.build().map_err(|error| error.to_string())?;
         let mut config = ServerConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&TLS13])
             .map_err(|error| error.to_string())?

@@ -83,6 +83,7 @@ async fn people_log_in_from_elsewhere_with_a_certificate_or_a_token() -> Result<
     // One who may look, by a token, until it is taken back.
     let made = site.json(&["token", "create", "bot", "--role", "viewer", "--expires", "1h"])?;
     let (token, id) = (made["token"].as_str().ok_or("a token")?, made["id"].as_str().ok_or("an id")?);
+    let last = site.json(&["token", "create", "eve", "--role", "viewer", "--expires", "1h"])?;
     log_in(&["--token"], token)?;
     assert!(person.does(&["status"], "")?.contains("small"));
     person.is_refused(&["signal", "small", "old"], &["bot (viewer, by token)", "operator and up"])?;
@@ -95,6 +96,8 @@ async fn people_log_in_from_elsewhere_with_a_certificate_or_a_token() -> Result<
     })
     .await?;
     person.is_refused(&["status"], &["unknown or was revoked", "kiln login"])?;
+    site.kiln(&["token", "revoke", last["id"].as_str().ok_or("an id")?])?;
+    person.is_refused(&["status"], &["the site has no tokens", "kiln login"])?;
 
     // A certificate that is refused is told from a service that is away.
     log_in(&["--certificate", &certificate], "")?;

@@ -121,7 +121,7 @@ impl Tokens {
     }
 
     /// No file: no tokens. A file that can't be read: none either, for it may be there to revoke one.
-    pub(super) fn read(site: &SiteName, paths: &[PathBuf]) -> Self {
+    pub(crate) fn read(site: &SiteName, paths: &[PathBuf]) -> Self {
         let path = paths.first().filter(|path| path.exists());
         let read = path.map(|path| crate::reloaded::text(path).and_then(|text| TokenFile::parse(&text)));
         match read {
@@ -132,6 +132,10 @@ impl Tokens {
             }
             None => Self::default(),
         }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.known.is_empty()
     }
 
     /// Whose a token is, and by which hash it is found again.

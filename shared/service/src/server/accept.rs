@@ -116,7 +116,7 @@ pub(super) async fn tcp(port: Port, limits: Limits, hall: Hall) {
         };
         match seats.take(Some(from.ip())) {
             Ok(seat) => {
-                let acceptor = TlsAcceptor::from(port.tls.get());
+                let acceptor = TlsAcceptor::from(port.tls.now());
                 let (hall, site) = (hall.clone(), port.site.clone());
                 let shake = shake(acceptor, stream, seat, site, limits.handshake);
                 handshakes.spawn(async move {

@@ -8,11 +8,13 @@ use h2::client::SendRequest;
 use jiff::Timestamp;
 use kiln_api::monitor::{ListSignalsRequest, WatchHealthRequest, WatchHealthResponse};
 use kiln_service::access::{Role, Secret};
+use kiln_service::error::chain;
 use kiln_service::server::Limits;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tonic::{Code, Status, Streaming};
 
 use crate::limits::{ELSEWHERE, LONG, by_hand, call, look, serves, until};
-use crate::site::{Site, in_an_hour, token};
+use crate::site::{LOCALHOST, Site, in_an_hour, replace, token};
 
 type Watched = Streaming<WatchHealthResponse>;
 
@@ -151,5 +153,35 @@ async fn a_stranger_who_is_refused_again_and_again_loses_the_connection() {
     for _ in 0..50 {
         look(&person).await.unwrap();
     }
+    site.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_there_are_no_tokens_the_handshake_demands_a_certificate() {
+    let site = Site::start().await;
+    let (secret, kept) = token(1, Role::Viewer, &in_an_hour());
+    let demands = async || {
+        for shown in [None, Some(secret.reveal())] {
+            let status = look(&site.client(None, shown)).await.unwrap_err();
+            assert!(chain(&status).contains("CertificateRequired"), "{}", chain(&status));
+        }
+        let mut page = site.tls(site.metrics, None, b"http/1.1", LOCALHOST).await.unwrap();
+        let _ = page.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await;
+        let mut answer = Vec::new();
+        let _ = page.read_to_end(&mut answer).await;
+        assert!(answer.is_empty(), "{}", String::from_utf8_lossy(&answer));
+        look(&site.as_role(Role::Viewer)).await.unwrap();
+    };
+    demands().await;
+    // From its making on, and until the last one is gone.
+    site.keep(&[&kept]);
+    look(&site.client(None, Some(secret.reveal()))).await.unwrap();
+    let status = look(&site.client(None, None)).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unauthenticated, "{status:?}");
+    site.keep(&[]);
+    demands().await;
+    site.keep(&[&kept]);
+    replace(&site.path("tokens.toml"), "nonsense");
+    demands().await;
     site.stop().await;
 }
