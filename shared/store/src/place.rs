@@ -70,6 +70,14 @@ impl PostgresUrl {
         self.0.query_pairs().find(|(key, _)| key == name).map(|(_, value)| value.into_owned())
     }
 
+    /// Certificates and keys that it names.
+    pub fn files(&self) -> impl Iterator<Item = PathBuf> {
+        ["sslrootcert", "sslcert", "sslkey"]
+            .into_iter()
+            .filter_map(|it| self.parameter(it))
+            .map(PathBuf::from)
+    }
+
     /// What is said there does not leave the machine.
     pub(crate) fn is_local(&self) -> bool {
         let host =

@@ -1,5 +1,6 @@
 //! A site in one file: a tar whose first entry says what the others are.
 
+mod outside;
 mod read;
 mod sealed;
 mod write;
@@ -12,8 +13,10 @@ use kiln_model::digest::Digest;
 use kiln_model::event::Service;
 use serde::{Deserialize, Serialize};
 
+use crate::failure::{Failure, Outcome};
+
 /// Of the archive. A program refuses one that is higher than it knows.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// Whose stores are in it. What a node knows is of its machine alone: on another one nothing of it would be true.
 const SERVICES: [Service; 3] = [Service::Monitor, Service::Deployer, Service::Builder];
@@ -32,7 +35,7 @@ fn blob_name(digest: &Digest) -> String {
 }
 
 /// What the archive holds. Its own digest is in the name of its entry.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 struct Manifest {
     format: u32,
     /// The program that wrote it.
@@ -47,7 +50,18 @@ struct Manifest {
     parts: Vec<Part>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+impl Manifest {
+    /// What the keys are sealed together with: all that the archive says of itself and of its other parts. Anybody can write
+    /// digests that fit what he changed; keys that fit those digests only who has the backup's key.
+    fn sealed_about(&self) -> Outcome<String> {
+        let mut others = self.clone();
+        others.parts.retain(|part| part.name != KEYS);
+        let digest = Digest::of_json(&others);
+        Ok(digest.map_err(|error| Failure::failed("listing the parts of a backup", error))?.to_string())
+    }
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
 struct StorePart {
     service: Service,
     epoch: String,

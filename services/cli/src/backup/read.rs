@@ -66,7 +66,8 @@ async fn into_empty(archive: &Path, key: &Key, home: &Path, by: &str) -> Outcome
 
     let mut small = |name: &str| small.remove(name).ok_or_else(|| damaged(format!("it has no {name}")));
     let text = String::from_utf8(small(SITE)?).map_err(|_| damaged("its site.toml is no text".to_owned()))?;
-    unpack_keys(&key.open(&manifest.id, &small(KEYS)?)?, &home.join("keys"))?;
+    // Before the settings are used: they name programs that run as root, and only this shows that nobody changed them.
+    unpack_keys(&key.open(&manifest.sealed_about()?, &small(KEYS)?)?, &home.join("keys"))?;
     let wrong =
         |why: String| Failure::new(Code::Invalid, "the settings in the backup", why).reason("bad_config");
     let file = SiteFile::parse(&text).map_err(wrong)?;
@@ -196,12 +197,18 @@ fn read_manifest(name: &str, entry: impl Read) -> Outcome<Manifest> {
     match fields.get("format").and_then(serde_json::Value::as_u64) {
         Some(found) if found == u64::from(FORMAT) => {}
         found => {
-            let (found, by) = (found.unwrap_or_default(), fields.get("kiln").and_then(|it| it.as_str()));
-            return Err(damaged(format!(
-                "its format is {found}, written by Kiln {}, and this one knows {FORMAT}: use the Kiln that wrote it, \
-                 or a newer one",
-                by.unwrap_or("unknown")
-            )));
+            let by = fields.get("kiln").and_then(|it| it.as_str()).unwrap_or("unknown");
+            return Err(match found {
+                Some(1) => damaged(format!(
+                    "its format is 1, written by Kiln {by}: nothing in it shows whether somebody changed it since"
+                ))
+                .todo("restore it with the Kiln that wrote it, and back that site up with this one"),
+                found => damaged(format!(
+                    "its format is {}, written by Kiln {by}, and this one knows {FORMAT}: use the Kiln that wrote \
+                     it, or a newer one",
+                    found.unwrap_or_default()
+                )),
+            });
         }
     }
     serde_json::from_value(fields).map_err(wrong)

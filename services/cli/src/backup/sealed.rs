@@ -55,7 +55,7 @@ impl Key {
         Ok(Self(LessSafeKey::new(key)))
     }
 
-    /// `about` is sealed with it: what was sealed for one site can't be put into another's backup.
+    /// `about` is sealed with it: what was sealed with one list of parts can't be put beside another.
     pub(super) fn seal(&self, about: &str, content: &[u8]) -> Outcome<Vec<u8>> {
         let failed = |_| Failure::failed("sealing the keys", "the cipher refused");
         let mut nonce = [0; NONCE_LEN];
@@ -70,9 +70,13 @@ impl Key {
 
     pub(super) fn open(&self, about: &str, sealed: &[u8]) -> Outcome<Zeroizing<Vec<u8>>> {
         let wrong = || {
-            Failure::new(Code::Refused, "opening the keys in the backup", "they were sealed with another key")
-                .reason("wrong_key")
-                .todo("name the key file that the backup was made with: --key FILE")
+            // The cipher can't tell the one from the other.
+            let why = "they were sealed with another key, or the backup was changed after it was made: its settings, \
+                       its stores or another part are not those that the keys were sealed with";
+            Failure::new(Code::Refused, "opening the keys in the backup", why).reason("bad_seal").todo(
+                "name the key file that the backup was made with: --key FILE; where it is that one, do not use this \
+                 file, and take another copy of it or an older backup",
+            )
         };
         let (nonce, body) = sealed.split_at_checked(NONCE_LEN).ok_or_else(wrong)?;
         let nonce = Nonce::try_assume_unique_for_key(nonce).map_err(|_| wrong())?;
@@ -99,7 +103,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_sealed_is_opened_by_its_key_alone_and_for_its_site_alone() {
+    fn what_is_sealed_is_opened_by_its_key_alone_and_about_the_same_alone() {
         let folder = tempfile::tempdir().unwrap();
         let (path, other) = (folder.path().join("key"), folder.path().join("other"));
         let (key, made) = Key::ensure(&path).unwrap();

@@ -19,9 +19,8 @@ fn tar_of(entries: &[(String, Vec<u8>)]) -> Vec<u8> {
     tar.into_inner().unwrap()
 }
 
-/// An archive of these parts, its list written for `listed`.
-fn archive(format: u32, listed: &[Part], entries: &[(&str, &[u8])]) -> Vec<u8> {
-    let manifest = Manifest {
+fn manifest(format: u32, listed: &[Part]) -> Manifest {
+    Manifest {
         format,
         kiln: "9.9".to_owned(),
         site: "home".to_owned(),
@@ -30,8 +29,16 @@ fn archive(format: u32, listed: &[Part], entries: &[(&str, &[u8])]) -> Vec<u8> {
         own_broker: true,
         stores: Vec::new(),
         parts: listed.to_vec(),
-    };
-    let head = serde_json::to_vec(&manifest).unwrap();
+    }
+}
+
+/// An archive of these parts, its list written for `listed`.
+fn archive(format: u32, listed: &[Part], entries: &[(&str, &[u8])]) -> Vec<u8> {
+    archive_with(&manifest(format, listed), entries)
+}
+
+fn archive_with(manifest: &Manifest, entries: &[(&str, &[u8])]) -> Vec<u8> {
+    let head = serde_json::to_vec(manifest).unwrap();
     let mut all = vec![(manifest_name(&head), head)];
     all.extend(entries.iter().map(|(name, content)| ((*name).to_owned(), content.to_vec())));
     tar_of(&all)
@@ -76,6 +83,7 @@ async fn what_is_no_whole_backup_is_refused_and_leaves_nothing() {
             "where site.toml should be",
         ),
         ("more than listed", archive(FORMAT, &listed[..1], &entries), "nothing speaks of"),
+        ("an earlier format", archive(1, &listed, &entries), "whether somebody changed it"),
         ("a later format", archive(FORMAT + 1, &listed, &entries), "written by Kiln 9.9"),
         ("a foreign name", archive(FORMAT, &[part("../x", b"x")], &[]), "cut off before"),
         ("a path", archive(FORMAT, &[part("etc/x", b"x")], &[("etc/x", b"x")]), "no part of a backup"),
@@ -92,4 +100,41 @@ async fn what_is_no_whole_backup_is_refused_and_leaves_nothing() {
     let refused = restore(&folder.path().join("archive"), &key, &home, "root").await.err().unwrap();
     assert!(refused.line().contains("not empty"), "{}", refused.line());
     assert!(home.join("mine").exists());
+}
+
+#[tokio::test]
+async fn what_was_changed_and_listed_anew_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let (key, _) = Key::ensure(&folder.path().join("key")).unwrap();
+    let name = store_name(Service::Builder);
+    let (site, store) =
+        ((SITE, b"name = \"home\"".as_slice()), (name.as_str(), b"what was built".as_slice()));
+    let listed = |entries: &[(&str, &[u8])]| -> Vec<Part> {
+        entries.iter().map(|(name, content)| part(name, content)).collect()
+    };
+    let about = manifest(FORMAT, &listed(&[site, store])).sealed_about().unwrap();
+    let sealed = key.seal(&about, b"").unwrap();
+    // The digests are always those of what is there.
+    let with_keys = |others: &[(&str, &[u8])], change: fn(&mut Manifest)| {
+        let mut entries = others.to_vec();
+        entries.push((KEYS, &sealed));
+        let mut manifest = manifest(FORMAT, &listed(&entries));
+        change(&mut manifest);
+        archive_with(&manifest, &entries)
+    };
+    // The keys are opened, and what is wrong is found behind them.
+    let found = refusal(folder.path(), &with_keys(&[site, store], |_| {})).await;
+    assert!(found.contains("the settings in the backup"), "{found}");
+    for (what, archive) in [
+        ("the settings", with_keys(&[(SITE, b"name = \"hope\""), store], |_| {})),
+        ("a store", with_keys(&[site, (&name, b"what was forged")], |_| {})),
+        ("a store less", with_keys(&[site], |_| {})),
+        ("another order", with_keys(&[store, site], |_| {})),
+        ("a part more", with_keys(&[site, store, (CONTEXTS, b"")], |_| {})),
+        ("the id", with_keys(&[site, store], |it| it.id = "ffffffff".to_owned())),
+        ("whose the broker is", with_keys(&[site, store], |it| it.own_broker = false)),
+    ] {
+        let found = refusal(folder.path(), &archive).await;
+        assert!(found.contains("was changed after it was made"), "{what}: {found}");
+    }
 }

@@ -13,7 +13,7 @@ use zeroize::Zeroizing;
 
 use super::{
     CONTEXTS, FORMAT, IMAGES, KEYS, Key, Manifest, Part, SERVICES, SITE, StorePart, blob_name, manifest_name,
-    store_name,
+    outside, store_name,
 };
 use crate::failure::{Code, During as _, Failure, Outcome};
 use crate::site::{broker, leftovers};
@@ -25,6 +25,8 @@ const BLOCK: usize = 512;
 pub(crate) struct Written {
     pub(crate) bytes: u64,
     pub(crate) images: usize,
+    /// Files that the settings name and that are not in it.
+    pub(crate) left_out: Vec<PathBuf>,
 }
 
 /// Where a part's bytes are.
@@ -55,8 +57,6 @@ pub(crate) async fn write(site: &Site, key: &Key, to: &Path) -> Outcome<Written>
     let contexts = staging.path().join(CONTEXTS);
     pack(&site.paths().service(Service::Builder).join("contexts"), &contexts)?;
     parts.push((CONTEXTS.to_owned(), Source::File(contexts)));
-    let sealed = key.seal(site.id.as_str(), &secrets(site)?)?;
-    parts.push((KEYS.to_owned(), Source::Bytes(sealed)));
 
     let images = needed(site, &staging.path().join("builder.db")).await?;
     let store = ImageStore::open(&site.paths().images())
@@ -70,7 +70,7 @@ pub(crate) async fn write(site: &Site, key: &Key, to: &Path) -> Outcome<Written>
     parts.extend(blobs.into_iter().map(|blob| (blob_name(&blob), Source::Blob(blob))));
 
     let listed = parts.iter().map(|(name, source)| described(name, source, &store));
-    let manifest = Manifest {
+    let mut manifest = Manifest {
         format: FORMAT,
         kiln: env!("CARGO_PKG_VERSION").to_owned(),
         site: site.name.to_string(),
@@ -80,8 +80,13 @@ pub(crate) async fn write(site: &Site, key: &Key, to: &Path) -> Outcome<Written>
         stores,
         parts: listed.collect::<Outcome<_>>()?,
     };
+    let files = outside::key_files(site)?;
+    // Last: they are sealed together with the list of all others.
+    let sealed = Source::Bytes(key.seal(&manifest.sealed_about()?, &secrets(site, &files)?)?);
+    manifest.parts.push(described(KEYS, &sealed, &store)?);
+    parts.push((KEYS.to_owned(), sealed));
     let bytes = archive(&manifest, &parts, &store, &staging.path().join("archive"), to)?;
-    Ok(Written { bytes, images: images.len() })
+    Ok(Written { bytes, images: images.len(), left_out: outside::left_out(site, &files) })
 }
 
 async fn copy_store(site: &Site, service: Service, to: &Path) -> Outcome<StorePart> {
@@ -121,17 +126,14 @@ fn pack(folder: &Path, to: &Path) -> Outcome {
     tar.into_inner().and_then(|mut writer| writer.flush()).during(&what)
 }
 
-/// Every file below `keys`, as a tar that never touches a disk.
-fn secrets(site: &Site) -> Outcome<Zeroizing<Vec<u8>>> {
+/// These files below `keys`, as a tar that never touches a disk.
+fn secrets(site: &Site, paths: &[PathBuf]) -> Outcome<Zeroizing<Vec<u8>>> {
     let keys = site.paths().keys();
     let what = format!("reading {}", keys.display());
     let mut files = Vec::new();
-    for entry in walkdir::WalkDir::new(&keys).sort_by_file_name() {
-        let entry = entry.map_err(|error| Failure::failed(&what, error))?;
-        let name = entry.path().strip_prefix(&keys).map_err(|error| Failure::failed(&what, error))?;
-        if entry.file_type().is_file() {
-            files.push((name.to_owned(), kiln_secret::read_bytes(entry.path()).during(&what)?));
-        }
+    for path in paths {
+        let name = path.strip_prefix(&keys).map_err(|error| Failure::failed(&what, error))?;
+        files.push((name, kiln_secret::read_bytes(path).during(&what)?));
     }
     // Large enough never to be moved: what is left behind by that would not be wiped. Each file has a block before it and
     // one that it need not fill, and two end the whole.

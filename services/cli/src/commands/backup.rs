@@ -41,6 +41,7 @@ pub(crate) async fn run(it: &Backup, home: &Home, screen: Screen) -> Outcome {
         "file": file,
         "bytes": written.bytes,
         "images": written.images,
+        "left_out": written.left_out,
         "key": it.key,
         "key_made": made,
     }))?;
@@ -56,6 +57,15 @@ pub(crate) async fn run(it: &Backup, home: &Home, screen: Screen) -> Outcome {
             "The new key {} opens its secrets: keep it safe, and apart from the backup",
             it.key.display()
         ))?;
+    }
+    if !written.left_out.is_empty() {
+        screen.line(
+            "\nWarning: the settings name files that are not in it. Keep a copy of each, and put it back where it was \
+             before a restored site is started:",
+        )?;
+        for path in &written.left_out {
+            screen.line(format_args!("  {}", path.display()))?;
+        }
     }
     screen.next(&[format!("kiln restore {} --key {}", file.display(), it.key.display())])
 }

@@ -1,5 +1,6 @@
 //! Which keys sign the site's images, and whose signatures let which server's images run.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use kiln_model::name::ServerName;
@@ -99,6 +100,21 @@ impl Signing {
     pub fn trust(&self, server: &str) -> Option<&Trust> {
         let found = self.trust.iter().find(|(servers, _)| servers.iter().any(|it| it.takes(server)));
         found.map(|(_, trust)| trust)
+    }
+
+    /// Keys, public keys and programs, each once.
+    pub fn files(&self) -> BTreeSet<PathBuf> {
+        let mut files: BTreeSet<_> = self.trust.iter().flat_map(|(_, trust)| trust.keys.clone()).collect();
+        for key in &self.keys {
+            match key {
+                Key::File(path) => files.extend([path.clone()]),
+                Key::Command { run, public } => {
+                    files.extend(run.first().map(PathBuf::from));
+                    files.extend([public.clone()]);
+                }
+            }
+        }
+        files
     }
 }
 
