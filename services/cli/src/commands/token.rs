@@ -10,11 +10,13 @@ use jiff::Timestamp;
 use kiln_service::access::{PersonName, Role, Secret, Token as Kept, TokenFile};
 use kiln_service::config::Site;
 use kiln_service::guard::lock_within;
+use serde::Serialize;
 use serde_json::json;
+use zeroize::Zeroizing;
 
 use crate::failure::{Code, During as _, Failure, Outcome};
 use crate::home::Home;
-use crate::screen::{Screen, bad, good, plain, print};
+use crate::screen::{Screen, bad, good, plain, write_all};
 use crate::site::{self, keys};
 use crate::words::lifetime;
 
@@ -75,10 +77,10 @@ pub(crate) fn run(it: Token, home: &Home, screen: Screen) -> Outcome {
 
 fn create(site: &Site, name: PersonName, role: Role, expires: Duration, screen: Screen) -> Outcome {
     let what = "making a token";
-    let mut random = [0; 32];
+    let mut random = Zeroizing::new([0; 32]);
     // The kernel's own source, asked directly: it must not be guessed.
-    File::open("/dev/urandom").and_then(|mut it| it.read_exact(&mut random)).during(what)?;
-    let secret = Secret::of(random);
+    File::open("/dev/urandom").and_then(|mut it| it.read_exact(random.as_mut_slice())).during(what)?;
+    let secret = Secret::of(&random);
     let now = Timestamp::now();
     let until = now.checked_add(expires).map_err(|error| Failure::new(Code::Invalid, what, error))?;
     let token = Kept::new(&secret, name, role, now, until)
@@ -91,10 +93,31 @@ fn create(site: &Site, name: PersonName, role: Role, expires: Duration, screen: 
         Ok(())
     })?;
     if screen.is_json() {
-        return screen.json(&json!({ "id": id, "token": secret.reveal(), "expires": until.to_string() }));
+        return write_all(&Made { expires: until, id: &id, token: secret.reveal() }.line()?);
     }
     screen.progress(format_args!("token {id}, good until {until}; it is shown this once:"));
-    print(secret.reveal())
+    write_all(Zeroizing::new([secret.reveal(), "\n"].concat()).as_bytes())
+}
+
+/// A new token as a document.
+#[derive(Serialize)]
+struct Made<'a> {
+    expires: Timestamp,
+    id: &'a str,
+    token: &'a str,
+}
+
+impl Made<'_> {
+    /// Not by way of a `Value` or of a text that grows: they leave copies of the token that nobody wipes.
+    fn line(&self) -> Outcome<Zeroizing<Vec<u8>>> {
+        // The names, the quotes and a time are less than half of it.
+        const ROOM: usize = 256;
+        let mut line = Zeroizing::new(Vec::with_capacity(ROOM + self.id.len() + self.token.len()));
+        serde_json::to_writer(&mut *line, self)
+            .map_err(|error| Failure::failed("writing the new token", error))?;
+        line.push(b'\n');
+        Ok(line)
+    }
 }
 
 fn list(site: &Site, screen: Screen) -> Outcome {
@@ -149,4 +172,20 @@ fn change(site: &Site, edit: impl FnOnce(&mut TokenFile) -> Outcome) -> Outcome 
     let mut file = read(site)?;
     edit(&mut file)?;
     keys::write(&path, &file.to_text().map_err(|why| Failure::failed(&what, why))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_new_token_is_one_line_of_json_that_was_never_moved() {
+        let secret = Secret::of(&[7; 32]);
+        let expires = "2026-02-01T00:00:00.123456789Z".parse().unwrap();
+        let line = Made { expires, id: "1a2b3c4d", token: secret.reveal() }.line().unwrap();
+        let document: serde_json::Value = serde_json::from_slice(&line).unwrap();
+        let expected = json!({ "id": "1a2b3c4d", "token": secret.reveal(), "expires": "2026-02-01T00:00:00.123456789Z" });
+        assert_eq!(document, expected);
+        assert!(line.ends_with(b"}\n") && line.len() <= 256, "{}", line.len());
+    }
 }

@@ -25,7 +25,7 @@ pub struct Secret(Zeroizing<String>);
 
 impl Secret {
     /// Of bytes from the kernel's source of randomness.
-    pub fn of(random: [u8; BYTES]) -> Self {
+    pub fn of(random: &[u8; BYTES]) -> Self {
         let digits = Zeroizing::new(hex::encode(random));
         Self(Zeroizing::new([PREFIX, digits.as_str()].concat()))
     }
@@ -174,7 +174,7 @@ mod tests {
     }
 
     fn token(random: u8, name: &str, role: Role) -> (Secret, Token) {
-        let secret = Secret::of([random; BYTES]);
+        let secret = Secret::of(&[random; BYTES]);
         let (created, expires) = (time("2026-01-01T00:00:00Z"), time("2026-02-01T00:00:00Z"));
         let token = Token::new(&secret, name.parse().unwrap(), role, created, expires).unwrap();
         (secret, token)

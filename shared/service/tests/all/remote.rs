@@ -146,7 +146,7 @@ async fn a_token_is_good_until_it_expires_or_is_revoked() {
     let (viewer, of_viewer) = token(1, Role::Viewer, &far);
     let (operator, of_operator) = token(2, Role::Operator, &far);
     let (late, of_late) = token(3, Role::Admin, "2026-01-02T00:00:00Z");
-    let unknown = Secret::of([4; 32]);
+    let unknown = Secret::of(&[4; 32]);
     site.keep(&[&of_viewer, &of_operator, &of_late]);
     let by = |secret: &Secret| site.client(None, Some(secret.reveal()));
     look(by(&viewer)).await.unwrap();

@@ -48,7 +48,7 @@ pub(crate) fn identity(role: Role) -> Identity {
 
 /// Of a person whose name says which it is.
 pub(crate) fn token(random: u8, role: Role, expires: &str) -> (Secret, Token) {
-    let secret = Secret::of([random; 32]);
+    let secret = Secret::of(&[random; 32]);
     let name = format!("bot{random}").parse().unwrap();
     let created = "2026-01-01T00:00:00Z".parse().unwrap();
     let token = Token::new(&secret, name, role, created, expires.parse().unwrap()).unwrap();
