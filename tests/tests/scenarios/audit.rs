@@ -1,5 +1,6 @@
 //! Who did what, and whether the records of it are as they were written.
 
+use std::process::Output;
 use std::time::Duration;
 
 use kiln_tests::Result;
@@ -7,10 +8,26 @@ use kiln_tests::command::both;
 use kiln_tests::server::Web;
 use kiln_tests::site::Site;
 use kiln_tests::wait::until;
+use rustix::process::Signal;
 use serde_json::Value;
 
 fn texts<'a>(document: &'a Value, list: &str, field: &str) -> Vec<&'a str> {
     document[list].as_array().into_iter().flatten().filter_map(|it| it[field].as_str()).collect()
+}
+
+/// `kiln audit verify` with these heads, in the form for people.
+fn verify(site: &Site, heads: &[&str]) -> Result<Output> {
+    let mut arguments = vec!["audit", "verify"];
+    for head in heads {
+        arguments.extend(["--head", head]);
+    }
+    site.try_kiln(&arguments)
+}
+
+/// Another hash of the same form.
+fn forged(head: &str) -> String {
+    let (before, last) = head.split_at(head.len() - 1);
+    format!("{before}{}", if last == "0" { "1" } else { "0" })
 }
 
 /// Who changes a record in a store's file is found by name.
@@ -57,6 +74,33 @@ async fn a_record_that_was_changed_is_named() -> Result<()> {
         texts(&web.site.json(&["audit", "--actor", "nobody-at-all"])?, "records", "actor"),
         Vec::<&str>::new()
     );
+
+    // Without the broker nothing is proved, but for what was kept.
+    let heads = texts(&found, "services", "keep");
+    assert_eq!(heads.len(), 3, "{found:#}");
+    let of_builder =
+        heads.iter().find(|head| head.starts_with("builder=")).ok_or("no head of the builder")?;
+    let wrong = forged(of_builder);
+    web.site.signal("nats", Signal::STOP)?;
+    let without =
+        [&[][..], heads.as_slice(), &[of_builder], &[wrong.as_str()]].map(|it| verify(&web.site, it));
+    web.site.signal("nats", Signal::CONT)?;
+    for (verified, (code, words)) in without.into_iter().zip([
+        (5, "nothing to compare those of builder, deployer, monitor with"),
+        (0, "Not compared with what was published"),
+        (5, "nothing to compare those of deployer, monitor with"),
+        (1, "is not as in the head that was kept"),
+    ]) {
+        let verified = verified?;
+        let said = both(&verified);
+        assert!(verified.status.code() == Some(code) && said.contains(words), "not {code}, {words}: {said}");
+    }
+    until("the broker to be back", Duration::from_secs(30), async || {
+        let verified = verify(&web.site, &heads)?;
+        if verified.status.success() { Ok(()) } else { Err(both(&verified).into()) }
+    })
+    .await?;
+    assert_eq!(verify(&web.site, &[&wrong])?.status.code(), Some(1));
 
     let sequence = apply["sequence"].as_u64().ok_or("no sequence")?;
     let change =

@@ -1,5 +1,6 @@
 //! `kiln audit`
 
+mod kept;
 mod verify;
 
 use clap::{Args, Subcommand};
@@ -37,13 +38,14 @@ pub(crate) struct Audit {
 
 #[derive(Debug, Subcommand)]
 enum AuditCommand {
-    /// Check that no record was altered, removed, added or moved since it was written; exit code 1 where one was
-    Verify,
+    /// Check that no record was altered, removed, added or moved since it was written; exit code 1 where one was, and 5
+    /// where there was nothing to compare the records with
+    Verify(verify::Verify),
 }
 
 pub(crate) async fn run(it: &Audit, services: &Services, screen: Screen) -> Outcome {
-    match it.command {
-        Some(AuditCommand::Verify) => verify::run(services, screen).await,
+    match &it.command {
+        Some(AuditCommand::Verify(it)) => verify::run(it, services, screen).await,
         None => list(it, services, screen).await,
     }
 }

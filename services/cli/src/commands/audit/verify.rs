@@ -1,5 +1,6 @@
 //! `kiln audit verify`
 
+use clap::Args;
 use kiln_api::audit::{CheckSealsRequest, Fault, FaultKind, Link, ListRecordsRequest};
 use kiln_api::events::AuditSealed;
 use kiln_bus::{NatsBus, User};
@@ -7,16 +8,52 @@ use kiln_model::event::{EventType, Service};
 use prost::Message as _;
 use serde_json::json;
 
+use super::kept::KeptHead;
 use super::{SERVICES, as_json};
 use crate::clients::{Services, look};
 use crate::failure::{Code, During as _, Failure, Outcome};
 use crate::screen::{Screen, bad, good, plain};
 use crate::words::{moment, short};
 
-/// A head as it was published.
+#[derive(Debug, Args)]
+pub(super) struct Verify {
+    /// Compare with a head that was kept elsewhere, as an earlier `kiln audit verify` printed it; can be given for each
+    /// service
+    #[arg(long = "head", value_name = "SERVICE=SEQUENCE:HASH")]
+    heads: Vec<KeptHead>,
+}
+
+/// A head that the chain must have.
+#[derive(Debug, Clone)]
 struct Head {
     link: Link,
-    published: String,
+    from: Origin,
+}
+
+#[derive(Debug, Clone)]
+enum Origin {
+    /// When it was published.
+    Broker(String),
+    /// Whoever calls kept it.
+    Caller,
+}
+
+impl Origin {
+    fn absent(&self) -> String {
+        match self {
+            Self::Broker(time) => format!("is not there, and was published as sealed at {time}"),
+            Self::Caller => "is not there, and was sealed when its head was kept".to_owned(),
+        }
+    }
+
+    fn other(&self, until: u64) -> String {
+        match self {
+            Self::Broker(time) => {
+                format!("or a later one up to {until} is not as it was published at {time}")
+            }
+            Self::Caller => format!("or a later one up to {until} is not as in the head that was kept"),
+        }
+    }
 }
 
 /// What was found of one service.
@@ -24,28 +61,76 @@ struct Found {
     service: Service,
     records: u64,
     unsealed: u64,
-    /// Heads that were compared with.
-    heads: usize,
+    /// Heads of the broker that were compared with.
+    published: usize,
+    /// Heads of the caller, likewise.
+    kept: usize,
     reached: Link,
     fault: Option<(u64, String)>,
 }
 
-pub(super) async fn run(services: &Services, screen: Screen) -> Outcome {
-    let published = published(services).await;
-    let mut found = Vec::new();
-    for (place, service) in SERVICES.into_iter().enumerate() {
-        let heads = published.as_ref().map(|all| all[place].as_slice()).unwrap_or_default();
-        found.push(check(services, service, heads).await?);
+impl Found {
+    fn count(&mut self, head: &Head) {
+        match head.from {
+            Origin::Broker(_) => self.published += 1,
+            Origin::Caller => self.kept += 1,
+        }
     }
-    let not_compared = published.err().map(|failure| failure.line());
-    tell(services, &found, not_compared.as_deref(), screen).await?;
-    match found.iter().find_map(|found| found.fault.as_ref()) {
-        None => Ok(()),
-        Some(_) => Err(Failure::Shown(Code::Failed)),
+
+    /// The head, for `--head`; none of a chain that does not fit.
+    fn keep(&self) -> Option<String> {
+        let head = KeptHead { service: self.service, link: self.reached.clone() };
+        self.fault.is_none().then(|| head.to_string())
+    }
+
+    /// Whether a chain that was written anew as a whole would have been found. One that never had a record has no head.
+    fn is_compared(&self, broker_answered: bool) -> bool {
+        let is_empty = self.reached.sequence == 0;
+        self.kept > 0 || broker_answered && (is_empty || self.published > 0)
     }
 }
 
-/// The heads that the broker still has of each service, oldest first.
+pub(super) async fn run(it: &Verify, services: &Services, screen: Screen) -> Outcome {
+    let published = published(services).await;
+    let mut found = Vec::new();
+    for (place, service) in SERVICES.into_iter().enumerate() {
+        let published = published.as_ref().map(|all| all[place].clone()).unwrap_or_default();
+        found.push(check(services, service, &with_kept(published, service, &it.heads)).await?);
+    }
+    let not_compared = published.err().map(|failure| failure.line());
+    tell(services, &found, not_compared.as_deref(), screen).await?;
+    if found.iter().any(|found| found.fault.is_some()) {
+        return Err(Failure::Shown(Code::Failed));
+    }
+    compared(&found, not_compared.is_none())
+}
+
+/// That records fit each other proves little: the whole chain could have been written anew.
+fn compared(found: &[Found], broker_answered: bool) -> Outcome {
+    let left = found.iter().filter(|found| !found.is_compared(broker_answered));
+    let left: Vec<_> = left.map(|found| found.service.as_str()).collect();
+    if left.is_empty() {
+        return Ok(());
+    }
+    let why = format!(
+        "there was nothing to compare those of {} with: they fit each other, as they would if somebody had written all of \
+         them anew",
+        left.join(", ")
+    );
+    let todo = "kiln up, where the broker does not run; else compare with heads that were kept: kiln audit verify --head \
+                SERVICE=SEQUENCE:HASH";
+    Err(Failure::new(Code::Unavailable, "verifying the audit records", why).reason("not_compared").todo(todo))
+}
+
+/// All heads of a service, in the order of its chain.
+fn with_kept(mut published: Vec<Head>, service: Service, kept: &[KeptHead]) -> Vec<Head> {
+    let kept = kept.iter().filter(|kept| kept.service == service);
+    published.extend(kept.map(|kept| Head { link: kept.link.clone(), from: Origin::Caller }));
+    published.sort_by_key(|head| head.link.sequence);
+    published
+}
+
+/// The heads that the broker still has of each service.
 async fn published(services: &Services) -> Outcome<Vec<Vec<Head>>> {
     let site = services.site("reading what was published of the seals")?;
     let away = |error: &dyn std::fmt::Display| {
@@ -64,9 +149,8 @@ async fn published(services: &Services) -> Outcome<Vec<Vec<Head>>> {
             let event = event.map_err(|error| away(&error))?;
             let sealed = AuditSealed::decode(event.event.payload.as_slice()).map_err(|error| away(&error))?;
             let published = moment(Some(&kiln_api::convert::to_timestamp(event.event.time)));
-            heads.extend(sealed.head.map(|link| Head { link, published }));
+            heads.extend(sealed.head.map(|link| Head { link, from: Origin::Broker(published) }));
         }
-        heads.sort_by_key(|head| head.link.sequence);
         all.push(heads);
     }
     Ok(all)
@@ -74,12 +158,24 @@ async fn published(services: &Services) -> Outcome<Vec<Vec<Head>>> {
 
 async fn check(services: &Services, service: Service, heads: &[Head]) -> Outcome<Found> {
     let mut client = services.audit(service)?;
-    let mut found =
-        Found { service, records: 0, unsealed: 0, heads: 0, reached: Link::default(), fault: None };
+    let mut found = Found {
+        service,
+        records: 0,
+        unsealed: 0,
+        published: 0,
+        kept: 0,
+        reached: Link::default(),
+        fault: None,
+    };
     let mut from = None;
     for head in heads.iter().map(Some).chain([None]) {
         let until = head.map_or(0, |head| head.link.sequence);
         let trusted = found.reached.sequence;
+        // Kept before the first record: any chain goes on from there, and the service takes 0 for all that there are.
+        if let Some(head) = head.filter(|head| head.link.sequence == 0) {
+            found.count(head);
+            continue;
+        }
         loop {
             let answer = look(client.check_seals(CheckSealsRequest { from: from.clone(), until }))
                 .await
@@ -99,19 +195,16 @@ async fn check(services: &Services, service: Service, heads: &[Head]) -> Outcome
         }
         let Some(head) = head else { break };
         if found.reached.sequence != head.link.sequence {
-            let why = format!("is not there, and was published as sealed at {}", head.published);
-            found.fault = Some((head.link.sequence, why));
+            found.fault = Some((head.link.sequence, head.from.absent()));
             return Ok(found);
         }
         if found.reached.hash != head.link.hash {
-            let why = format!(
-                "or a later one up to {} is not as it was published at {}",
-                head.link.sequence, head.published
-            );
-            found.fault = Some((trusted + 1, why));
+            // Of two heads of one place, the second contradicts what was trusted by the first.
+            let first = (trusted + 1).min(head.link.sequence);
+            found.fault = Some((first, head.from.other(head.link.sequence)));
             return Ok(found);
         }
-        found.heads += 1;
+        found.count(head);
     }
     Ok(found)
 }
@@ -139,8 +232,10 @@ async fn tell(services: &Services, found: &[Found], not_compared: Option<&str>, 
             "fits": found.fault.is_none(),
             "records": found.records,
             "not_sealed_yet": found.unsealed,
-            "published_heads": found.heads,
+            "published_heads": found.published,
+            "kept_heads": found.kept,
             "head": { "sequence": found.reached.sequence, "hash": found.reached.hash },
+            "keep": found.keep(),
             "first_fault": found.fault.as_ref().map(|(sequence, why)| json!({
                 "sequence": sequence, "why": why, "record": record,
             })),
@@ -153,15 +248,23 @@ async fn tell(services: &Services, found: &[Found], not_compared: Option<&str>, 
             plain(found.service),
             plain(found.records),
             plain(found.unsealed),
-            plain(found.heads),
+            plain(found.published),
+            plain(found.kept),
             plain(format!("{} {}", found.reached.sequence, short(&found.reached.hash))),
             result,
         ]);
     }
     screen.json(&json!({ "services": told, "not_compared": not_compared }))?;
-    screen.table(&["SERVICE", "RECORDS", "NOT SEALED YET", "PUBLISHED", "UP TO", "RESULT"], rows)?;
+    screen.table(&["SERVICE", "RECORDS", "NOT SEALED YET", "PUBLISHED", "KEPT", "UP TO", "RESULT"], rows)?;
     if let Some(why) = not_compared {
         screen.line(format_args!("\nNot compared with what was published: {why}"))?;
+    }
+    let keep: Vec<_> = found.iter().filter_map(Found::keep).collect();
+    if !keep.is_empty() {
+        screen.line("\nTo be kept elsewhere, and compared with by the next `kiln audit verify`:")?;
+    }
+    for head in keep {
+        screen.line(format_args!("  --head {head}"))?;
     }
     Ok(())
 }
@@ -176,4 +279,59 @@ async fn record(services: &Services, service: Service, sequence: u64) -> Outcome
     let page = look(services.audit(service)?.list_records(request)).await;
     let page = page.during(format_args!("asking the {service} for a record"))?.into_inner();
     page.records.iter().find(|record| record.sequence == sequence).map(as_json).transpose()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chain(published: usize, kept: usize, sequence: u64) -> Found {
+        Found {
+            service: Service::Builder,
+            records: sequence,
+            unsealed: 0,
+            published,
+            kept,
+            reached: Link { sequence, hash: String::new() },
+            fault: None,
+        }
+    }
+
+    #[test]
+    fn records_that_were_compared_with_nothing_are_not_verified() {
+        for (broker_answered, found, is_verified) in [
+            (true, chain(1, 0, 9), true),
+            (true, chain(0, 0, 0), true),
+            (true, chain(0, 1, 9), true),
+            (false, chain(0, 1, 9), true),
+            (false, chain(0, 1, 0), true),
+            // The broker's data were wiped, or it was stopped.
+            (true, chain(0, 0, 9), false),
+            (false, chain(0, 0, 9), false),
+            // As if all of them had been removed.
+            (false, chain(0, 0, 0), false),
+        ] {
+            let outcome = compared(&[found], broker_answered);
+            assert_eq!(outcome.is_ok(), is_verified, "{outcome:?}");
+            if let Err(failure) = outcome {
+                assert!(
+                    failure.is_unavailable() && failure.line().contains("those of builder"),
+                    "{failure:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn kept_heads_are_compared_with_in_the_order_of_the_chain() {
+        let of = |sequence| Link { sequence, hash: String::new() };
+        let published =
+            [7, 3].map(|sequence| Head { link: of(sequence), from: Origin::Broker(String::new()) }).to_vec();
+        let kept = [(Service::Builder, 5), (Service::Monitor, 4), (Service::Builder, 0)]
+            .map(|(service, sequence)| KeptHead { service, link: of(sequence) });
+        let heads = with_kept(published, Service::Builder, &kept);
+        let order: Vec<_> =
+            heads.iter().map(|it| (it.link.sequence, matches!(it.from, Origin::Caller))).collect();
+        assert_eq!(order, [(0, true), (3, false), (5, true), (7, false)]);
+    }
 }
