@@ -11,6 +11,7 @@ use tokio::process::Command;
 
 use crate::cgroup::Cgroup;
 use crate::failure::{During, Failure};
+use crate::patience::within;
 
 /// What an error message shows of a program's output.
 const SHOWN: usize = 600;
@@ -98,9 +99,9 @@ pub(crate) async fn outcome(command: &mut Command, input: &[u8], limit: Duration
         let ((), stdout, stderr, status) = tokio::join!(feed, bounded(stdout), bounded(stderr), child.wait());
         Ok::<_, std::io::Error>(Output { status: status?, stdout: stdout?, stderr: stderr? })
     };
-    tokio::time::timeout(limit, finish)
+    within(limit, finish)
         .await
-        .map_err(|_| Failure::new(&what, format!("did not end within {limit:?} and was killed")))?
+        .ok_or_else(|| Failure::new(&what, format!("did not end within {limit:?} and was killed")))?
         .during(|| format!("waiting for {what}"))
 }
 

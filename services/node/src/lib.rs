@@ -19,6 +19,7 @@ mod metrics;
 mod names;
 mod network;
 mod node;
+mod patience;
 mod process;
 mod purge;
 mod record;

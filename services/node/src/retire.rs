@@ -16,6 +16,7 @@ use crate::drain::Connections;
 use crate::exits::ended;
 use crate::launch::advance;
 use crate::node::{Node, blocking, to_the_end};
+use crate::patience::within;
 use crate::record::{Fact, Record, Role, State};
 
 /// From the flip of the edge until the connections are looked at: a first packet that was let through before the flip
@@ -151,14 +152,14 @@ impl<S: Store> Node<S> {
         let internal = |error: std::io::Error| ApiError::internal(&error);
         let polled = || pidfd.try_clone().map_err(internal);
         send(&pidfd, self.verifier.stop_signal(&record.spec.image))?;
-        if let Ok(end) = tokio::time::timeout(STOP, ended(polled()?)).await {
+        if let Some(end) = within(STOP, ended(polled()?)).await {
             return end.map_err(internal);
         }
         tracing::warn!(instance = %id, "did not stop within {STOP:?} and is killed");
         send(&pidfd, Signal::KILL)?;
-        tokio::time::timeout(KILL, ended(polled()?))
+        within(KILL, ended(polled()?))
             .await
-            .map_err(|_| {
+            .ok_or_else(|| {
                 ApiError::Unavailable(format!(
                     "instance {id} was killed and does not end; it hangs in the kernel"
                 ))

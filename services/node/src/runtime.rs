@@ -17,6 +17,7 @@ use crate::cgroup::Cgroup;
 use crate::failure::{During, Failure};
 use crate::helper::{Helpers, outcome, plain};
 use crate::names::Names;
+use crate::patience::within;
 
 /// A start takes 50 ms; a machine that swaps may need seconds.
 const START_LIMIT: Duration = Duration::from_secs(30);
@@ -129,9 +130,9 @@ impl Runtime {
                 .await?;
             Ok::<_, io::Error>(line)
         };
-        let line = tokio::time::timeout(START_LIMIT, answer)
+        let line = within(START_LIMIT, answer)
             .await
-            .map_err(|_| Failure::new(what(), format!("conmon did not answer within {START_LIMIT:?}")))?
+            .ok_or_else(|| Failure::new(what(), format!("conmon did not answer within {START_LIMIT:?}")))?
             .during(what)?;
         let said =
             || fs::read_to_string(&errors).unwrap_or_default().trim().chars().take(600).collect::<String>();
