@@ -11,11 +11,14 @@ use kiln_model::lock::{BUILDER_FORMAT, Lock, LockedBase, LockedPackage};
 use crate::life::Life;
 use crate::nature::Nature;
 use crate::outside::{ARCHIVE, Outside, release_file};
+use crate::store::Disk;
 use crate::world::World;
 
 #[derive(Clone)]
 pub(crate) struct SimBakery {
     pub(crate) outside: Outside,
+    /// Its images are on the disk that its service's store is on.
+    pub(crate) disk: Disk,
     pub(crate) life: Life,
     pub(crate) world: World,
 }
@@ -82,6 +85,10 @@ impl Bakery for SimBakery {
         self.life.step("while it bakes").await;
         if self.world.chance(self.world.faults().bake_fails) {
             return Err(away());
+        }
+        if self.disk.is_full() {
+            let source = std::io::ErrorKind::StorageFull.into();
+            return Err(BakeError::Io { doing: "writing", path: "layer".into(), source });
         }
         let digest = Digest::of(lock.key().unwrap().to_string().as_bytes());
         let LockedBase::Debian { packages, .. } = &lock.base else { panic!("{lock:?}") };

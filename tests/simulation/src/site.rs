@@ -217,8 +217,12 @@ impl Site {
     fn decides(&self, life: &Life) -> Builder<SimStore, SimBakery, SimClock> {
         let documents = Documents::new(self.store(life));
         let contexts = Contexts::new(self.folder.join("contexts"));
-        let bakery =
-            SimBakery { outside: self.outside.clone(), life: life.clone(), world: self.world.clone() };
+        let bakery = SimBakery {
+            outside: self.outside.clone(),
+            disk: self.disk(life.service).clone(),
+            life: life.clone(),
+            world: self.world.clone(),
+        };
         Builder {
             sources: Sources::new(documents.clone(), contexts, self.reach(life)),
             documents,

@@ -20,6 +20,7 @@ use crate::world::World;
 /// A reader is behind by so much at most, and so late is heard of what others commit.
 const BEHIND: Duration = Duration::from_millis(BEHIND_MILLIS);
 const BEHIND_MILLIS: u64 = 500;
+const FULL: &str = "the disk is full";
 
 /// What was written over, and when.
 #[derive(Clone)]
@@ -57,6 +58,7 @@ pub(crate) struct Disk {
     /// For readers that are behind.
     documents: Arc<Mutex<Past<Document>>>,
     watermarks: Arc<Mutex<Past<u64>>>,
+    full_until: Arc<Mutex<Option<Instant>>>,
 }
 
 impl Disk {
@@ -65,7 +67,18 @@ impl Disk {
             store: MemoryStore::new(epoch),
             documents: Arc::new(Mutex::new(Past(VecDeque::new()))),
             watermarks: Arc::new(Mutex::new(Past(VecDeque::new()))),
+            full_until: Arc::default(),
         }
+    }
+
+    /// What is on it can be read, and nothing is written.
+    pub(crate) fn fill_until(&self, moment: Instant) {
+        let mut until = self.full_until.lock().unwrap();
+        *until = until.max(Some(moment));
+    }
+
+    pub(crate) fn is_full(&self) -> bool {
+        self.full_until.lock().unwrap().is_some_and(|until| Instant::now() < until)
     }
 
     /// The documents of a batch as they are.
@@ -111,6 +124,11 @@ impl SimStore {
 
     fn refused(&self, what: &'static str, reason: &str) -> Error {
         Error::Unavailable { what, place: self.life.service.to_string(), reason: reason.to_owned() }
+    }
+
+    async fn write(&self, what: &'static str) -> Result<&MemoryStore, Error> {
+        let store = self.read().await?;
+        if self.disk.is_full() { Err(self.refused(what, FULL)) } else { Ok(store) }
     }
 
     async fn read(&self) -> Result<&MemoryStore, Error> {
@@ -247,8 +265,8 @@ impl Store for SimStore {
         self.world.slowly().await;
         self.life.step("before a commit").await;
         let faults = self.world.faults();
-        if self.world.chance(faults.store_refuses) {
-            return Err(self.refused("commit", "the disk is full"));
+        if self.disk.is_full() || self.world.chance(faults.store_refuses) {
+            return Err(self.refused("commit", FULL));
         }
         let before = self.disk.documents(&batch).await;
         let mut watermarks = Vec::new();
@@ -285,7 +303,7 @@ impl Store for SimStore {
 
     async fn mark_sent(&self, sequences: &[u64]) -> Result<(), Error> {
         self.life.step("before it marks events as sent").await;
-        self.read().await?.mark_sent(sequences).await
+        self.write("mark events as sent").await?.mark_sent(sequences).await
     }
 
     async fn audit(&self, before: u64, limit: u32) -> Result<Vec<(u64, AuditRecord)>, Error> {
@@ -297,6 +315,6 @@ impl Store for SimStore {
     }
 
     async fn prune(&self, now: jiff::Timestamp) -> Result<u64, Error> {
-        self.read().await?.prune(now).await
+        self.write("prune").await?.prune(now).await
     }
 }

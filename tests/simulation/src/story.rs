@@ -76,6 +76,9 @@ async fn go_on(mut story: Story, world: &World) -> Result<Unjudged, Vec<String>>
             story.act_more().await;
             story.wait().await;
         }
+        if world.extras().fills && world.more().chance(0.4) {
+            story.fill_disk();
+        }
         story.act().await;
         if !world.broken().is_empty() {
             return Err(world.broken());

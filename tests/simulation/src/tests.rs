@@ -150,7 +150,8 @@ fn every_seed_ends_well() {
 
 #[test]
 fn a_seed_does_again_what_it_did() {
-    for seed in [1, 2, 3, 4, 5] {
+    // Of every kind of story, by what is taken of a seed.
+    for seed in (0..20).map(|step| 97 * step) {
         let story = |played: Result<Told, Broken>| played.map_or_else(|(_, story)| story, |told| told.story);
         assert_eq!(story(play(seed)), story(play(seed)), "seed {seed}");
     }

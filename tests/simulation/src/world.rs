@@ -110,6 +110,8 @@ pub(crate) struct Extras {
     pub(crate) approve: bool,
     /// Another server, beside the one that the story is about.
     pub(crate) second: bool,
+    /// The disk is full for a while.
+    pub(crate) fills: bool,
     pub(crate) policy: Policy,
 }
 
@@ -119,8 +121,8 @@ impl Extras {
         let policy = if more.chance(0.2) { *more.pick(&Policy::ALL).unwrap() } else { Policy::default() };
         Self {
             dies_acked: more.chance(0.25),
-            // By the seed alone: one more number drawn here would change those that the stories with extras go on with, and
-            // one of them is named.
+            // By the seed alone, and the next but one: one more number drawn here would change those that the stories with
+            // extras go on with, and one of them is named.
             dies_answered: world.inner.seed % 5 == 4,
             late_lists: more.chance(0.25),
             late_answers: more.chance(0.25),
@@ -129,6 +131,7 @@ impl Extras {
             flaps: more.chance(0.005),
             approve: more.chance(0.1),
             second: more.chance(0.15),
+            fills: world.inner.seed % 6 == 2,
             policy,
         }
     }

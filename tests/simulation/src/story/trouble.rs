@@ -114,6 +114,18 @@ impl Story {
         });
     }
 
+    /// Of the machine that all services are on, or of one that a service has for itself.
+    pub(super) fn fill_disk(&self) {
+        let more = self.world().more();
+        let one = *more.pick(&Service::ALL).unwrap();
+        let of = if more.chance(0.5) { Service::ALL.to_vec() } else { vec![one] };
+        let long = Duration::from_millis(more.between(100, 90_000));
+        self.world().tell(format!("the disk of {of:?} is full, for {long:?}"));
+        for service in of {
+            self.site.disk(service).fill_until(tokio::time::Instant::now() + long);
+        }
+    }
+
     pub(super) fn jump(&self) {
         let seconds = i64::try_from(self.world().between(1, 30 * 3600)).unwrap();
         let by = if self.world().chance(0.5) { seconds } else { -seconds };
