@@ -195,6 +195,9 @@ async fn no_secret_is_anywhere_but_where_it_is_kept() -> Result<()> {
     let made = web.site.json(&["token", "create", "ada", "--role", "operator"])?;
     let token = made["token"].as_str().ok_or("no token")?;
     canaries.plant("a token", token);
+    // Without any, who shows no certificate does not come as far as being asked for one.
+    let kept = web.site.json(&["token", "create", "bea", "--role", "viewer"])?;
+    canaries.plant("a token that is kept", kept["token"].as_str().ok_or("no token")?);
     let strange = format!("kiln_{}", "5eed".repeat(16));
     canaries.plant("a token that nobody gave out", &strange);
     let person = Elsewhere::new(outside.path(), "secrets");
