@@ -93,10 +93,15 @@ impl Services {
         &self.name
     }
 
+    /// None where the site is on other machines.
+    pub(crate) fn site_here(&self) -> Option<&Site> {
+        self.site.as_ref()
+    }
+
     /// # Errors
     /// For what only goes on a machine of the site itself.
     pub(crate) fn site(&self, what: &str) -> Outcome<&Site> {
-        self.site.as_ref().ok_or_else(|| {
+        self.site_here().ok_or_else(|| {
             Failure::new(Code::Refused, what, "the site is on another machine")
                 .reason("not_here")
                 .todo("do it there; `kiln history` and `kiln why` tell from here what happened")

@@ -11,7 +11,7 @@ use kiln_store::{Error, Store};
 use prost::Message as _;
 use tokio::sync::watch;
 
-pub use api::service;
+pub use api::{checked, message, service};
 
 use crate::clock::Clock;
 use crate::shutdown::requested;

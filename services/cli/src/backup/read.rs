@@ -10,12 +10,14 @@ use kiln_image::ImageStore;
 use kiln_model::digest::Digest;
 use kiln_model::event::Service;
 use kiln_service::config::{Site, SiteFile};
+use serde_json::{Value, json};
 
 use super::write::Hashing;
 use super::{
     CONTEXTS, FORMAT, IMAGES, KEYS, Key, Manifest, Part, SERVICES, SITE, blob_name, manifest_name, store_name,
 };
 use crate::failure::{Code, During as _, Failure, Outcome};
+use crate::site::ledger::{Deed, Ledger};
 use crate::site::{broker, keys};
 
 const MANIFEST_LIMIT: u64 = 64 << 20;
@@ -94,6 +96,14 @@ async fn into_empty(archive: &Path, key: &Key, home: &Path, by: &str) -> Outcome
         // What is in it `kiln up` makes anew; that it is there says whose the broker is.
         keys::write(&broker::config_file(&site), "")?;
     }
+    // Tokens that were revoked after the backup are good again.
+    let deed = Deed {
+        action: "restore",
+        subject: "keys".to_owned(),
+        before: Value::Null,
+        after: json!({ "backup_of": manifest.time }),
+    };
+    Ledger::open(&site)?.record(&deed)?;
     std::fs::remove_dir_all(&staging).during("removing what was staged")?;
     let handle = File::open(home).during("opening the site's folder")?;
     rustix::fs::syncfs(&handle).map_err(|error| Failure::failed("writing the site to disk", error))?;

@@ -16,7 +16,7 @@ use super::{
     outside, store_name,
 };
 use crate::failure::{Code, During as _, Failure, Outcome};
-use crate::site::{broker, leftovers};
+use crate::site::{broker, ledger, leftovers};
 
 /// Of a tar.
 const BLOCK: usize = 512;
@@ -80,9 +80,13 @@ pub(crate) async fn write(site: &Site, key: &Key, to: &Path) -> Outcome<Written>
         stores,
         parts: listed.collect::<Outcome<_>>()?,
     };
+    // A token is not without the record of who made it.
+    let lock = ledger::lock(site)?;
     let files = outside::key_files(site)?;
+    let secrets = secrets(site, &files)?;
+    drop(lock);
     // Last: they are sealed together with the list of all others.
-    let sealed = Source::Bytes(key.seal(&manifest.sealed_about()?, &secrets(site, &files)?)?);
+    let sealed = Source::Bytes(key.seal(&manifest.sealed_about()?, &secrets)?);
     manifest.parts.push(described(KEYS, &sealed, &store)?);
     parts.push((KEYS.to_owned(), sealed));
     let bytes = archive(&manifest, &parts, &store, &staging.path().join("archive"), to)?;

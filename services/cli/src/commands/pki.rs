@@ -8,11 +8,13 @@ use jiff::Timestamp;
 use kiln_service::access::{Identity, Role};
 use kiln_service::certificate::Certificate;
 use kiln_service::config::Site;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::failure::{Code, During as _, Failure, Outcome};
 use crate::home::Home;
 use crate::screen::{Screen, bad, busy, good, plain};
+use crate::site::ledger::{Deed, Ledger};
+use crate::site::pki::Step;
 use crate::site::{self, keys, pki};
 use crate::words::lifetime;
 
@@ -75,11 +77,19 @@ pub(crate) fn run(it: Pki, home: &Home, screen: Screen) -> Outcome {
                 return Err(Failure::new(Code::Invalid, format!("the certificate of {name}"), why));
             }
             let usual = if identity.role().is_person() { PERSON_LIFE } else { SERVICE_LIFE };
+            let mut ledger = Ledger::open(&site)?;
             let issued = pki::issue(&pki::authority(&site)?, &identity, &host, life.unwrap_or(usual))?;
-            keys::write(&out, &issued.reveal())?;
             let read =
                 Certificate::of_pem(&issued.certificate).map_err(|why| Failure::failed("reading it", why))?;
-            screen.json(&document(&read, &out))?;
+            let document = document(&read, &out);
+            let deed = Deed {
+                action: "pki.issue",
+                subject: identity.uri(&site.name),
+                before: Value::Null,
+                after: document.clone(),
+            };
+            ledger.carry_out(&deed, || keys::write(&out, &issued.reveal()))?;
+            screen.json(&document)?;
             let authority = site.paths().authority();
             screen.line(format_args!(
                 "{} has the certificate and key of {}, good until {}",
@@ -107,24 +117,38 @@ pub(crate) fn run(it: Pki, home: &Home, screen: Screen) -> Outcome {
         }
         PkiCommand::List => list(&site, screen),
         PkiCommand::Rotate { switch, finish } => {
-            match (switch, finish) {
-                (true, _) => pki::switch(&site)?,
-                (_, true) => pki::finish(&site)?,
-                _ => pki::prepare(&site)?,
-            }
+            let step = match (switch, finish) {
+                (true, _) => Step::Switch,
+                (_, true) => Step::Finish,
+                _ => Step::Prepare,
+            };
+            rotate(&site, step)?;
             list(&site, screen)?;
-            match (switch, finish) {
-                (true, _) => screen.next(&[
+            match step {
+                Step::Switch => screen.next(&[
                     "renew what was given to people and other machines, then: kiln pki rotate --finish",
                 ]),
-                (_, true) => Ok(()),
-                _ => screen.next(&[format!(
+                Step::Finish => Ok(()),
+                Step::Prepare => screen.next(&[format!(
                     "bring {} to every other machine and person, then: kiln pki rotate --switch",
                     site.paths().authority().display()
                 )]),
             }
         }
     }
+}
+
+fn rotate(site: &Site, step: Step) -> Outcome {
+    let mut ledger = Ledger::open(site)?;
+    let before = pki::authorities(site)?;
+    let after = pki::after(site, step)?;
+    let action = match step {
+        Step::Prepare => "pki.rotate",
+        Step::Switch => "pki.rotate.switch",
+        Step::Finish => "pki.rotate.finish",
+    };
+    let deed = Deed { action, subject: after.signs.clone(), before: json!(before), after: json!(after) };
+    ledger.carry_out(&deed, || pki::rotate(site, step))
 }
 
 fn identity(name: &str, role: Role) -> Outcome<Identity> {
@@ -173,4 +197,67 @@ fn list(site: &Site, screen: Screen) -> Outcome {
         vec![plain(it.uri().unwrap_or(&it.subject)), state, plain(until), plain(it.hosts.join(", "))]
     });
     screen.table(&["CERTIFICATE", "STATE", "UNTIL", "HOSTS"], rows.collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::site::create::{Wishes, ensure as make};
+    use crate::site::ledger::Log;
+
+    #[test]
+    fn each_step_of_a_rotation_is_recorded_with_the_authorities_before_and_after() {
+        let folder = tempfile::tempdir().unwrap();
+        let home = Home::new(Some(folder.path().join("home")), "test").unwrap();
+        let site = make(&home, &Wishes { nats_url: None, store: None, settings: Vec::new() }).unwrap();
+        let first = json!(pki::authorities(&site).unwrap());
+        rotate(&site, Step::Switch).unwrap_err();
+        for step in [Step::Prepare, Step::Switch, Step::Finish] {
+            rotate(&site, step).unwrap();
+        }
+        let log = Log::read(&site).unwrap();
+        let records: Vec<_> = log.records().map(|(_, record)| record).collect();
+        let actions: Vec<_> = records.iter().rev().map(|record| record.action.as_str()).collect();
+        assert_eq!(actions, ["pki.rotate", "pki.rotate.switch", "pki.rotate.finish"]);
+        let [finish, switch, prepare] = records[..] else { panic!("{records:?}") };
+        assert_eq!(
+            (&prepare.before["signs"], &prepare.before["trusted"]),
+            (&first["signs"], &first["trusted"])
+        );
+        assert_eq!(prepare.after["trusted"].as_array().map(Vec::len), Some(2));
+        assert_eq!((&switch.before, &finish.before), (&prepare.after, &switch.after));
+        assert_eq!(switch.after["signs"], prepare.after["next"]);
+        assert_eq!(finish.after, json!(pki::authorities(&site).unwrap()));
+        assert_ne!(finish.after["signs"], first["signs"]);
+    }
+
+    #[test]
+    fn whose_certificate_was_given_out_is_recorded_and_not_its_key() {
+        let folder = tempfile::tempdir().unwrap();
+        let home = Home::new(Some(folder.path().join("home")), "test").unwrap();
+        let site = make(&home, &Wishes { nats_url: None, store: None, settings: Vec::new() }).unwrap();
+        let command = |out: PathBuf| Pki {
+            command: PkiCommand::Issue {
+                name: "ada".to_owned(),
+                role: Role::Operator,
+                host: Vec::new(),
+                life: None,
+                out,
+            },
+        };
+        let screen = Screen::new(crate::screen::Format::Json, true);
+        let out = folder.path().join("ada.pem");
+        run(command(out.clone()), &home, screen).unwrap();
+        run(command(folder.path().join("nowhere/ada.pem")), &home, screen).unwrap_err();
+        let log = Log::read(&site).unwrap();
+        let records: Vec<_> = log.records().map(|(_, record)| record).collect();
+        let actions: Vec<_> = records.iter().rev().map(|record| record.action.as_str()).collect();
+        assert_eq!(actions, ["pki.issue", "pki.issue", "pki.issue.failed"]);
+        let issued = records[2];
+        assert_eq!(issued.subject, "spiffe://test/person/ada/operator");
+        let read = Certificate::of_pem(&kiln_secret::read(&out).unwrap()).unwrap();
+        assert_eq!(issued.after, document(&read, &out));
+        let text = std::fs::read_to_string(crate::site::ledger::path(&site)).unwrap();
+        assert!(!text.contains("PRIVATE KEY"), "{text}");
+    }
 }

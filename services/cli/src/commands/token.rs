@@ -2,26 +2,22 @@
 
 use std::fs::File;
 use std::io::Read as _;
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use jiff::Timestamp;
 use kiln_service::access::{PersonName, Role, Secret, Token as Kept, TokenFile};
 use kiln_service::config::Site;
-use kiln_service::guard::lock_within;
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Value, json};
 use zeroize::Zeroizing;
 
 use crate::failure::{Code, During as _, Failure, Outcome};
 use crate::home::Home;
 use crate::screen::{Screen, bad, good, plain, write_all};
+use crate::site::ledger::{Deed, Ledger};
 use crate::site::{self, keys};
 use crate::words::lifetime;
-
-/// For others that change the file, which takes them milliseconds.
-const LOCKED: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Args)]
 pub(crate) struct Token {
@@ -56,22 +52,7 @@ pub(crate) fn run(it: Token, home: &Home, screen: Screen) -> Outcome {
     match it.command {
         TokenCommand::Create { name, role, expires } => create(&site, name, role, expires, screen),
         TokenCommand::List => list(&site, screen),
-        TokenCommand::Revoke { id } => {
-            let mut found = false;
-            change(&site, |file| {
-                file.token.retain(|token| {
-                    found |= token.id == id;
-                    token.id != id
-                });
-                Ok(())
-            })?;
-            if !found {
-                return Err(Failure::new(Code::NotFound, format!("there is no token {id}"), "")
-                    .todo("kiln token list"));
-            }
-            screen.json(&json!({ "revoked": id }))?;
-            screen.line(format_args!("token {id} is revoked"))
-        }
+        TokenCommand::Revoke { id } => revoke(&site, &id, screen),
     }
 }
 
@@ -86,12 +67,14 @@ fn create(site: &Site, name: PersonName, role: Role, expires: Duration, screen: 
     let token = Kept::new(&secret, name, role, now, until)
         .map_err(|error| Failure::new(Code::Invalid, what, error))?;
     let id = token.id.clone();
-    change(site, |file| {
-        // One that has expired is refused anyway.
-        file.token.retain(|token| token.expires > now);
-        file.token.push(token);
-        Ok(())
-    })?;
+    let mut ledger = Ledger::open(site)?;
+    let mut file = read(site)?;
+    let deed =
+        Deed { action: "token.create", subject: id.clone(), before: Value::Null, after: document(&token) };
+    // One that has expired is refused anyway.
+    file.token.retain(|token| token.expires > now);
+    file.token.push(token);
+    ledger.carry_out(&deed, || write(site, &file))?;
     if screen.is_json() {
         return write_all(&Made { expires: until, id: &id, token: secret.reveal() }.line()?);
     }
@@ -120,21 +103,36 @@ impl Made<'_> {
     }
 }
 
+fn revoke(site: &Site, id: &str, screen: Screen) -> Outcome {
+    let mut ledger = Ledger::open(site)?;
+    let mut file = read(site)?;
+    let Some(place) = file.token.iter().position(|token| token.id == id) else {
+        return Err(
+            Failure::new(Code::NotFound, format!("there is no token {id}"), "").todo("kiln token list")
+        );
+    };
+    let token = file.token.remove(place);
+    let deed =
+        Deed { action: "token.revoke", subject: id.to_owned(), before: document(&token), after: Value::Null };
+    ledger.carry_out(&deed, || write(site, &file))?;
+    screen.json(&json!({ "revoked": id }))?;
+    screen.line(format_args!("token {id} is revoked"))
+}
+
+/// What may be seen of it.
+fn document(it: &Kept) -> Value {
+    json!({
+        "id": it.id,
+        "name": it.name.as_str(),
+        "role": it.role.as_str(),
+        "created": it.created.to_string(),
+        "expires": it.expires.to_string(),
+    })
+}
+
 fn list(site: &Site, screen: Screen) -> Outcome {
     let file = read(site)?;
-    let documents: Vec<_> = file
-        .token
-        .iter()
-        .map(|it| {
-            json!({
-                "id": it.id,
-                "name": it.name.as_str(),
-                "role": it.role.as_str(),
-                "created": it.created.to_string(),
-                "expires": it.expires.to_string(),
-            })
-        })
-        .collect();
+    let documents: Vec<_> = file.token.iter().map(document).collect();
     screen.json(&json!({ "tokens": documents }))?;
     if file.token.is_empty() {
         return screen.line("No tokens");
@@ -157,26 +155,19 @@ fn read(site: &Site) -> Outcome<TokenFile> {
     TokenFile::parse(&text).map_err(|why| Failure::new(Code::Invalid, what, why).reason("bad_tokens"))
 }
 
-/// One at a time: a token that was revoked must not come back by another command's writing.
-fn change(site: &Site, edit: impl FnOnce(&mut TokenFile) -> Outcome) -> Outcome {
+/// Of whoever has the ledger.
+fn write(site: &Site, file: &TokenFile) -> Outcome {
     let path = site.paths().tokens();
-    let what = format!("changing {}", path.display());
-    let lock = File::options()
-        .create(true)
-        .write(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(path.with_extension("lock"))
-        .during(&what)?;
-    lock_within(&lock, LOCKED).map_err(|error| Failure::new(Code::Unavailable, &what, error))?;
-    let mut file = read(site)?;
-    edit(&mut file)?;
-    keys::write(&path, &file.to_text().map_err(|why| Failure::failed(&what, why))?)
+    let text = file.to_text().map_err(|why| Failure::failed(format!("changing {}", path.display()), why))?;
+    keys::write(&path, &text)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::screen::Format;
+    use crate::site::create::{Wishes, ensure as make};
+    use crate::site::ledger::{self, Log};
 
     #[test]
     fn a_new_token_is_one_line_of_json_that_was_never_moved() {
@@ -187,5 +178,26 @@ mod tests {
         let expected = json!({ "id": "1a2b3c4d", "token": secret.reveal(), "expires": "2026-02-01T00:00:00.123456789Z" });
         assert_eq!(document, expected);
         assert!(line.ends_with(b"}\n") && line.len() <= 256, "{}", line.len());
+    }
+
+    #[test]
+    fn who_gave_and_took_a_token_is_recorded_and_nothing_that_lets_anybody_in() {
+        let folder = tempfile::tempdir().unwrap();
+        let home = Home::new(Some(folder.path().join("home")), "test").unwrap();
+        let site = make(&home, &Wishes { nats_url: None, store: None, settings: Vec::new() }).unwrap();
+        let screen = Screen::new(Format::Json, true);
+        create(&site, "ada".parse().unwrap(), Role::Viewer, Duration::from_secs(3600), screen).unwrap();
+        let made = read(&site).unwrap().token.remove(0);
+        revoke(&site, &made.id, screen).unwrap();
+        revoke(&site, &made.id, screen).unwrap_err();
+        let log = Log::read(&site).unwrap();
+        let records: Vec<_> = log.records().map(|(_, record)| record).collect();
+        let [revoked, created] = records[..] else { panic!("{records:?}") };
+        assert_eq!((created.action.as_str(), &created.subject), ("token.create", &made.id));
+        assert_eq!((&created.before, &created.after), (&Value::Null, &document(&made)));
+        assert_eq!((revoked.action.as_str(), &revoked.subject), ("token.revoke", &made.id));
+        assert_eq!((&revoked.before, &revoked.after), (&document(&made), &Value::Null));
+        let text = std::fs::read_to_string(ledger::path(&site)).unwrap();
+        assert!(!text.contains(&made.hash) && !text.contains("kiln_"), "{text}");
     }
 }

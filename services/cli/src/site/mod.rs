@@ -4,6 +4,7 @@ pub(crate) mod broker;
 pub(crate) mod create;
 pub(crate) mod doctor;
 pub(crate) mod keys;
+pub(crate) mod ledger;
 pub(crate) mod leftovers;
 pub(crate) mod logs;
 pub(crate) mod network;

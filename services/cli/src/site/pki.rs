@@ -9,6 +9,7 @@ use kiln_service::access::{Identity, Role};
 use kiln_service::certificate::Certificate;
 use kiln_service::config::Site;
 use kiln_service::pki::{self, Authority, Issued};
+use serde::Serialize;
 use zeroize::Zeroizing;
 
 use super::broker;
@@ -136,58 +137,105 @@ pub(crate) fn period(site: &Site) -> Duration {
     (site.pki.life / 30).clamp(Duration::from_millis(100), Duration::from_secs(60))
 }
 
-/// First step of a rotation: another authority, which is trusted from now on and signs nothing yet.
-pub(crate) fn prepare(site: &Site) -> Outcome {
-    let (bundle, next) = (site.paths().authority(), next_key(site));
-    let key = if next.exists() {
-        Authority::of_key(site.name.clone(), &read(&next)?)
-    } else {
-        Authority::new(site.name.clone())
-    };
-    let what = "making the next authority";
-    let key = key.map_err(failed(what))?;
-    write(&next, &key.reveal_key())?;
-    let trusted = read(&bundle)?;
-    // Begun again after it was cut off, it adds the same one, which is trusted once.
-    if !of_bundle(&trusted).iter().any(|it| it.subject == key.name()) {
-        let certificate = key.certificate(SystemTime::now()).map_err(failed(what))?;
-        write(&bundle, &[trusted.as_str(), &certificate].concat())?;
-    }
-    Ok(())
+/// Which authorities there are, by their names.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct Authorities {
+    pub(crate) signs: String,
+    /// That is to sign.
+    next: Option<String>,
+    trusted: Vec<String>,
 }
 
-/// Second step: the next authority signs, and all certificates of this machine are renewed by it.
-pub(crate) fn switch(site: &Site) -> Outcome {
+pub(crate) fn authorities(site: &Site) -> Outcome<Authorities> {
     let next = next_key(site);
-    if !next.exists() {
-        return Err(Failure::new(Code::Refused, "switching to the next authority", "there is none")
-            .reason("not_prepared")
-            .todo("kiln pki rotate, which makes one"));
-    }
-    std::fs::rename(&next, authority_key(site)).during("switching to the next authority")?;
-    renew(site, true).map(drop)
+    let next = next.exists().then(|| of_next(site)).transpose()?.map(|next| next.name());
+    let trusted = of_bundle(&read(&site.paths().authority())?).into_iter().map(|it| it.subject).collect();
+    Ok(Authorities { signs: authority(site)?.name(), next, trusted })
 }
 
-/// Last step: the authority that signed before is trusted no more.
-pub(crate) fn finish(site: &Site) -> Outcome {
-    if next_key(site).exists() {
-        return Err(Failure::new(
-            Code::Refused,
-            "ending the rotation",
-            "the next authority does not sign yet",
-        )
-        .reason("not_switched")
-        .todo("kiln pki rotate --switch"));
+/// Of a rotation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// Another authority is trusted from now on, and signs nothing yet.
+    Prepare,
+    /// It signs, and all certificates of this machine are renewed by it.
+    Switch,
+    /// The one that signed before is trusted no more.
+    Finish,
+}
+
+fn of_next(site: &Site) -> Outcome<Authority> {
+    Authority::of_key(site.name.clone(), &read(&next_key(site))?)
+        .map_err(failed("reading the next authority's key"))
+}
+
+/// The authorities once a step is made. Makes the next one where there is none: it is nobody's until it is trusted.
+///
+/// # Errors
+/// Where it is not the step's turn.
+pub(crate) fn after(site: &Site, step: Step) -> Outcome<Authorities> {
+    if step == Step::Prepare && !next_key(site).exists() {
+        let new = Authority::new(site.name.clone()).map_err(failed("making the next authority"))?;
+        write(&next_key(site), &new.reveal_key())?;
     }
-    let (bundle, name) = (site.paths().authority(), authority(site)?.name());
-    let trusted = read(&bundle)?;
-    let kept: String =
-        split(&trusted).filter(|pem| Certificate::of_pem(pem).is_ok_and(|it| it.subject == name)).collect();
-    if kept.is_empty() {
-        let why = format!("{} does not hold the certificate of {name}", bundle.display());
-        return Err(Failure::failed("ending the rotation", why));
+    let mut it = authorities(site)?;
+    match step {
+        Step::Prepare => {
+            // Begun again after it was cut off, it adds the same one, which is trusted once.
+            it.trusted.extend(it.next.clone().filter(|next| !it.trusted.contains(next)));
+        }
+        Step::Switch => {
+            it.signs = it.next.take().ok_or_else(|| {
+                Failure::new(Code::Refused, "switching to the next authority", "there is none")
+                    .reason("not_prepared")
+                    .todo("kiln pki rotate, which makes one")
+            })?;
+        }
+        Step::Finish => {
+            let what = "ending the rotation";
+            if it.next.is_some() {
+                return Err(Failure::new(Code::Refused, what, "the next authority does not sign yet")
+                    .reason("not_switched")
+                    .todo("kiln pki rotate --switch"));
+            }
+            it.trusted.retain(|name| *name == it.signs);
+            if it.trusted.is_empty() {
+                let bundle = site.paths().authority();
+                let why = format!("{} does not hold the certificate of {}", bundle.display(), it.signs);
+                return Err(Failure::failed(what, why));
+            }
+        }
     }
-    write(&bundle, &kept)
+    Ok(it)
+}
+
+/// Makes a step.
+///
+/// # Errors
+/// As [`after`], and where a file can't be written.
+pub(crate) fn rotate(site: &Site, step: Step) -> Outcome {
+    let bundle = site.paths().authority();
+    let before = authorities(site)?;
+    let after = after(site, step)?;
+    match step {
+        Step::Prepare => {
+            if before.trusted == after.trusted {
+                return Ok(());
+            }
+            let certificate = of_next(site)?.certificate(SystemTime::now());
+            let certificate = certificate.map_err(failed("making the next authority"))?;
+            write(&bundle, &[read(&bundle)?.as_str(), &certificate].concat())
+        }
+        Step::Switch => {
+            std::fs::rename(next_key(site), authority_key(site)).during("switching to the next authority")?;
+            renew(site, true).map(drop)
+        }
+        Step::Finish => {
+            let trusted = read(&bundle)?;
+            let is_kept = |pem: &String| Certificate::of_pem(pem).is_ok_and(|it| it.subject == after.signs);
+            write(&bundle, &split(&trusted).filter(is_kept).collect::<String>())
+        }
+    }
 }
 
 /// The certificates of a bundle.
@@ -257,18 +305,21 @@ mod tests {
         let site = site(folder.path(), &[]);
         let trusted = || of_bundle(&read(&site.paths().authority()).unwrap());
         let old = authority(&site).unwrap().name();
-        assert!(switch(&site).is_err());
-        prepare(&site).unwrap();
-        prepare(&site).unwrap();
+        assert!(rotate(&site, Step::Switch).is_err());
+        let prepared = after(&site, Step::Prepare).unwrap();
+        assert_eq!(trusted().len(), 1, "it is only known what would be");
+        rotate(&site, Step::Prepare).unwrap();
+        rotate(&site, Step::Prepare).unwrap();
         assert_eq!(trusted().len(), 2);
-        assert!(finish(&site).is_err());
+        assert_eq!(authorities(&site).unwrap(), prepared);
+        assert!(rotate(&site, Step::Finish).is_err());
         assert_eq!(of(&site, Service::Builder).issuer, old);
-        switch(&site).unwrap();
+        rotate(&site, Step::Switch).unwrap();
         let new = authority(&site).unwrap().name();
         assert_ne!(new, old);
         assert!(holders(&site).into_iter().all(|holder| of(&site, holder).issuer == new));
         assert_eq!(trusted().len(), 2);
-        finish(&site).unwrap();
+        rotate(&site, Step::Finish).unwrap();
         assert_eq!(trusted().into_iter().map(|it| it.subject).collect::<Vec<_>>(), [new]);
     }
 }

@@ -65,7 +65,7 @@ impl<S: Store> Api<S> {
                 before = sequence;
                 looked += 1;
                 if filter.takes(&record) {
-                    let record = message(self.service, sequence, record);
+                    let record = message(self.service.as_str(), sequence, record);
                     bytes += record.before_json.len() + record.after_json.len();
                     records.push(record);
                 }
@@ -87,30 +87,35 @@ impl<S: Store> Api<S> {
                 Link { sequence: from.sequence, hash }
             }
         };
-        let checked = seal::check(&self.store, from, request.until).await?;
-        let fault = checked.fault.map(|fault| {
-            let kind = match fault.kind {
-                seal::FaultKind::Altered => FaultKind::Altered,
-                seal::FaultKind::Missing => FaultKind::Missing,
-                seal::FaultKind::Unsealed => FaultKind::Unsealed,
-            };
-            Fault { sequence: fault.sequence, kind: kind.into() }
-        });
-        Ok(CheckSealsResponse {
-            reached: Some(link(&checked.reached)),
-            records: checked.records,
-            fault,
-            more: checked.more,
-            unsealed: checked.unsealed,
-            epoch: self.store.epoch().to_owned(),
-        })
+        Ok(checked(&seal::check(&self.store, from, request.until).await?, self.store.epoch()))
     }
 }
 
-fn message(service: Service, sequence: u64, record: AuditRecord) -> Record {
+/// What one look at a chain found, as it is answered.
+pub fn checked(found: &seal::Checked, epoch: &str) -> CheckSealsResponse {
+    let fault = found.fault.as_ref().map(|fault| {
+        let kind = match fault.kind {
+            seal::FaultKind::Altered => FaultKind::Altered,
+            seal::FaultKind::Missing => FaultKind::Missing,
+            seal::FaultKind::Unsealed => FaultKind::Unsealed,
+        };
+        Fault { sequence: fault.sequence, kind: kind.into() }
+    });
+    CheckSealsResponse {
+        reached: Some(link(&found.reached)),
+        records: found.records,
+        fault,
+        more: found.more,
+        unsealed: found.unsealed,
+        epoch: epoch.to_owned(),
+    }
+}
+
+/// A record as it is answered. `keeper` is the service that wrote it, or who else did.
+pub fn message(keeper: &str, sequence: u64, record: AuditRecord) -> Record {
     Record {
         sequence,
-        service: service.to_string(),
+        service: keeper.to_owned(),
         time: Some(convert::to_timestamp(record.time)),
         actor: record.actor,
         action: record.action,

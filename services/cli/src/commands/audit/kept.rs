@@ -5,14 +5,13 @@ use std::str::FromStr;
 
 use kiln_api::audit::Link;
 use kiln_model::digest::Digest;
-use kiln_model::event::Service;
 
-use super::SERVICES;
+use super::Keeper;
 
-/// `builder=41:sha256:…`; 0 where the service had no record yet.
+/// `builder=41:sha256:…`; 0 where there was no record yet.
 #[derive(Debug, Clone)]
 pub(super) struct KeptHead {
-    pub(super) service: Service,
+    pub(super) keeper: Keeper,
     pub(super) link: Link,
 }
 
@@ -22,25 +21,27 @@ impl FromStr for KeptHead {
     fn from_str(text: &str) -> Result<Self, String> {
         let wrong =
             || format!("`{text}` is no head such as builder=41:sha256:…, as kiln audit verify prints it");
-        let (service, link) = text.split_once('=').ok_or_else(wrong)?;
+        let (keeper, link) = text.split_once('=').ok_or_else(wrong)?;
         let (sequence, hash) = link.split_once(':').ok_or_else(wrong)?;
-        let service = SERVICES.into_iter().find(|it| it.as_str() == service).ok_or_else(|| {
-            format!("{service} keeps no audit records: {} do", SERVICES.map(Service::as_str).join(", "))
+        let keeper = Keeper::ALL.into_iter().find(|it| it.as_str() == keeper).ok_or_else(|| {
+            format!("{keeper} keeps no audit records: {} do", Keeper::ALL.map(Keeper::as_str).join(", "))
         })?;
         let sequence = sequence.parse().map_err(|_| wrong())?;
         let hash: Digest = hash.parse().map_err(|error| format!("{error}"))?;
-        Ok(Self { service, link: Link { sequence, hash: hash.to_string() } })
+        Ok(Self { keeper, link: Link { sequence, hash: hash.to_string() } })
     }
 }
 
 impl fmt::Display for KeptHead {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}={}:{}", self.service, self.link.sequence, self.link.hash)
+        write!(f, "{}={}:{}", self.keeper.as_str(), self.link.sequence, self.link.hash)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use kiln_model::event::Service;
+
     use super::*;
 
     #[test]
@@ -48,8 +49,12 @@ mod tests {
         let hash = Digest::of(b"a chain").to_string();
         let text = format!("builder=41:{hash}");
         let head: KeptHead = text.parse().unwrap();
-        assert_eq!((head.service, head.link.sequence, &head.link.hash), (Service::Builder, 41, &hash));
+        assert_eq!(
+            (head.keeper, head.link.sequence, &head.link.hash),
+            (Keeper::Service(Service::Builder), 41, &hash)
+        );
         assert_eq!(head.to_string(), text);
+        assert_eq!(format!("site=7:{hash}").parse::<KeptHead>().unwrap().keeper, Keeper::Site);
         assert_eq!(format!("monitor=0:{hash}").parse::<KeptHead>().unwrap().link.sequence, 0);
         for (wrong, words) in [
             (String::new(), "no head"),
@@ -58,7 +63,7 @@ mod tests {
             (format!("builder=:{hash}"), "no head"),
             (format!("builder=-1:{hash}"), "no head"),
             (format!("builder={hash}"), "no head"),
-            (format!("node=41:{hash}"), "keeps no audit records: builder, deployer, monitor do"),
+            (format!("node=41:{hash}"), "keeps no audit records: builder, deployer, monitor, site do"),
             (format!("=41:{hash}"), "keeps no audit records"),
             ("builder=41:sha256:ab".to_owned(), "not a digest"),
             ("builder=41:".to_owned(), "not a digest"),

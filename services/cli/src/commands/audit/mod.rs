@@ -7,15 +7,42 @@ use clap::{Args, Subcommand};
 use jiff::Timestamp;
 use kiln_api::audit::{ListRecordsRequest, ListRecordsResponse, Record};
 use kiln_model::event::Service;
+use kiln_service::audit::message;
+use kiln_store::AuditRecord;
 use serde_json::{Value, json};
 
 use crate::clients::{Services, look, or_away};
 use crate::failure::{During as _, Failure, Outcome};
 use crate::screen::{Screen, plain};
+use crate::site::ledger::{self, Log};
 use crate::words::{lifetime, moment, or_dash, plural, timestamp};
 
-/// Those that keep audit records, each in its own store.
-pub(super) const SERVICES: [Service; 3] = [Service::Builder, Service::Deployer, Service::Monitor];
+/// Services that keep audit records, each in its own store.
+const SERVICES: [Service; 3] = [Service::Builder, Service::Deployer, Service::Monitor];
+
+/// Who keeps records, in a chain of their own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Keeper {
+    Service(Service),
+    /// The site's folder: of what commands did without a service.
+    Site,
+}
+
+impl Keeper {
+    const ALL: [Self; 4] = [
+        Self::Service(Service::Builder),
+        Self::Service(Service::Deployer),
+        Self::Service(Service::Monitor),
+        Self::Site,
+    ];
+
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Service(service) => service.as_str(),
+            Self::Site => "site",
+        }
+    }
+}
 
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true)]
@@ -64,6 +91,18 @@ async fn list(it: &Audit, services: &Services, screen: Screen) -> Outcome {
     for service in SERVICES {
         let found = records_of(services, service, &request, wanted).await;
         records.extend(or_away(found, service.as_str(), &mut away)?);
+    }
+    // What is in the folder is about no server.
+    if let Some(site) = services.site_here()
+        && it.server.is_none()
+    {
+        let log = Log::read(site)?;
+        let is_asked = |record: &AuditRecord| {
+            since.is_none_or(|since| record.time >= since)
+                && it.actor.as_ref().is_none_or(|name| ledger::is_by(record, name))
+        };
+        let asked = log.records().filter(|(_, record)| is_asked(record)).take(wanted);
+        records.extend(asked.map(|(sequence, it)| message(Keeper::Site.as_str(), sequence, it.clone())));
     }
     // Of one service they stay in their order, also where the clock was set back.
     records.sort_by_key(|record| timestamp(record.time.as_ref()));

@@ -1,24 +1,31 @@
 //! `kiln audit verify`
 
+use std::path::PathBuf;
+
 use clap::Args;
-use kiln_api::audit::{CheckSealsRequest, Fault, FaultKind, Link, ListRecordsRequest};
+use kiln_api::audit::{
+    CheckSealsRequest, CheckSealsResponse, Fault, FaultKind, Link, ListRecordsRequest, Record,
+};
 use kiln_api::events::AuditSealed;
 use kiln_bus::{NatsBus, User};
 use kiln_model::event::{EventType, Service};
+use kiln_service::audit::{checked, message};
+use kiln_store::seal;
 use prost::Message as _;
 use serde_json::json;
 
 use super::kept::KeptHead;
-use super::{SERVICES, as_json};
+use super::{Keeper, SERVICES, as_json};
 use crate::clients::{Services, look};
 use crate::failure::{Code, During as _, Failure, Outcome};
 use crate::screen::{Screen, bad, good, plain};
+use crate::site::ledger::{self, Log};
 use crate::words::{moment, short};
 
 #[derive(Debug, Args)]
 pub(super) struct Verify {
     /// Compare with a head that was kept elsewhere, as an earlier `kiln audit verify` printed it; can be given for each
-    /// service
+    /// service and for the site's own records
     #[arg(long = "head", value_name = "SERVICE=SEQUENCE:HASH")]
     heads: Vec<KeptHead>,
 }
@@ -56,9 +63,9 @@ impl Origin {
     }
 }
 
-/// What was found of one service.
+/// What was found of one chain.
 struct Found {
-    service: Service,
+    keeper: Keeper,
     records: u64,
     unsealed: u64,
     /// Heads of the broker that were compared with.
@@ -79,14 +86,18 @@ impl Found {
 
     /// The head, for `--head`; none of a chain that does not fit.
     fn keep(&self) -> Option<String> {
-        let head = KeptHead { service: self.service, link: self.reached.clone() };
+        let head = KeptHead { keeper: self.keeper, link: self.reached.clone() };
         self.fault.is_none().then(|| head.to_string())
     }
 
     /// Whether a chain that was written anew as a whole would have been found. One that never had a record has no head.
     fn is_compared(&self, broker_answered: bool) -> bool {
         let is_empty = self.reached.sequence == 0;
-        self.kept > 0 || broker_answered && (is_empty || self.published > 0)
+        match self.keeper {
+            Keeper::Service(_) => self.kept > 0 || broker_answered && (is_empty || self.published > 0),
+            // Nobody publishes its heads: commands write it while no service runs as well.
+            Keeper::Site => self.kept > 0 || is_empty,
+        }
     }
 }
 
@@ -95,7 +106,13 @@ pub(super) async fn run(it: &Verify, services: &Services, screen: Screen) -> Out
     let mut found = Vec::new();
     for (place, service) in SERVICES.into_iter().enumerate() {
         let published = published.as_ref().map(|all| all[place].clone()).unwrap_or_default();
-        found.push(check(services, service, &with_kept(published, service, &it.heads)).await?);
+        let keeper = Keeper::Service(service);
+        found.push(check(services, keeper, &with_kept(published, keeper, &it.heads)).await?);
+    }
+    let kept = with_kept(Vec::new(), Keeper::Site, &it.heads);
+    // From another machine it can't be looked at, which is only wrong where it was asked for.
+    if services.site_here().is_some() || !kept.is_empty() {
+        found.push(check(services, Keeper::Site, &kept).await?);
     }
     let not_compared = published.err().map(|failure| failure.line());
     tell(services, &found, not_compared.as_deref(), screen).await?;
@@ -108,7 +125,7 @@ pub(super) async fn run(it: &Verify, services: &Services, screen: Screen) -> Out
 /// That records fit each other proves little: the whole chain could have been written anew.
 fn compared(found: &[Found], broker_answered: bool) -> Outcome {
     let left = found.iter().filter(|found| !found.is_compared(broker_answered));
-    let left: Vec<_> = left.map(|found| found.service.as_str()).collect();
+    let left: Vec<_> = left.map(|found| found.keeper.as_str()).collect();
     if left.is_empty() {
         return Ok(());
     }
@@ -122,9 +139,9 @@ fn compared(found: &[Found], broker_answered: bool) -> Outcome {
     Err(Failure::new(Code::Unavailable, "verifying the audit records", why).reason("not_compared").todo(todo))
 }
 
-/// All heads of a service, in the order of its chain.
-fn with_kept(mut published: Vec<Head>, service: Service, kept: &[KeptHead]) -> Vec<Head> {
-    let kept = kept.iter().filter(|kept| kept.service == service);
+/// All heads of a chain, in its order.
+fn with_kept(mut published: Vec<Head>, keeper: Keeper, kept: &[KeptHead]) -> Vec<Head> {
+    let kept = kept.iter().filter(|kept| kept.keeper == keeper);
     published.extend(kept.map(|kept| Head { link: kept.link.clone(), from: Origin::Caller }));
     published.sort_by_key(|head| head.link.sequence);
     published
@@ -156,10 +173,9 @@ async fn published(services: &Services) -> Outcome<Vec<Vec<Head>>> {
     Ok(all)
 }
 
-async fn check(services: &Services, service: Service, heads: &[Head]) -> Outcome<Found> {
-    let mut client = services.audit(service)?;
+async fn check(services: &Services, keeper: Keeper, heads: &[Head]) -> Outcome<Found> {
     let mut found = Found {
-        service,
+        keeper,
         records: 0,
         unsealed: 0,
         published: 0,
@@ -177,10 +193,7 @@ async fn check(services: &Services, service: Service, heads: &[Head]) -> Outcome
             continue;
         }
         loop {
-            let answer = look(client.check_seals(CheckSealsRequest { from: from.clone(), until }))
-                .await
-                .during(format_args!("checking the audit records of the {service}"))?
-                .into_inner();
+            let answer = ask(services, keeper, from.clone(), until).await?;
             found.records += answer.records;
             found.unsealed = answer.unsealed;
             if let Some(fault) = answer.fault {
@@ -209,6 +222,35 @@ async fn check(services: &Services, service: Service, heads: &[Head]) -> Outcome
     Ok(found)
 }
 
+/// One look at the records after a link, up to a sequence (0 for all).
+async fn ask(
+    services: &Services,
+    keeper: Keeper,
+    from: Option<Link>,
+    until: u64,
+) -> Outcome<CheckSealsResponse> {
+    let what = format!("checking the audit records of the {}", keeper.as_str());
+    match keeper {
+        Keeper::Service(service) => {
+            let mut client = services.audit(service)?;
+            let asked = look(client.check_seals(CheckSealsRequest { from, until })).await;
+            Ok(asked.during(what)?.into_inner())
+        }
+        Keeper::Site => {
+            let from = match from {
+                None => seal::Link::start(),
+                Some(from) => {
+                    let hash =
+                        from.hash.parse().map_err(|error| Failure::new(Code::Invalid, &what, error))?;
+                    seal::Link { sequence: from.sequence, hash }
+                }
+            };
+            let log = Log::read(services.site(&what)?)?;
+            Ok(checked(&log.check(from, until)?, ""))
+        }
+    }
+}
+
 fn in_words(fault: &Fault) -> String {
     match fault.kind() {
         FaultKind::Altered => "is not as it was sealed: it, its place or its seal was altered",
@@ -220,15 +262,15 @@ fn in_words(fault: &Fault) -> String {
 }
 
 async fn tell(services: &Services, found: &[Found], not_compared: Option<&str>, screen: Screen) -> Outcome {
-    let mut told = Vec::new();
+    let (mut told, mut of_site) = (Vec::new(), None);
     let mut rows = Vec::new();
     for found in found {
         let record = match &found.fault {
-            Some((sequence, _)) => record(services, found.service, *sequence).await?,
+            Some((sequence, _)) => record(services, found.keeper, *sequence).await?,
             None => None,
         };
-        told.push(json!({
-            "service": found.service.as_str(),
+        let document = json!({
+            "service": found.keeper.as_str(),
             "fits": found.fault.is_none(),
             "records": found.records,
             "not_sealed_yet": found.unsealed,
@@ -239,13 +281,17 @@ async fn tell(services: &Services, found: &[Found], not_compared: Option<&str>, 
             "first_fault": found.fault.as_ref().map(|(sequence, why)| json!({
                 "sequence": sequence, "why": why, "record": record,
             })),
-        }));
+        });
+        match found.keeper {
+            Keeper::Service(_) => told.push(document),
+            Keeper::Site => of_site = Some(document),
+        }
         let result = match &found.fault {
             None => good("fits"),
             Some((sequence, why)) => bad(format!("record {sequence} {why}")),
         };
         rows.push(vec![
-            plain(found.service),
+            plain(found.keeper.as_str()),
             plain(found.records),
             plain(found.unsealed),
             plain(found.published),
@@ -254,8 +300,16 @@ async fn tell(services: &Services, found: &[Found], not_compared: Option<&str>, 
             result,
         ]);
     }
-    screen.json(&json!({ "services": told, "not_compared": not_compared }))?;
+    let torn = torn(services)?;
+    screen.json(&json!({ "services": told, "site": of_site, "torn": torn, "not_compared": not_compared }))?;
     screen.table(&["SERVICE", "RECORDS", "NOT SEALED YET", "PUBLISHED", "KEPT", "UP TO", "RESULT"], rows)?;
+    if let Some(torn) = &torn {
+        screen.line(format_args!(
+            "\nThe last line of {} was cut off in a crash, before anything was done that it told of. The next command that \
+             writes there takes it away, and records that",
+            torn.display()
+        ))?;
+    }
     if let Some(why) = not_compared {
         screen.line(format_args!("\nNot compared with what was published: {why}"))?;
     }
@@ -269,8 +323,26 @@ async fn tell(services: &Services, found: &[Found], not_compared: Option<&str>, 
     Ok(())
 }
 
+/// The site's log, where a crash left a part of a record at its end.
+fn torn(services: &Services) -> Outcome<Option<PathBuf>> {
+    let Some(site) = services.site_here() else { return Ok(None) };
+    Ok(Log::read(site)?.is_torn.then(|| ledger::path(site)))
+}
+
 /// The record that does not fit, where it is there.
-async fn record(services: &Services, service: Service, sequence: u64) -> Outcome<Option<serde_json::Value>> {
+async fn record(services: &Services, keeper: Keeper, sequence: u64) -> Outcome<Option<serde_json::Value>> {
+    let found = match keeper {
+        Keeper::Service(service) => record_of(services, service, sequence).await?,
+        Keeper::Site => {
+            let log = Log::read(services.site("reading a record")?)?;
+            let found = log.records().find(|(at, _)| *at == sequence);
+            found.map(|(at, record)| message(keeper.as_str(), at, record.clone()))
+        }
+    };
+    found.as_ref().map(as_json).transpose()
+}
+
+async fn record_of(services: &Services, service: Service, sequence: u64) -> Outcome<Option<Record>> {
     let request = ListRecordsRequest {
         before: sequence.saturating_add(1),
         page_size: 1,
@@ -278,7 +350,7 @@ async fn record(services: &Services, service: Service, sequence: u64) -> Outcome
     };
     let page = look(services.audit(service)?.list_records(request)).await;
     let page = page.during(format_args!("asking the {service} for a record"))?.into_inner();
-    page.records.iter().find(|record| record.sequence == sequence).map(as_json).transpose()
+    Ok(page.records.into_iter().find(|record| record.sequence == sequence))
 }
 
 #[cfg(test)]
@@ -287,7 +359,7 @@ mod tests {
 
     fn chain(published: usize, kept: usize, sequence: u64) -> Found {
         Found {
-            service: Service::Builder,
+            keeper: Keeper::Service(Service::Builder),
             records: sequence,
             unsealed: 0,
             published,
@@ -323,13 +395,26 @@ mod tests {
     }
 
     #[test]
+    fn what_the_site_recorded_itself_is_compared_with_kept_heads_alone() {
+        for (kept, sequence, is_verified) in [(0, 0, true), (0, 9, false), (1, 9, true)] {
+            let found = Found { keeper: Keeper::Site, ..chain(0, kept, sequence) };
+            let outcome = compared(&[chain(1, 0, 9), found], true);
+            assert_eq!(outcome.is_ok(), is_verified, "{outcome:?}");
+            if let Err(failure) = outcome {
+                assert!(failure.line().contains("those of site with"), "{failure:?}");
+            }
+        }
+    }
+
+    #[test]
     fn kept_heads_are_compared_with_in_the_order_of_the_chain() {
         let of = |sequence| Link { sequence, hash: String::new() };
         let published =
             [7, 3].map(|sequence| Head { link: of(sequence), from: Origin::Broker(String::new()) }).to_vec();
-        let kept = [(Service::Builder, 5), (Service::Monitor, 4), (Service::Builder, 0)]
-            .map(|(service, sequence)| KeptHead { service, link: of(sequence) });
-        let heads = with_kept(published, Service::Builder, &kept);
+        let [builder, monitor] = [Service::Builder, Service::Monitor].map(Keeper::Service);
+        let kept = [(builder, 5), (monitor, 4), (Keeper::Site, 6), (builder, 0)]
+            .map(|(keeper, sequence)| KeptHead { keeper, link: of(sequence) });
+        let heads = with_kept(published, builder, &kept);
         let order: Vec<_> =
             heads.iter().map(|it| (it.link.sequence, matches!(it.from, Origin::Caller))).collect();
         assert_eq!(order, [(0, true), (3, false), (5, true), (7, false)]);
