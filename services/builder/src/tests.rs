@@ -5,6 +5,7 @@
 
 mod collecting;
 mod contended;
+mod recorded;
 mod replays;
 mod testing;
 mod working;

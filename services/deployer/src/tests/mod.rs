@@ -3,6 +3,7 @@
 mod board;
 mod crash;
 mod life;
+mod recorded;
 mod scenes;
 mod world;
 

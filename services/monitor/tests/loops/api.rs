@@ -1,3 +1,4 @@
+use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 
 use kiln_api::events::{PlanUnchanged, Report, RevisionCreated};
@@ -7,9 +8,10 @@ use kiln_api::monitor::{
 };
 use kiln_api::types;
 use kiln_model::event::Service;
-use kiln_service::access::from_local;
+use kiln_service::access::{TABLE, from_local};
 use kiln_store::Store;
 use prost::Message;
+use serde_json::{Value, json};
 use tonic::{Code, Request, Status};
 
 use crate::server::Server;
@@ -135,10 +137,8 @@ async fn a_replacement_can_be_asked_for_by_name() {
     monitor.stop().await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn what_waits_for_approval_acts_when_it_is_given() {
-    let (world, monitor) = started(types::Mode::Approve).await;
-    // Sickness asks nobody here; a changed definition does.
+/// A signal that acts once somebody approves. Sickness asks nobody here; a changed definition does.
+async fn waits_for_approval(world: &World, monitor: &Running) -> String {
     let observed = kiln_monitor_core::signal::Observation {
         server: "web".parse().unwrap(),
         cause: kiln_model::cause::CauseKind::DefinitionChanged,
@@ -154,6 +154,13 @@ async fn what_waits_for_approval_acts_when_it_is_given() {
     let scope = kiln_monitor::signals::Scope::Cause(observed.server.clone(), observed.cause);
     monitor.api.signals.see(&scope, &[observed]).await.unwrap();
     world.hears("waits_for_approval definition_changed web").await;
+    id
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_waits_for_approval_acts_when_it_is_given() {
+    let (world, monitor) = started(types::Mode::Approve).await;
+    let id = waits_for_approval(&world, &monitor).await;
 
     let approve = |request_id: &str, id: &str| {
         from_local("ann", ApproveSignalRequest { request_id: request_id.to_owned(), id: id.to_owned() })
@@ -224,5 +231,42 @@ async fn reports_come_in_on_the_bus_and_bad_ones_are_put_aside() {
     assert_eq!(signals.len(), 1);
     assert_eq!(signals[0].reporter, "bus for scanner");
     assert_eq!(world.said(), ["needs_update reported web"]);
+    monitor.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_call_that_changes_something_leaves_one_record() {
+    let (world, monitor) = started(types::Mode::Approve).await;
+    let reported = report(&monitor, request("r1", "17")).await.unwrap();
+    let waiting = waits_for_approval(&world, &monitor).await;
+    let request = ApproveSignalRequest { request_id: "a1".to_owned(), id: waiting.clone() };
+    monitor.api.approve_signal(from_local("bob", request)).await.unwrap();
+
+    // Method, request id, action, actor, which signal, its state before, and its evidence after.
+    let seen = ["CVE-2026-1 in nginx"].as_slice();
+    let approved = ["commit 1", "approved by bob"].as_slice();
+    let expected = [
+        ("ReportSignal", "r1", "report_signal", "ann", reported.id, Value::Null, seen),
+        ("ApproveSignal", "a1", "approve_signal", "bob", waiting, json!("waiting"), approved),
+    ];
+    let changes = TABLE.iter().filter(|row| row.changes);
+    let methods = changes.filter_map(|row| row.method.strip_prefix("/kiln.monitor.v1.MonitorService/"));
+    let named: BTreeSet<_> = expected.iter().map(|it| it.0).collect();
+    assert_eq!(named, methods.collect(), "say what record a new method leaves");
+
+    let audit = world.store.audit(0, 500).await.unwrap();
+    for (method, id, action, actor, signal, before, evidence) in expected {
+        let is_of_call =
+            |it: &kiln_store::AuditRecord| it.request_id.as_ref().is_some_and(|asked| asked.as_str() == id);
+        let of_call: Vec<_> = audit.iter().map(|(_, it)| it).filter(|it| is_of_call(it)).collect();
+        let [record] = of_call[..] else { panic!("{method}: {of_call:?}") };
+        let who = (record.actor.as_str(), record.action.as_str(), &record.subject);
+        assert_eq!(who, (actor, action, &format!("signal/{signal}")));
+        assert_eq!(record.server.as_ref().map(|server| server.as_str()), Some("web"));
+        let states = (&record.before["state"], &record.after["state"]);
+        assert_eq!(states, (&before, &json!("open")), "{method}");
+        assert_eq!(record.before.is_null(), before.is_null(), "{method}");
+        assert_eq!(record.after["evidence"], json!(evidence), "{method}");
+    }
     monitor.stop().await;
 }

@@ -14,9 +14,15 @@ pub struct Row {
     /// The least role of people that may; none may where there is none.
     pub people: Option<Role>,
     pub services: &'static [Role],
+    /// A call changes something rather than looks: it has an id of its own, and leaves an audit record.
+    pub changes: bool,
 }
 
 impl Row {
+    const fn that_changes(self) -> Self {
+        Self { changes: true, ..self }
+    }
+
     pub fn takes(&self, role: Role) -> bool {
         if role.is_person() {
             self.people.is_some_and(|least| role >= least)
@@ -37,12 +43,12 @@ impl Row {
 }
 
 const fn of(method: &'static str, people: Role, services: &'static [Role]) -> Row {
-    Row { method, people: Some(people), services }
+    Row { method, people: Some(people), services, changes: false }
 }
 
 /// For services alone: people reach the same end through the service that decides it.
 const fn inner(method: &'static str, services: &'static [Role]) -> Row {
-    Row { method, people: None, services }
+    Row { method, people: None, services, changes: false }
 }
 
 use Role::{Admin, Builder, Console, Deployer, Monitor, Node, Operator, Viewer};
@@ -52,12 +58,12 @@ const SERVICES: &[Role] = &[Builder, Deployer, Monitor, Node, Console];
 /// Looking is for viewers. What changes a fleet, or fetches from where it is told, is for operators; what gives up what
 /// can't be had again, for admins. What is only right as a step of a rollout is for the service that plans it.
 pub const TABLE: &[Row] = &[
-    of("/kiln.builder.v1.BuilderService/Apply", Operator, &[]),
-    of("/kiln.builder.v1.BuilderService/Remove", Admin, &[]),
+    of("/kiln.builder.v1.BuilderService/Apply", Operator, &[]).that_changes(),
+    of("/kiln.builder.v1.BuilderService/Remove", Admin, &[]).that_changes(),
     of("/kiln.builder.v1.BuilderService/InspectSource", Operator, &[Monitor]),
     of("/kiln.builder.v1.BuilderService/Plan", Operator, &[Monitor]),
-    of("/kiln.builder.v1.BuilderService/Build", Operator, &[]),
-    of("/kiln.builder.v1.BuilderService/CancelBuild", Operator, &[]),
+    of("/kiln.builder.v1.BuilderService/Build", Operator, &[]).that_changes(),
+    of("/kiln.builder.v1.BuilderService/CancelBuild", Operator, &[]).that_changes(),
     of("/kiln.builder.v1.BuilderService/GetBuild", Viewer, &[Console]),
     of("/kiln.builder.v1.BuilderService/ListBuilds", Viewer, &[Console]),
     of("/kiln.builder.v1.BuilderService/WatchBuild", Viewer, &[Console]),
@@ -67,25 +73,25 @@ pub const TABLE: &[Row] = &[
     of("/kiln.builder.v1.BuilderService/ListRevisions", Viewer, &[Deployer, Console]),
     of("/kiln.builder.v1.BuilderService/GetImage", Viewer, &[Console]),
     of("/kiln.builder.v1.BuilderService/ExportImage", Viewer, &[]),
-    inner("/kiln.builder.v1.BuilderService/Hold", &[Deployer]),
-    of("/kiln.deployer.v1.DeployerService/Rollback", Operator, &[]),
-    of("/kiln.deployer.v1.DeployerService/AbortRollout", Operator, &[]),
+    inner("/kiln.builder.v1.BuilderService/Hold", &[Deployer]).that_changes(),
+    of("/kiln.deployer.v1.DeployerService/Rollback", Operator, &[]).that_changes(),
+    of("/kiln.deployer.v1.DeployerService/AbortRollout", Operator, &[]).that_changes(),
     of("/kiln.deployer.v1.DeployerService/GetFleet", Viewer, &[Console]),
     of("/kiln.deployer.v1.DeployerService/ListFleets", Viewer, &[Builder, Console]),
     of("/kiln.deployer.v1.DeployerService/WatchFleet", Viewer, &[Console]),
     of("/kiln.deployer.v1.DeployerService/ListReleases", Viewer, &[Builder, Console]),
     of("/kiln.deployer.v1.DeployerService/ListRollouts", Viewer, &[Console]),
     of("/kiln.deployer.v1.DeployerService/ListInstances", Viewer, &[Monitor, Console]),
-    of("/kiln.monitor.v1.MonitorService/ReportSignal", Operator, &[]),
-    of("/kiln.monitor.v1.MonitorService/ApproveSignal", Operator, &[]),
+    of("/kiln.monitor.v1.MonitorService/ReportSignal", Operator, &[]).that_changes(),
+    of("/kiln.monitor.v1.MonitorService/ApproveSignal", Operator, &[]).that_changes(),
     of("/kiln.monitor.v1.MonitorService/ListSignals", Viewer, &[Builder, Deployer, Console]),
     of("/kiln.monitor.v1.MonitorService/ListHealth", Viewer, &[Deployer, Console]),
     // The other replicas hear what one sees.
     of("/kiln.monitor.v1.MonitorService/GetServerStatus", Viewer, &[Monitor, Console]),
     of("/kiln.monitor.v1.MonitorService/WatchHealth", Viewer, &[Deployer, Monitor, Console]),
-    inner("/kiln.engine.v1.EngineService/Launch", &[Builder, Deployer]),
-    inner("/kiln.engine.v1.EngineService/Retire", &[Builder, Deployer]),
-    inner("/kiln.engine.v1.EngineService/Route", &[Deployer]),
+    inner("/kiln.engine.v1.EngineService/Launch", &[Builder, Deployer]).that_changes(),
+    inner("/kiln.engine.v1.EngineService/Retire", &[Builder, Deployer]).that_changes(),
+    inner("/kiln.engine.v1.EngineService/Route", &[Deployer]).that_changes(),
     of("/kiln.engine.v1.EngineService/ListInstances", Viewer, &[Builder, Deployer, Monitor, Console]),
     of("/kiln.engine.v1.EngineService/WatchInstances", Viewer, &[Deployer, Monitor, Console]),
     // A check can be a command that runs inside of an instance.

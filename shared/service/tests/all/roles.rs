@@ -179,6 +179,27 @@ async fn nobody_changes_anything_but_who_may() {
     site.stop().await;
 }
 
+/// An id makes a call one that can be repeated: only what changes something needs it.
+#[test]
+fn what_changes_something_is_what_has_an_id() {
+    let mut with_id = BTreeSet::new();
+    for file in FileDescriptorSet::decode(kiln_api::FILE_DESCRIPTOR_SET).unwrap().file {
+        let has_id = |input: &str| {
+            let name = input.rsplit('.').next().unwrap_or_default();
+            let request = file.message_type.iter().find(|message| message.name() == name).unwrap();
+            request.field.iter().any(|field| field.name() == "request_id")
+        };
+        for service in &file.service {
+            let asked = service.method.iter().filter(|method| has_id(method.input_type()));
+            with_id.extend(asked.map(|it| format!("/{}.{}/{}", file.package(), service.name(), it.name())));
+        }
+    }
+    assert!(with_id.len() > 10, "{with_id:?}");
+    let changes: BTreeSet<_> =
+        TABLE.iter().filter(|row| row.changes).map(|row| row.method.to_owned()).collect();
+    assert_eq!(changes, with_id);
+}
+
 /// The table in the documentation is this one.
 #[test]
 fn the_documented_table_is_the_one_in_force() {
