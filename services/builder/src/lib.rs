@@ -75,6 +75,8 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     baker.sweep().await?;
     let sealing = audit_records::run(store.clone(), Service::Builder, SystemClock::new(), stop.clone());
     let records = audit_records::service(store.clone(), Service::Builder);
+    let (refusals, refused) = audit_records::refusals();
+    let refusing = audit_records::record_refused(refused, store.clone(), SystemClock::new(), stop.clone());
     let documents = Documents::new(store.clone());
     let contexts = Contexts::new(home.join("contexts"));
     let mirrors = Arc::new(Mirrors::new(home.join("sources")));
@@ -115,14 +117,11 @@ pub async fn run(start: Start) -> Result<(), Failure> {
         options: WorkerOptions { members, workers: site.builder.workers },
         resync: site.poll.resync,
     };
-    let serving = serve(
-        ServerOptions::new(Service::Builder, &site),
-        Routes::new(service).add_service(records),
-        stop.clone(),
-    );
+    let options = ServerOptions { refusals: Some(refusals), ..ServerOptions::new(Service::Builder, &site) };
+    let serving = serve(options, Routes::new(service).add_service(records), stop.clone());
     let beside = async {
         let staying = members::stay(heart, stop.clone());
-        tokio::join!(Box::pin(loops.run(bus, stop.clone())), staying, sealing, sharing);
+        tokio::join!(Box::pin(loops.run(bus, stop.clone())), staying, sealing, refusing, sharing);
         Ok(())
     };
     // A server that can't serve ends the others too.

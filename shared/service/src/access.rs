@@ -25,6 +25,7 @@ pub use table::{METRICS, Row, TABLE, row};
 use tokens::Hash;
 pub use tokens::{Secret, Token, TokenFile, Tokens};
 
+use crate::audit::Refusals;
 use crate::error::ApiError;
 use crate::reloaded::Reloaded;
 
@@ -75,12 +76,14 @@ pub(crate) struct Admitted {
 pub(crate) struct Access {
     tokens: Reloaded<Tokens>,
     rates: Rates,
+    /// Who is told of calls that a role does not take.
+    refusals: Option<Refusals>,
 }
 
 impl Access {
-    pub(crate) fn new(site: SiteName, tokens: PathBuf, people: Rate, others: Rate) -> Self {
+    pub(crate) fn new(site: SiteName, tokens: PathBuf, rates: Rates, refusals: Option<Refusals>) -> Self {
         let read = move |paths: &[PathBuf]| Ok(Tokens::read(&site, paths));
-        Self { tokens: Reloaded::empty(vec![tokens], read), rates: Rates::new(people, others) }
+        Self { tokens: Reloaded::empty(vec![tokens], read), rates, refusals }
     }
 
     /// Who calls, where they may: known, of a role that the method takes, and within their rate.
@@ -105,8 +108,15 @@ impl Access {
         }
         // Also what is refused counts: asking is work. A stranger has no rate: its connection ends after a few.
         let permit = self.rates.enter(&caller, Instant::now())?;
-        table::check(&caller, method)?;
+        table::check(&caller, method).inspect_err(|_| self.tell_refused(&caller, method))?;
         Ok(Admitted { caller, permit, token })
+    }
+
+    /// Looking costs nobody anything, and what no method is says nothing of what somebody tried.
+    fn tell_refused(&self, caller: &Caller, method: &str) {
+        if let (Some(refusals), Some(row)) = (&self.refusals, row(method).filter(|row| row.changes)) {
+            refusals.tell(caller, row);
+        }
     }
 
     fn by_token(&self, stranger: &Stranger, headers: &HeaderMap) -> Result<(Caller, Hash), ApiError> {

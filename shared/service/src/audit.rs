@@ -1,6 +1,8 @@
-//! The audit records of a service: sealed in the background, listed and checked by gRPC.
+//! The audit records of a service: sealed in the background, listed and checked by gRPC. Calls that it refused are among
+//! them.
 
 mod api;
+mod refused;
 
 use std::time::Duration;
 
@@ -12,6 +14,7 @@ use prost::Message as _;
 use tokio::sync::watch;
 
 pub use api::{checked, message, service};
+pub use refused::{Refusals, Refused, record as record_refused, refusals};
 
 use crate::clock::Clock;
 use crate::shutdown::requested;

@@ -17,7 +17,8 @@ use tonic::transport::Server;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
-use crate::access::{Access, AccessLayer};
+use crate::access::{Access, AccessLayer, Rates};
+use crate::audit::Refusals;
 use crate::config::Site;
 use crate::observe::ObserveLayer;
 use crate::shutdown::requested;
@@ -69,6 +70,8 @@ pub struct ServerOptions {
     pub limits: Limits,
     /// False while the service can't do its work: its health says NOT_SERVING then.
     pub ready: Option<watch::Receiver<bool>>,
+    /// Told of the calls that a role does not take. None where nobody records them.
+    pub refusals: Option<Refusals>,
 }
 
 impl ServerOptions {
@@ -82,6 +85,7 @@ impl ServerOptions {
             tokens: site.paths().tokens(),
             limits: Limits::default(),
             ready: None,
+            refusals: None,
         }
     }
 }
@@ -102,9 +106,10 @@ const fn grpc_name(service: Service) -> &'static str {
 /// # Errors
 /// Where the socket or a port can't be had, or the certificate of a port can't be read.
 pub async fn serve(options: ServerOptions, routes: Routes, stop: watch::Receiver<bool>) -> Result<(), Error> {
-    let ServerOptions { service, socket, listen, metrics, tls, tokens, limits, ready } = options;
+    let ServerOptions { service, socket, listen, metrics, tls, tokens, limits, ready, refusals } = options;
     let place = socket.display().to_string();
-    let access = Arc::new(Access::new(tls.site.clone(), tokens.clone(), limits.people, limits.others));
+    let rates = Rates::new(limits.people, limits.others);
+    let access = Arc::new(Access::new(tls.site.clone(), tokens.clone(), rates, refusals));
     let (hall, connections) = mpsc::channel(WAITING);
     let (page_hall, page_connections) = mpsc::channel(WAITING);
     // They end with whoever takes their connections.

@@ -206,6 +206,16 @@ pub enum Way {
     Token,
 }
 
+impl Way {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Socket { .. } => "socket",
+            Self::Certificate => "certificate",
+            Self::Token => "token",
+        }
+    }
+}
+
 /// Whoever makes a call. It comes from the connection, never from what the call says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Caller {

@@ -9,6 +9,7 @@
 mod limits;
 mod monitor;
 mod patience;
+mod refused;
 mod remote;
 mod renewal;
 mod roles;

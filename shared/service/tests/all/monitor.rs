@@ -157,6 +157,7 @@ pub(crate) fn options(folder: &Path) -> ServerOptions {
         tokens: folder.join("tokens.toml"),
         limits: Limits::default(),
         ready: None,
+        refusals: None,
     }
 }
 

@@ -10,6 +10,7 @@ use kiln_api::monitor::monitor_service_client::MonitorServiceClient;
 use kiln_model::event::Service;
 use kiln_model::name::SiteName;
 use kiln_service::access::{Identity, Role, Secret, Token, TokenFile};
+use kiln_service::audit::Refusals;
 use kiln_service::client;
 use kiln_service::pki::Authority;
 use kiln_service::server::{Limits, ServerOptions};
@@ -81,6 +82,23 @@ impl Site {
 
     /// With a server that shows the certificate of an identity, for hosts, from a time on for an hour.
     pub(crate) async fn start_as(limits: Limits, own: &Identity, hosts: &[String], from: SystemTime) -> Self {
+        Self::start_that_tells(limits, own, hosts, from, None).await
+    }
+
+    /// With a server that tells what it refuses.
+    pub(crate) async fn start_and_tell(refusals: Refusals) -> Self {
+        let (own, hosts) = (identity(Role::Monitor), ["127.0.0.1".to_owned()]);
+        let now = SystemTime::now();
+        Self::start_that_tells(Limits::default(), &own, &hosts, now, Some(refusals)).await
+    }
+
+    async fn start_that_tells(
+        limits: Limits,
+        own: &Identity,
+        hosts: &[String],
+        from: SystemTime,
+        refusals: Option<Refusals>,
+    ) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let authority = Authority::new(site_name()).unwrap();
         let certificate = authority.certificate(SystemTime::now()).unwrap();
@@ -88,8 +106,13 @@ impl Site {
         let issued = authority.issue(own, hosts, LIFE, from).unwrap();
         std::fs::write(folder.path().join("monitor.pem"), issued.reveal()).unwrap();
         let (address, metrics) = (free_port(), free_port());
-        let options =
-            ServerOptions { listen: Some(address), metrics: Some(metrics), limits, ..options(folder.path()) };
+        let options = ServerOptions {
+            listen: Some(address),
+            metrics: Some(metrics),
+            limits,
+            refusals,
+            ..options(folder.path())
+        };
         let running = Running::start_with(folder, options).await;
         Self { running, authority, address, metrics }
     }
