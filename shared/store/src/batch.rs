@@ -59,6 +59,10 @@ pub struct AuditRecord {
     pub request_id: Option<RequestId>,
     pub before: serde_json::Value,
     pub after: serde_json::Value,
+    /// What a later version says as well. It is kept and hashed as it stands: who goes back to this one neither finds such
+    /// a record altered nor seals it by half.
+    #[serde(flatten)]
+    pub others: serde_json::Map<String, serde_json::Value>,
 }
 
 impl AuditRecord {
@@ -72,6 +76,7 @@ impl AuditRecord {
             request_id: None,
             before: serde_json::Value::Null,
             after: serde_json::Value::Null,
+            others: serde_json::Map::new(),
         }
     }
 

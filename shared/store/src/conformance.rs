@@ -76,16 +76,10 @@ fn answer(request: &str, text: &str) -> StoredAnswer {
 }
 
 fn record(action: &str) -> AuditRecord {
-    AuditRecord {
-        time: "2026-01-02T03:04:05Z".parse().unwrap(),
-        actor: "me".to_owned(),
-        action: action.to_owned(),
-        subject: "web".to_owned(),
-        server: Some("web".parse().unwrap()),
-        request_id: Some("r1".parse().unwrap()),
-        before: json!(null),
-        after: json!({"removed": true}),
-    }
+    AuditRecord::new("2026-01-02T03:04:05Z".parse().unwrap(), "me", action, "web")
+        .of_server(&"web".parse().unwrap())
+        .asked("r1")
+        .changed(json!(null), json!({"removed": true}))
 }
 
 async fn version(store: &impl Store, kind: &str, id: &str) -> u64 {

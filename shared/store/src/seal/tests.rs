@@ -15,6 +15,7 @@ fn record(action: &str) -> AuditRecord {
         request_id: None,
         before: json!(null),
         after: json!({"n": 1.5}),
+        others: serde_json::Map::new(),
     }
 }
 
@@ -45,6 +46,20 @@ fn what_an_earlier_version_sealed_is_sealed() {
     assert_eq!(head, Head { link, records: 3 });
     let seal: Seal = serde_json::from_value(json!({ "links": [written["link"]] })).unwrap();
     assert_eq!(seal.links, [link]);
+}
+
+/// Sealed here or there, it is the same.
+#[test]
+fn what_a_later_version_says_of_a_record_is_sealed_with_it() {
+    let mut later = serde_json::to_value(record("apply")).unwrap();
+    later["role"] = json!("operator");
+    later["way"] = json!({ "token": "1a2b3c4d" });
+    let read: AuditRecord = serde_json::from_str(&later.to_string()).unwrap();
+    assert_eq!(serde_json::to_value(&read).unwrap(), later);
+    let start = Link::start();
+    let sealed = start.then(7, &read).unwrap().hash;
+    assert_eq!(sealed, Digest::of_json(&(start.hash, 7, &later)).unwrap());
+    assert_ne!(sealed, start.then(7, &record("apply")).unwrap().hash);
 }
 
 async fn fault(store: &SqlStore) -> Option<(u64, FaultKind)> {
