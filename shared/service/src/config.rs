@@ -30,7 +30,7 @@ use crate::tls::TlsFiles;
 
 mod reach;
 
-pub use reach::{Address, Addresses, Pki, PkiFile, Place};
+pub use reach::{Address, Addresses, LONGEST_SERVICE_LIFE, Pki, PkiFile, Place};
 
 /// The exit code of a program whose configuration is wrong (EX_USAGE).
 pub const EXIT_BAD_CONFIG: u8 = 64;
@@ -526,6 +526,7 @@ git = "1s"
             ("[poll]", "[listen]\nbuilder = \"10.0.0.5\"\n[poll]", "`listen`"),
             ("[poll]", "[peers]\nnode = \"http://10.0.0.5:1\"\n[poll]", "`peers`"),
             ("[poll]", "[pki]\nlife = \"1s\"\n[poll]", "`pki.life`"),
+            ("[poll]", "[pki]\nlife = \"721h\"\n[poll]", "`pki.life`"),
             ("git = \"1s\"", "git = \"1\"", "`poll.git`"),
             ("git = \"1s\"", "git = \"-1s\"", "`poll.git`"),
             ("git = \"1s\"", "gti = \"1s\"", "gti"),

@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use jiff::Timestamp;
 use kiln_service::access::{Identity, Role};
 use kiln_service::certificate::Certificate;
-use kiln_service::config::Site;
+use kiln_service::config::{LONGEST_SERVICE_LIFE, Site};
 use serde_json::{Value, json};
 
 use crate::failure::{Code, During as _, Failure, Outcome};
@@ -38,7 +38,7 @@ enum PkiCommand {
         /// A host name or an address that the service answers to
         #[arg(long, value_name = "HOST")]
         host: Vec<String>,
-        /// How long it is good, such as 12h or 30d [default: 24h for a service, 30d for a person]
+        /// How long it is good, such as 12h or 30d [default: 24h for a service, 30d for a person; at most 30d and 90d]
         #[arg(long, value_name = "DURATION", value_parser = lifetime)]
         life: Option<Duration>,
         /// Where to write it, readable by its owner alone
@@ -60,8 +60,11 @@ enum PkiCommand {
     },
 }
 
-const SERVICE_LIFE: Duration = Duration::from_secs(24 * 3600);
-const PERSON_LIFE: Duration = Duration::from_secs(30 * 24 * 3600);
+const DAY: Duration = Duration::from_secs(24 * 3600);
+const SERVICE_LIFE: Duration = DAY;
+const PERSON_LIFE: Duration = DAY.saturating_mul(30);
+/// No certificate can be revoked: what is stolen is of use for so long.
+const LONGEST_PERSON_LIFE: Duration = DAY.saturating_mul(90);
 
 pub(crate) fn run(it: Pki, home: &Home, screen: Screen) -> Outcome {
     let site = site::load(home)?;
@@ -76,9 +79,9 @@ pub(crate) fn run(it: Pki, home: &Home, screen: Screen) -> Outcome {
                 let why = "a service needs the --host that others call it by, a person has none";
                 return Err(Failure::new(Code::Invalid, format!("the certificate of {name}"), why));
             }
-            let usual = if identity.role().is_person() { PERSON_LIFE } else { SERVICE_LIFE };
+            let life = life_of(identity.role(), life)?;
             let mut ledger = Ledger::open(&site)?;
-            let issued = pki::issue(&pki::authority(&site)?, &identity, &host, life.unwrap_or(usual))?;
+            let issued = pki::issue(&pki::authority(&site)?, &identity, &host, life)?;
             let read =
                 Certificate::of_pem(&issued.certificate).map_err(|why| Failure::failed("reading it", why))?;
             let document = document(&read, &out);
@@ -149,6 +152,25 @@ fn rotate(site: &Site, step: Step) -> Outcome {
     };
     let deed = Deed { action, subject: after.signs.clone(), before: json!(before), after: json!(after) };
     ledger.carry_out(&deed, || pki::rotate(site, step))
+}
+
+fn life_of(role: Role, asked: Option<Duration>) -> Outcome<Duration> {
+    let (usual, longest) = if role.is_person() {
+        (PERSON_LIFE, LONGEST_PERSON_LIFE)
+    } else {
+        (SERVICE_LIFE, LONGEST_SERVICE_LIFE)
+    };
+    let life = asked.unwrap_or(usual);
+    if life <= longest {
+        return Ok(life);
+    }
+    let days = longest.as_secs() / DAY.as_secs();
+    Err(Failure::new(
+        Code::Invalid,
+        format!("a certificate for a {role}"),
+        format!("it can't be revoked, so it is good for {days} days at most"),
+    )
+    .todo(format!("--life {days}d, and issue another one before it ends; a person may have a token instead")))
 }
 
 fn identity(name: &str, role: Role) -> Outcome<Identity> {
@@ -229,6 +251,16 @@ mod tests {
         assert_eq!(switch.after["signs"], prepare.after["next"]);
         assert_eq!(finish.after, json!(pki::authorities(&site).unwrap()));
         assert_ne!(finish.after["signs"], first["signs"]);
+    }
+
+    #[test]
+    fn no_certificate_is_good_for_longer_than_its_loss_would_be_bearable() {
+        for (role, usual, longest) in [(Role::Node, 1, 30), (Role::Admin, 30, 90)] {
+            assert_eq!(life_of(role, None).unwrap(), DAY * usual);
+            assert_eq!(life_of(role, Some(DAY * longest)).unwrap(), DAY * longest);
+            let failure = life_of(role, Some(DAY * longest + Duration::from_secs(1))).unwrap_err();
+            assert!(failure.line().contains(&format!("{longest} days at most")), "{failure:?}");
+        }
     }
 
     #[test]

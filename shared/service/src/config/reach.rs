@@ -156,10 +156,19 @@ pub(super) fn check_peers(peers: &BTreeMap<Service, String>) -> Result<BTreeMap<
     peers.iter().map(|(service, text)| Ok((*service, text.parse()?))).collect()
 }
 
-/// Certificates count in whole seconds, and a third of the life must do for a renewal.
+/// None can be revoked: what is stolen is of use for so long.
+pub const LONGEST_SERVICE_LIFE: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// Certificates count in whole seconds, and a third of the life must do for a renewal. None can be revoked.
 pub(super) fn check_life(life: Duration, text: &str) -> Result<Duration, String> {
     let least = Duration::from_secs(3);
-    if life < least { Err(format!("`{text}` is shorter than 3s")) } else { Ok(life) }
+    if life < least {
+        return Err(format!("`{text}` is shorter than 3s"));
+    }
+    if life > LONGEST_SERVICE_LIFE {
+        return Err(format!("`{text}` is longer than 30 days"));
+    }
+    Ok(life)
 }
 
 #[cfg(test)]
