@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Compiles the programs of the commit before, and lets them be replaced by those of this one, and put back, under a site
-# that serves. `tests/run.sh --full` does it.
+# that serves, once with its state in files and once in PostgreSQL. `tests/run.sh --full` does it.
 #
 #   tests/upgrade.sh             from the commit before this one
 #   tests/upgrade.sh COMMIT      from another one

@@ -68,12 +68,24 @@ impl Site {
         Self::start(name, &[], Some(folder.to_owned()), None)
     }
 
-    /// As [`Site::up`], with the programs of a folder, and the state in files.
+    /// As [`Site::up_on_files`], with the programs of a folder.
     ///
     /// # Errors
     /// What `kiln up` said.
     pub fn up_from(programs: &Path, name: &str) -> Result<Self> {
-        let (mut site, arguments) = Self::prepare(name, &[], folder(), None)?;
+        Self::start_from(programs, name, None)
+    }
+
+    /// As [`Site::up_on_postgres`], with the programs of a folder.
+    ///
+    /// # Errors
+    /// What `kiln up` said.
+    pub fn up_from_on_postgres(programs: &Path, name: &str) -> Result<Self> {
+        Self::start_from(programs, name, Some(Postgres::start(&[])?))
+    }
+
+    fn start_from(programs: &Path, name: &str, database: Option<Postgres>) -> Result<Self> {
+        let (mut site, arguments) = Self::prepare(name, &[], folder(), database)?;
         site.programs = Some(programs.to_owned());
         site.kiln(&arguments.iter().map(String::as_str).collect::<Vec<_>>())?;
         Ok(site)

@@ -45,13 +45,25 @@ fn name(program: Option<Service>) -> String {
 #[ignore = "compiles another commit first: tests/upgrade.sh"]
 #[tokio::test(flavor = "multi_thread")]
 async fn every_program_is_replaced_and_put_back_under_load_and_no_request_fails() -> Result<()> {
+    replaced_and_put_back(|programs| Site::up_from(programs, "upgrade")).await
+}
+
+/// Where both read and write one database, in turn.
+#[ignore = "compiles another commit first: tests/upgrade.sh"]
+#[tokio::test(flavor = "multi_thread")]
+async fn every_program_is_replaced_and_put_back_under_load_and_no_request_fails_on_postgresql() -> Result<()>
+{
+    replaced_and_put_back(|programs| Site::up_from_on_postgres(programs, "pgupgrade")).await
+}
+
+async fn replaced_and_put_back(up: impl FnOnce(&Path) -> Result<Site>) -> Result<()> {
     let former = former()?;
     let present = binary("kiln")?.parent().ok_or("it lies in a folder")?.to_owned();
     let programs = tempfile::tempdir()?;
     for program in ORDER {
         install(&former, programs.path(), program)?;
     }
-    let web = Web::start(Site::up_from(programs.path(), "upgrade")?).await?;
+    let web = Web::start(up(programs.path())?).await?;
     let shop = Shop::apply(&web).await?;
     let (load, shops) = (web.load(), shop.load());
 
