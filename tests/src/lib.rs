@@ -18,6 +18,7 @@ pub mod repo;
 pub mod server;
 pub mod signing;
 pub mod site;
+pub mod stores;
 pub mod tree;
 pub mod wait;
 

@@ -17,8 +17,6 @@ use kiln_api::types::HealthState;
 use kiln_model::event::Service;
 use kiln_service::client::{Channel, channel};
 use kiln_test_postgres::Server as Postgres;
-use sqlx::sqlite::SqliteConnectOptions;
-use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, PgConnection};
 
 use crate::cluster::Cluster;
 use crate::command::{binary, both, run};
@@ -27,6 +25,9 @@ use crate::{Error, Result};
 
 /// Settings of `site.toml` that make waits short; what the tests measure is not in here.
 const QUICK: [&str; 3] = ["poll.git=600ms", "poll.archive=1500ms", "poll.resync=5s"];
+
+/// On a PostgreSQL server of a site's own.
+pub(crate) const DATABASE: &str = "kiln";
 
 /// A site that is taken down when this value goes, also after a failed test.
 pub struct Site {
@@ -113,8 +114,8 @@ impl Site {
     /// What `kiln up` said.
     pub fn up_on_postgres_asking(name: &str, password: &str, settings: &[&str]) -> Result<Self> {
         let database = Postgres::start(&[])?;
-        database.database("kiln")?;
-        database.ask_for_password("kiln", password)?;
+        database.database(DATABASE)?;
+        database.ask_for_password(DATABASE, password)?;
         Self::start(name, settings, folder(), Some(database))
     }
 
@@ -181,7 +182,7 @@ impl Site {
         };
         let mut arguments = vec!["up".to_owned()];
         if let Some(database) = &database {
-            arguments.extend(["--store".to_owned(), database.database("kiln")?]);
+            arguments.extend(["--store".to_owned(), database.database(DATABASE)?]);
         }
         let database = database.map(Mutex::new);
         let site = Self { home, name: name.to_owned(), down: false, database, programs: None };
@@ -388,7 +389,7 @@ impl Site {
         self.database.is_some()
     }
 
-    fn with_database<T>(&self, act: impl FnOnce(&mut Postgres) -> Result<T>) -> Result<T> {
+    pub(crate) fn with_database<T>(&self, act: impl FnOnce(&mut Postgres) -> Result<T>) -> Result<T> {
         let database = self.database.as_ref().ok_or("the site has no database")?;
         let mut database = database.lock().map_err(|_| "another thread broke off there")?;
         act(&mut database)
@@ -428,49 +429,6 @@ impl Site {
         Ok(String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect())
     }
 
-    /// Takes the site down with all of its state, as if the machine were another one. The folder can be made again.
-    ///
-    /// # Errors
-    /// What `kiln down` said, or the database.
-    pub async fn erase(&self) -> Result<()> {
-        let id = self.id()?;
-        self.kiln(&["down", "--delete-state"])?;
-        if let Some(database) = &self.database {
-            let url = database.lock().map_err(|_| "another thread broke off there")?.database("kiln")?;
-            let mut link = PgConnection::connect(&url).await?;
-            for service in ["builder", "deployer", "monitor"] {
-                let drop = format!("DROP SCHEMA kiln_{id}_{service} CASCADE");
-                sqlx::raw_sql(AssertSqlSafe(drop)).execute(&mut link).await?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Changes the store of a service behind its back. For sites whose state is in files.
-    ///
-    /// # Errors
-    /// Where the file refuses.
-    pub async fn change_store(&self, service: &str, statement: &str) -> Result<()> {
-        let path = self.home.path().join(service).join("store.db");
-        let mut link = SqliteConnectOptions::new().filename(path).connect().await?;
-        sqlx::raw_sql(AssertSqlSafe(statement.to_owned())).execute(&mut link).await?;
-        Ok(link.close().await?)
-    }
-
-    /// Where the store of a service is. For sites whose state is in files.
-    ///
-    /// # Errors
-    /// Where the file refuses.
-    pub async fn position(&self, service: Service) -> Result<Position> {
-        let path = self.home.path().join(service.as_str()).join("store.db");
-        let mut link = SqliteConnectOptions::new().filename(path).connect().await?;
-        let asked = "SELECT CAST(value AS TEXT) FROM meta WHERE name IN ('epoch', 'sequence') ORDER BY name";
-        let found: Vec<String> = sqlx::query_scalar(asked).fetch_all(&mut link).await?;
-        link.close().await?;
-        let [epoch, sequence] = <[String; 2]>::try_from(found).map_err(|it| format!("{it:?}"))?;
-        Ok(Position { epoch, sequence })
-    }
-
     /// Takes the site down, and fails where anything of it is left.
     ///
     /// # Errors
@@ -494,13 +452,6 @@ impl Site {
         let left = self.on_machine()?;
         if left.is_empty() { Ok(()) } else { Err(format!("left over: {}", left.join("; ")).into()) }
     }
-}
-
-/// Where a store is: its epoch, and how far in that.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Position {
-    pub epoch: String,
-    pub sequence: String,
 }
 
 impl Drop for Site {

@@ -9,10 +9,11 @@ use kiln_tests::site::{Site, full};
 use kiln_tests::wait::until;
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::backup::Backup;
 use crate::deck::shuffled;
 use crate::disk::Disk;
 use crate::kernel;
-use crate::stores::{self, Copy};
+use crate::stores::{self, Copy, OF_SITE};
 use crate::wire::{Cut, Wire};
 
 pub(crate) const SERVICES: [&str; 4] = ["builder", "deployer", "monitor", "node"];
@@ -36,6 +37,10 @@ pub(crate) enum Kind {
     DiskFull,
     StoreCutShort,
     StoreRestored,
+    /// A store of the database.
+    SchemaRestored,
+    /// By `kiln restore`, on another machine.
+    SiteRestored,
     /// As a reboot does.
     AllKilled,
     DatabaseKilled,
@@ -43,7 +48,7 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    pub(crate) const ON_FILES: [Self; 8] = [
+    pub(crate) const ON_FILES: [Self; 9] = [
         Self::Killed,
         Self::Frozen,
         Self::BrokerWiped,
@@ -51,12 +56,16 @@ impl Kind {
         Self::DiskFull,
         Self::StoreCutShort,
         Self::StoreRestored,
+        Self::SiteRestored,
         Self::AllKilled,
     ];
-    pub(crate) const OF_DATABASE: [Self; 3] = [Self::DatabaseKilled, Self::DatabaseFrozen, Self::AllKilled];
-    pub(crate) const ON_POSTGRES: [Self; 8] = [
+    pub(crate) const OF_DATABASE: [Self; 4] =
+        [Self::DatabaseKilled, Self::DatabaseFrozen, Self::SchemaRestored, Self::AllKilled];
+    pub(crate) const ON_POSTGRES: [Self; 10] = [
         Self::DatabaseKilled,
         Self::DatabaseFrozen,
+        Self::SchemaRestored,
+        Self::SiteRestored,
         Self::Killed,
         Self::Frozen,
         Self::BrokerWiped,
@@ -72,6 +81,10 @@ pub(crate) enum Done {
     Whole,
 }
 
+impl Done {
+    const ALL: [Self; 2] = [Self::Midway, Self::Whole];
+}
+
 /// One of a kind, with everything that chance says about it.
 #[derive(Debug, Clone)]
 pub(crate) enum Happening {
@@ -83,9 +96,16 @@ pub(crate) enum Happening {
     StoreCutShort(Service, u64),
     /// As it was before the round, in the middle of it or once all that was asked for is done.
     StoreRestored(Service, Done),
+    SiteRestored(Done),
     AllKilled,
     DatabaseKilled(Duration),
     DatabaseFrozen(Duration),
+}
+
+/// What was put aside before, to go back to.
+pub(crate) enum Kept {
+    Store(Copy),
+    Site(Backup),
 }
 
 impl Happening {
@@ -107,9 +127,9 @@ impl Happening {
             },
             Kind::DiskFull => Self::DiskFull(Duration::from_secs(4)),
             Kind::StoreCutShort => Self::StoreCutShort(one(&OWNERS, random), random.below(1000)),
-            Kind::StoreRestored => {
-                Self::StoreRestored(one(&OWNERS, random), one(&[Done::Midway, Done::Whole], random))
-            }
+            Kind::StoreRestored => Self::StoreRestored(one(&OWNERS, random), one(&Done::ALL, random)),
+            Kind::SchemaRestored => Self::StoreRestored(one(&OF_SITE, random), one(&Done::ALL, random)),
+            Kind::SiteRestored => Self::SiteRestored(one(&Done::ALL, random)),
             Kind::AllKilled => Self::AllKilled,
             // Longer than a service waits for a connection.
             Kind::DatabaseKilled => Self::DatabaseKilled(Duration::from_secs(6)),
@@ -119,20 +139,22 @@ impl Happening {
 
     /// Whether instances end in it: users notice, and the monitor has something to say.
     pub(crate) fn ends_instances(&self) -> bool {
-        matches!(self, Self::AllKilled | Self::StoreRestored(Service::Node, _))
+        matches!(self, Self::AllKilled | Self::StoreRestored(Service::Node, _) | Self::SiteRestored(_))
     }
 
-    /// Whether a service forgets what it did since the round began.
-    pub(crate) fn forgets(&self) -> Option<Service> {
-        match self {
-            Self::StoreRestored(service, _) => Some(*service),
-            _ => None,
-        }
+    /// Whether what was done since the round began is forgotten in it.
+    pub(crate) fn forgets(&self) -> bool {
+        matches!(self, Self::StoreRestored(..) | Self::SiteRestored(_))
+    }
+
+    /// Whether releases are: numbers go on past those.
+    pub(crate) fn forgets_releases(&self) -> bool {
+        matches!(self, Self::StoreRestored(Service::Deployer, _) | Self::SiteRestored(_))
     }
 
     /// Whether it waits for the end of what it comes after.
     pub(crate) fn comes_late(&self) -> bool {
-        matches!(self, Self::StoreRestored(_, Done::Whole))
+        matches!(self, Self::StoreRestored(_, Done::Whole) | Self::SiteRestored(Done::Whole))
     }
 
     /// Whether a build can fail by it, which is then tried again.
@@ -140,11 +162,23 @@ impl Happening {
         matches!(self, Self::DiskFull(_))
     }
 
+    /// Puts aside what it goes back to.
+    ///
+    /// # Errors
+    /// Where that can't be copied.
+    pub(crate) async fn keep(&self, site: &Site) -> Result<Option<Kept>> {
+        Ok(match self {
+            Self::StoreRestored(service, _) => Some(Kept::Store(Copy::take(site, *service).await?)),
+            Self::SiteRestored(_) => Some(Kept::Site(Backup::take(site)?)),
+            _ => None,
+        })
+    }
+
     /// Brings it about, to its end.
     ///
     /// # Errors
     /// Where it can't be, or what should have been noticed was not.
-    pub(crate) async fn happen(&self, site: &Site, disk: &Disk, before: Option<&Copy>) -> Result<()> {
+    pub(crate) async fn happen(&self, site: &Site, disk: &Disk, kept: Option<&Kept>) -> Result<()> {
         match self {
             Self::Killed(order) => {
                 for (process, pause) in order {
@@ -178,7 +212,10 @@ impl Happening {
                 stores::refuses(site, *service, from).await?;
                 whole.put_back(site)
             }
-            Self::StoreRestored(..) => before.ok_or("no copy was taken")?.restore(site).await,
+            Self::StoreRestored(..) | Self::SiteRestored(_) => match kept.ok_or("nothing was put aside")? {
+                Kept::Store(copy) => copy.restore(site).await,
+                Kept::Site(backup) => backup.restore(site).await,
+            },
             Self::AllKilled => reboot(site).await,
             Self::DatabaseKilled(away) => tokio::task::block_in_place(|| site.kill_database(*away)),
             Self::DatabaseFrozen(still) => tokio::task::block_in_place(|| site.freeze_database(*still)),

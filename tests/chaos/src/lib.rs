@@ -4,6 +4,7 @@
 //! Which round does what comes from a seed that is printed; `KILN_TEST_SEED` gives it again.
 #![cfg(test)]
 
+mod backup;
 mod calls;
 mod deck;
 mod disk;

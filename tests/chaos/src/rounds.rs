@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use kiln_api::builder::{Build, BuildState, ListBuildsRequest};
 use kiln_api::types::ListOptions;
-use kiln_model::event::Service;
 use kiln_tests::Result;
 use kiln_tests::load::fetch;
 use kiln_tests::netns::Neighbour;
@@ -19,7 +18,6 @@ use crate::calls::{self, Calls, signals};
 use crate::deck::Deck;
 use crate::disk::Disk;
 use crate::happening::{Happening, Kind};
-use crate::stores::Copy;
 
 /// From the end of what happened to the whole fleets, and to all else that must be.
 const WHOLE: Duration = Duration::from_secs(120);
@@ -100,11 +98,7 @@ impl<'a> Rounds<'a> {
 
     async fn one(&mut self, plan: &Plan) -> Result<()> {
         let Plan { happening, after, calls_after } = plan;
-        let forgets = happening.forgets();
-        let copy = match forgets {
-            Some(service) => Some(Copy::take(&self.web.site, service).await?),
-            None => None,
-        };
+        let kept = happening.keep(&self.web.site).await?;
         let load = self.web.load();
         let beside = self.neighbour.load(self.web.port, "Hello")?;
         let said = format!("round {}", self.round);
@@ -117,9 +111,9 @@ impl<'a> Rounds<'a> {
             if happening.comes_late() {
                 until(&said, WHOLE, async || shows(site, "web", address, &said).await).await?;
             }
-            happening.happen(site, disk, copy.as_ref()).await
+            happening.happen(site, disk, kept.as_ref()).await
         };
-        if forgets.is_some() {
+        if happening.forgets() {
             // What is acknowledged before a restore is forgotten with good reason.
             happen.await?;
             calls.make(site, round).await?;
@@ -145,8 +139,7 @@ impl<'a> Rounds<'a> {
         let (site, address) = (&self.web.site, self.web.address());
         let release = until(said, WHOLE, async || shows(site, "web", address, said).await).await?;
         let wanted = self.release + 1;
-        // Numbers go on past those that the deployer's store forgot.
-        let jumps = happening.forgets() == Some(Service::Deployer);
+        let jumps = happening.forgets_releases();
         if release != wanted && !(jumps && release > wanted) {
             return Err(format!("release {release} serves, wanted {wanted}").into());
         }

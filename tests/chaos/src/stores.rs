@@ -1,4 +1,4 @@
-//! Copies of a store's file, and damage to it.
+//! Copies of a store, and damage to its file.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,19 +6,25 @@ use std::time::Duration;
 
 use kiln_model::event::Service;
 use kiln_tests::Result;
-use kiln_tests::site::{Position, Site};
+use kiln_tests::site::Site;
+use kiln_tests::stores::Position;
 use kiln_tests::wait::until;
 use rustix::process::Signal;
 
-/// A store's files as they were at one moment.
+/// Whose state is the site's, and not a machine's: in the database where there is one, and in a backup.
+pub(crate) const OF_SITE: [Service; 3] = [Service::Builder, Service::Deployer, Service::Monitor];
+
+/// A store as it was at one moment.
 pub(crate) struct Copy {
     service: Service,
+    /// Holds its files, or a dump of its schema.
     folder: tempfile::TempDir,
     /// Where the store was; not looked at where nobody asks.
     position: Option<Position>,
 }
 
 const FILES: [&str; 2] = ["store.db", "store.db-wal"];
+const DUMP: &str = "store.sql";
 
 fn store(site: &Site, service: Service) -> PathBuf {
     site.home().join(service.as_str())
@@ -28,10 +34,11 @@ impl Copy {
     /// Taken while the service stands still: between two of its writes, as a snapshot of a file system is.
     ///
     /// # Errors
-    /// Where the service does not run, or its files can't be read.
+    /// Where the service does not run, or its store can't be read.
     pub(crate) async fn take(site: &Site, service: Service) -> Result<Self> {
+        let in_database = site.is_in_database(service)?;
         site.signal(service.as_str(), Signal::STOP)?;
-        let taken = Self::of_files(site, service);
+        let taken = if in_database { Self::of_schema(site, service) } else { Self::of_files(site, service) };
         let position = site.position(service).await;
         site.signal(service.as_str(), Signal::CONT)?;
         Ok(Self { position: Some(position?), ..taken? })
@@ -45,6 +52,12 @@ impl Copy {
                 fs::copy(&from, copy.folder.path().join(name))?;
             }
         }
+        Ok(copy)
+    }
+
+    fn of_schema(site: &Site, service: Service) -> Result<Self> {
+        let copy = Self { service, folder: tempfile::tempdir()?, position: None };
+        site.dump_store(service, &copy.folder.path().join(DUMP))?;
         Ok(copy)
     }
 
@@ -80,6 +93,9 @@ impl Copy {
     }
 
     fn replace(&self, site: &Site) -> Result<()> {
+        if site.is_in_database(self.service)? {
+            return site.put_back_store(self.service, &self.folder.path().join(DUMP));
+        }
         let place = store(site, self.service);
         for name in ["store.db", "store.db-wal", "store.db-shm"] {
             remove(&place.join(name))?;

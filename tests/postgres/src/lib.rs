@@ -85,6 +85,16 @@ impl Server {
         run(self.as_superuser(database).arg("--file").arg(path)).map(drop)
     }
 
+    /// Writes a schema, with all that is in it, to a file of statements.
+    ///
+    /// # Errors
+    /// What the server says.
+    pub fn dump(&self, database: &str, schema: &str, to: &Path) -> Result<()> {
+        let mut dump = Command::new(self.programs.join("pg_dump"));
+        dump.arg("--host").arg(self.folder.path()).args(["--username=postgres", "--no-password"]);
+        run(dump.args(["--schema", schema]).arg("--file").arg(to).arg(database)).map(drop)
+    }
+
     /// Lets nobody into a database but with the superuser's password, which this is from now on. The database `postgres`
     /// stays open.
     ///
@@ -227,8 +237,9 @@ fn programs() -> Result<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     found.extend(std::env::split_paths(&path));
     found.reverse();
-    let whole =
-        |folder: &PathBuf| ["initdb", "postgres", "psql"].iter().all(|name| folder.join(name).exists());
+    let whole = |folder: &PathBuf| {
+        ["initdb", "postgres", "psql", "pg_dump"].iter().all(|name| folder.join(name).exists())
+    };
     found
         .into_iter()
         .find(whole)

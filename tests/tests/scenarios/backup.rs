@@ -62,7 +62,7 @@ async fn a_restored_site_serves_again_and_does_nothing_that_was_not_due() -> Res
     assert!(both(&again).contains("there already"), "{}", both(&again));
 
     web.site.json(&["audit", "verify"])?;
-    web.site.erase().await?;
+    web.site.erase()?;
     let refused = web.site.try_kiln(&["restore", &file, "--key", "/dev/null"])?;
     assert!(!refused.status.success());
     web.site.kiln(&["restore", &file, "--key", &key])?;
