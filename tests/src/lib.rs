@@ -20,6 +20,7 @@ pub mod signing;
 pub mod site;
 pub mod stores;
 pub mod tree;
+pub mod unit;
 pub mod wait;
 
 /// What went wrong, with where; tests show it and stop.

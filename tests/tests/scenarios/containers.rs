@@ -6,6 +6,7 @@ use std::process::Command;
 
 use kiln_tests::Result;
 use kiln_tests::command::{binary, run};
+use kiln_tests::unit::Unit;
 use serde_json::Value;
 
 fn root() -> PathBuf {
@@ -179,5 +180,17 @@ fn every_container_has_an_image_a_command_that_its_program_takes_and_files_that_
         let path = root().join("deploy/containers/compose.yaml");
         run(Command::new("docker").args(["compose", "--file"]).arg(path).args(["config", "--quiet"]))?;
     }
+    Ok(())
+}
+
+/// A bake that one of them lets do less makes another image.
+#[test]
+fn a_builder_has_the_same_rights_in_a_container_and_in_its_unit() -> Result<()> {
+    let parsed: Value = serde_saphyr::from_str(&text("compose.yaml")?)?;
+    let builder = whole(&parsed["services"]["builder"]);
+    let unit = Unit::of("kiln-builder@.service")?;
+    let added = texts(&builder["cap_add"]);
+    assert_eq!(unit.bounds()?, (added.iter().map(String::as_str).collect(), false));
+    assert_eq!(unit.wanted("NoNewPrivileges")?, "yes");
     Ok(())
 }

@@ -10,6 +10,7 @@ use kiln_store::{Database, Place, SqlStore, Store as _};
 use kiln_test_postgres::Server;
 use kiln_tests::Result;
 use kiln_tests::command::{binary, run};
+use kiln_tests::unit::Unit;
 
 fn deploy(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy").join(name)
@@ -19,7 +20,7 @@ fn deploy(name: &str) -> PathBuf {
 fn units(folder: &Path) -> Result<Vec<PathBuf>> {
     let programs = binary("kiln")?.with_file_name("");
     let mut units = Vec::new();
-    for entry in std::fs::read_dir(deploy("systemd"))? {
+    for entry in std::fs::read_dir(Unit::folder())? {
         let entry = entry?;
         let text = std::fs::read_to_string(entry.path())?
             .replace("/usr/local/lib/kiln/nats-server", "/bin/true")
@@ -50,7 +51,7 @@ fn each_unit_is_enabled_by_itself() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let (system, root) = (folder.path().join("etc/systemd/system"), folder.path().display().to_string());
     std::fs::create_dir_all(&system)?;
-    for entry in std::fs::read_dir(deploy("systemd"))? {
+    for entry in std::fs::read_dir(Unit::folder())? {
         let entry = entry?;
         std::fs::copy(entry.path(), system.join(entry.file_name()))?;
     }
@@ -90,7 +91,7 @@ fn units_that_need_no_rights_have_none() -> Result<()> {
                 .arg(&unit))?;
         }
     }
-    let node = std::fs::read_to_string(deploy("systemd/kiln-node@.service"))?;
+    let node = std::fs::read_to_string(Unit::folder().join("kiln-node@.service"))?;
     let settings: Vec<_> = node.lines().filter(|line| !line.starts_with('#')).collect();
     assert!(settings.contains(&"KillMode=process"), "instances outlive the node");
     // Each of these would give it a mount namespace, or bind its instances too.

@@ -26,4 +26,5 @@ mod rollback;
 mod rollout;
 mod secrets;
 mod signing;
+mod units;
 mod upgrade;
