@@ -173,6 +173,7 @@ fn every_container_has_an_image_a_command_that_its_program_takes_and_files_that_
             assert!(source == "/var/lib/kiln/local" || Path::new(&source).exists(), "{name}: {source}");
         }
         assert_eq!(service["read_only"], true, "{name}");
+        assert_eq!(service["ulimits"]["core"], 0, "{name}: what is in memory is not for a disk");
         assert_eq!(service["cap_drop"], serde_json::json!(["ALL"]), "{name}");
         assert!(texts(&service["security_opt"]).contains(&"no-new-privileges:true".to_owned()), "{name}");
     }

@@ -111,6 +111,18 @@ fn units_that_need_no_rights_have_none() -> Result<()> {
     Ok(())
 }
 
+/// Each has a key in its memory, of the site's or of TLS at least.
+#[test]
+fn no_unit_lets_memory_be_written_to_disk() -> Result<()> {
+    for entry in std::fs::read_dir(Unit::folder())? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if name.ends_with(".service") {
+            assert_eq!(Unit::of(&name)?.wanted("LimitCORE")?, "0", "{name}");
+        }
+    }
+    Ok(())
+}
+
 /// Everything that a configuration names by its whole path is put below a folder: certificates with their keys, and what
 /// is included.
 fn with_its_files(text: &str, folder: &Path, users: &str) -> Result<String> {

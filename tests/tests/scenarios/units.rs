@@ -20,7 +20,7 @@ struct Held(String);
 impl Held {
     fn of(process: &str) -> Result<Self> {
         let read = |name: &str| std::fs::read_to_string(Path::new("/proc").join(process).join(name));
-        Ok(Self(read("status")?))
+        Ok(Self(read("status")? + &read("limits")?))
     }
 
     fn says(&self, field: &str) -> Result<&str> {
@@ -56,6 +56,7 @@ async fn every_service_does_its_work_with_the_rights_of_its_unit() -> Result<()>
         }
         let bound = unit.get("NoNewPrivileges") == Some("yes");
         assert_eq!(held.says("NoNewPrivs:")?, u8::from(bound).to_string(), "{service}");
+        assert!(held.says("Max core file size")?.starts_with("0 "), "{service}");
     }
 
     let verified = web.site.kiln(&["build", "web", "--verify", "--wait"])?;
