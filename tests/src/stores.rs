@@ -4,7 +4,7 @@ use std::path::Path;
 
 use kiln_model::event::Service;
 use kiln_service::config;
-use kiln_store::{Database, Place};
+use kiln_store::{Database, Place, copy_out};
 use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _};
 
@@ -16,6 +16,13 @@ use crate::site::{DATABASE, Site};
 pub struct Position {
     pub epoch: String,
     pub sequence: String,
+}
+
+/// One text, or bytes, with its table and column.
+#[derive(Debug)]
+pub struct Cell {
+    pub place: String,
+    pub content: Vec<u8>,
 }
 
 impl Site {
@@ -112,4 +119,37 @@ impl Site {
             Place::File(path) => Err(format!("its state is in {}", path.display()).into()),
         }
     }
+
+    /// Every text and all bytes that a service keeps. In the files of its store they may be in pieces, or compressed.
+    ///
+    /// # Errors
+    /// Where the store can't be read.
+    pub async fn cells(&self, service: Service) -> Result<Vec<Cell>> {
+        let folder = tempfile::tempdir()?;
+        let copy = folder.path().join("store.db");
+        copy_out(&self.place(service)?, &copy).await?;
+        cells(&copy).await
+    }
+}
+
+/// As [`Site::cells`], of an SQLite file.
+///
+/// # Errors
+/// Where it can't be read.
+pub async fn cells(store: &Path) -> Result<Vec<Cell>> {
+    let mut link = SqliteConnectOptions::new().filename(store).connect().await?;
+    let asked = "SELECT t.name, c.name FROM pragma_table_list t, pragma_table_info(t.name) c \
+                 WHERE t.schema = 'main' AND t.type = 'table'";
+    let columns: Vec<(String, String)> = sqlx::query_as(asked).fetch_all(&mut link).await?;
+    let mut cells = Vec::new();
+    for (table, column) in columns {
+        let asked = format!(
+            "SELECT CAST(\"{column}\" AS BLOB) FROM \"{table}\" WHERE typeof(\"{column}\") IN ('text', 'blob')"
+        );
+        let found: Vec<Vec<u8>> = sqlx::query_scalar(AssertSqlSafe(asked)).fetch_all(&mut link).await?;
+        let place = format!("{table}.{column}");
+        cells.extend(found.into_iter().map(|content| Cell { place: place.clone(), content }));
+    }
+    link.close().await?;
+    Ok(cells)
 }

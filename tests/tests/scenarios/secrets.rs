@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use kiln_model::event::Service;
 use kiln_tests::Result;
 use kiln_tests::command::{both, run};
 use kiln_tests::elsewhere::{Elsewhere, Ports};
@@ -15,6 +16,7 @@ use kiln_tests::registry::{self, Registry};
 use kiln_tests::server::{SETTLES, Web};
 use kiln_tests::signing::{another_key, restart_with};
 use kiln_tests::site::{Site, free_port};
+use kiln_tests::stores::{self, Cell};
 use kiln_tests::wait::until;
 use rustix::process::Signal;
 
@@ -71,6 +73,12 @@ impl Canaries {
             }
         }
         Ok(looked)
+    }
+
+    fn look_at_cells(&self, of: &str, cells: &[Cell]) {
+        for cell in cells {
+            self.look(&format!("{} of {of}", cell.place), &cell.content);
+        }
     }
 
     /// Command lines and environments of everything that runs here.
@@ -302,21 +310,34 @@ async fn no_secret_is_anywhere_but_where_it_is_kept() -> Result<()> {
     let mut files = canaries.look_below(web.site.home(), &[keys])?;
     files += canaries.look_below(machine.home(), &[machine.home().join("keys")])?;
     let in_database = canaries.look_below(&web.site.database_folder()?, &[])?;
+    let mut cells = 0;
+    for service in Service::ALL {
+        let kept = web.site.cells(service).await?;
+        canaries.look_at_cells(service.as_str(), &kept);
+        cells += kept.len();
+    }
+    let kept = stores::cells(&machine.home().join("node/store.db")).await?;
+    canaries.look_at_cells("another machine's node", &kept);
+    cells += kept.len();
     canaries.look("the backup", &std::fs::read(&backup)?);
     let processes = canaries.look_at_processes()?;
     let spans = collector.spans();
     canaries.look("the traces", format!("{spans:?}").as_bytes());
     println!(
-        "{} secrets, {files} files, {in_database} files of the database, {processes} of processes, {} spans",
+        "{} secrets, {files} files, {in_database} files of the database, {cells} texts in stores, {processes} of \
+         processes, {} spans",
         canaries.0.len(),
         spans.len()
     );
-    assert!(files > 50 && in_database > 100 && processes > 20 && spans.len() > 20);
+    assert!(files > 50 && in_database > 100 && cells > 500 && processes > 20 && spans.len() > 20);
     // The search finds what is there.
     let planted = outside.path().join("planted");
     std::fs::create_dir(&planted)?;
     std::fs::write(planted.join("file"), format!("… {PASSWORD} …"))?;
     assert!(std::panic::catch_unwind(|| canaries.look_below(&planted, &[])).is_err());
+    web.site.change_store("node", &format!("CREATE TABLE planted AS SELECT '{PASSWORD}' AS body")).await?;
+    let kept = web.site.cells(Service::Node).await?;
+    assert!(std::panic::catch_unwind(|| canaries.look_at_cells("the node", &kept)).is_err());
     web.site.down()?;
     machine.clear()
 }
