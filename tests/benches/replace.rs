@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use kiln_tests::Result;
 use kiln_tests::docker::Docker;
-use kiln_tests::netns::alive;
+use kiln_tests::process::alive;
 use kiln_tests::server::Web;
 use kiln_tests::site::Site;
 

@@ -11,6 +11,7 @@ pub mod load;
 pub mod machine;
 pub mod netns;
 pub mod otlp;
+pub mod process;
 pub mod random;
 pub mod registry;
 pub mod replicas;

@@ -31,7 +31,7 @@ impl Machine {
     /// Where `ip` fails.
     pub fn new(name: &str, number: u8) -> Result<Self> {
         let home = tempfile::Builder::new().prefix("kiln-").tempdir_in(crate::site::folder_of_homes())?;
-        let network = Neighbour::new(number)?;
+        let network = Neighbour::new()?;
         let folder = format!("kiln-cgroups-{}-{number}", std::process::id());
         let mut mounts = network.command("unshare".as_ref());
         mounts.args(["--mount", "--propagation", "slave", "sh", "-c", MOUNTS, "sh", &folder]);

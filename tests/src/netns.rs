@@ -1,11 +1,17 @@
 //! A network namespace beside the host: a neighbour on the same wire, as users are.
 
+use std::fs::File;
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::command::{binary, run};
 use crate::load::Summary;
+use crate::process::begun;
 use crate::{Error, Result};
 
 /// Joined to the host by a pair of virtual Ethernet devices; gone with this value.
@@ -15,25 +21,38 @@ pub struct Neighbour {
     own: Ipv4Addr,
 }
 
+/// Before the process that made it, when that began, and its number there.
+const PREFIX: &str = "kiln-beside-";
+
+/// Of addresses in fours, one for the host and one for the neighbour between the network's own two.
+const NETWORK: Ipv4Addr = Ipv4Addr::new(10, 231, 0, 0);
+const FOURS: u32 = 1 << 14;
+
 impl Neighbour {
-    /// `number` keeps neighbours apart, and is part of their addresses.
-    ///
     /// # Errors
     /// Where `ip` fails; most often for want of root.
-    pub fn new(number: u8) -> Result<Self> {
-        let name = format!("kiln-beside{number}");
-        let host = Ipv4Addr::new(10, 231, number, 1);
-        let own = Ipv4Addr::new(10, 231, number, 2);
+    pub fn new() -> Result<Self> {
+        Self::made_by(std::process::id())
+    }
+
+    fn made_by(process: u32) -> Result<Self> {
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let number = MADE.fetch_add(1, Ordering::Relaxed);
+        let begun = begun(process).ok_or("its process is gone")?;
+        let _turn = turn()?;
+        remove_left()?;
+        let name = format!("{PREFIX}{process}-{begun}-{number}");
+        let device = format!("kilnb{process}-{number}");
+        let (host, own) = free_addresses()?;
         let neighbour = Self { name: name.clone(), host, own };
-        let ip = |arguments: String| run(Command::new("ip").args(arguments.split(' '))).map(drop);
-        ip(format!("netns add {name}"))?;
-        ip(format!("link add kilnb{number} type veth peer name eth0 netns {name}"))?;
-        ip(format!("address add {host}/30 dev kilnb{number}"))?;
-        ip(format!("link set kilnb{number} up"))?;
-        ip(format!("-n {name} address add {own}/30 dev eth0"))?;
-        ip(format!("-n {name} link set eth0 up"))?;
-        ip(format!("-n {name} link set lo up"))?;
-        ip(format!("-n {name} route add default via {host}"))?;
+        ip(&format!("netns add {name}"))?;
+        ip(&format!("link add {device} type veth peer name eth0 netns {name}"))?;
+        ip(&format!("address add {host}/30 dev {device}"))?;
+        ip(&format!("link set {device} up"))?;
+        ip(&format!("-n {name} address add {own}/30 dev eth0"))?;
+        ip(&format!("-n {name} link set eth0 up"))?;
+        ip(&format!("-n {name} link set lo up"))?;
+        ip(&format!("-n {name} route add default via {host}"))?;
         Ok(neighbour)
     }
 
@@ -77,6 +96,46 @@ impl Drop for Neighbour {
     }
 }
 
+fn ip(arguments: &str) -> Result<String> {
+    run(Command::new("ip").args(arguments.split(' ')))
+}
+
+/// One process at a time chooses addresses: before a device has them, nothing shows another one that they are taken.
+fn turn() -> Result<File> {
+    let lock = File::create("/run/kiln-beside.lock")?;
+    flock(&lock, FlockOperation::LockExclusive)?;
+    Ok(lock)
+}
+
+fn free_addresses() -> Result<(Ipv4Addr, Ipv4Addr)> {
+    let taken = ip("-4 -oneline address show")?;
+    let all = (0..FOURS).map(|four| NETWORK.to_bits() + 4 * four);
+    let mut pairs = all.map(|first| (Ipv4Addr::from_bits(first + 1), Ipv4Addr::from_bits(first + 2)));
+    let free = pairs.find(|(host, _)| !taken.contains(&format!(" {host}/")));
+    free.ok_or_else(|| "every address is taken".into())
+}
+
+/// What an interrupted process left, with the processes in there.
+fn remove_left() -> Result<()> {
+    let listed = ip("netns list")?;
+    for name in listed.lines().filter_map(|line| line.split(' ').next()).filter(|name| is_left(name)) {
+        for process in ip(&format!("netns pids {name}"))?.lines() {
+            // One that has ended meanwhile is what is wanted.
+            let _ = Pid::from_raw(process.parse()?).map(|pid| kill_process(pid, Signal::KILL));
+        }
+        ip(&format!("netns delete {name}"))?;
+    }
+    Ok(())
+}
+
+fn is_left(name: &str) -> bool {
+    let mut parts = name.strip_prefix(PREFIX).into_iter().flat_map(|rest| rest.split('-'));
+    let (Some(process), Some(at)) = (parts.next().and_then(|id| id.parse().ok()), parts.next()) else {
+        return false;
+    };
+    begun(process).as_deref() != Some(at)
+}
+
 /// Load under way in another process.
 pub struct NeighbourLoad {
     child: Option<Child>,
@@ -106,12 +165,26 @@ impl Drop for NeighbourLoad {
 }
 
 fn terminate(child: &Child) -> Result<()> {
-    let pid =
-        i32::try_from(child.id()).ok().and_then(rustix::process::Pid::from_raw).ok_or("no process id")?;
-    rustix::process::kill_process(pid, rustix::process::Signal::TERM).map_err(Error::from)
+    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or("no process id")?;
+    kill_process(pid, Signal::TERM).map_err(Error::from)
 }
 
-/// Whether a file is below `/proc` of a process that lives.
-pub fn alive(pid: u32) -> bool {
-    Path::new("/proc").join(pid.to_string()).join("stat").exists()
+#[test]
+fn neighbours_are_apart_and_what_an_interrupted_process_left_goes_with_the_next() -> Result<()> {
+    let [one, another] = [Neighbour::new()?, Neighbour::new()?];
+    assert!(one.name != another.name && one.host != another.host);
+    let mut maker = Command::new("sleep").arg("1000").spawn()?;
+    let left = std::mem::ManuallyDrop::new(Neighbour::made_by(maker.id())?);
+    let place = Path::new("/run/netns").join(&left.name);
+    let mut inside = left.command("sleep".as_ref()).arg("1000").spawn()?;
+    drop(Neighbour::new()?);
+    assert!(place.exists(), "its maker lives");
+    maker.kill()?;
+    maker.wait()?;
+    drop(Neighbour::new()?);
+    assert!(!place.exists() && !inside.wait()?.success());
+    for neighbour in [&one, &another] {
+        assert!(Path::new("/run/netns").join(&neighbour.name).exists());
+    }
+    Ok(())
 }

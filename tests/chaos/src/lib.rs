@@ -34,7 +34,7 @@ async fn whatever_happens_a_site_comes_to_what_was_asked_of_it() -> Result<()> {
     let disk = Disk::new()?;
     let site = Site::up_in("chaos", disk.folder())?;
     let count = if full() { 160 } else { Kind::ON_FILES.len() };
-    Rounds::start(site, &disk, &Kind::ON_FILES, 3).await?.play(count).await
+    Rounds::start(site, &disk, &Kind::ON_FILES).await?.play(count).await
 }
 
 /// With the state in PostgreSQL, whose server is a victim as well.
@@ -44,13 +44,13 @@ async fn whatever_happens_a_site_on_postgresql_comes_to_what_was_asked_of_it() -
     let site = Site::up_on_postgres_in("pgchaos", disk.folder())?;
     let (kinds, count): (&[Kind], _) =
         if full() { (&Kind::ON_POSTGRES, 40) } else { (&Kind::OF_DATABASE, Kind::OF_DATABASE.len()) };
-    Rounds::start(site, &disk, kinds, 7).await?.play(count).await
+    Rounds::start(site, &disk, kinds).await?.play(count).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn traffic_flows_while_everything_of_kiln_is_down() -> Result<()> {
     let web = Web::start(Site::up("down")?).await?;
-    let neighbour = Neighbour::new(2)?;
+    let neighbour = Neighbour::new()?;
     let beside = neighbour.load(web.port, "Hello")?;
     let load = web.load();
     for process in SERVICES {

@@ -56,7 +56,7 @@ impl<'a> Rounds<'a> {
     ///
     /// # Errors
     /// What keeps them from running.
-    pub(crate) async fn start(site: Site, disk: &'a Disk, kinds: &'a [Kind], neighbour: u8) -> Result<Self> {
+    pub(crate) async fn start(site: Site, disk: &'a Disk, kinds: &'a [Kind]) -> Result<Self> {
         let web = Web::start(site).await?;
         let calls = Calls::begin(&web.site).await?;
         until("the other server", WHOLE, async || {
@@ -68,7 +68,7 @@ impl<'a> Rounds<'a> {
             if kinds.get("netns") == Some(&NAMESPACES) { Ok(kinds) } else { Err(format!("{kinds:?}").into()) }
         })
         .await?;
-        let neighbour = Neighbour::new(neighbour)?;
+        let neighbour = Neighbour::new()?;
         let (random, deck) = (Random::seeded(), Deck::of(kinds));
         let heard = BTreeSet::new();
         Ok(Self { web, disk, calls, random, deck, neighbour, usual, round: 0, release: 1, heard })

@@ -17,7 +17,7 @@ const BOUND: SignedDuration = SignedDuration::from_millis(100);
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_instance_is_replaced_and_costs_what_was_in_flight() -> Result<()> {
     let web = Web::start(Site::up("killed")?).await?;
-    let neighbour = Neighbour::new(4)?;
+    let neighbour = Neighbour::new()?;
     let beside = neighbour.load(web.port, "Hello")?;
     let load = web.load();
     until("some requests", Duration::from_secs(10), async || {

@@ -16,7 +16,7 @@ use kiln_tests::site::Site;
 #[tokio::test(flavor = "multi_thread")]
 async fn commits_replace_and_roll_back_without_a_failed_request() -> Result<()> {
     let web = Web::start(Site::up("rollout")?).await?;
-    let neighbour = Neighbour::new(1)?;
+    let neighbour = Neighbour::new()?;
     let beside = neighbour.load(web.port, "Hello")?;
     let load = web.load();
 

@@ -12,6 +12,7 @@ use kiln_tests::Result;
 use kiln_tests::command::binary;
 use kiln_tests::kept::Kept;
 use kiln_tests::load::{Load, Options, fetch};
+use kiln_tests::process::begun;
 use kiln_tests::repo::Repo;
 use kiln_tests::server::{SETTLES, Web};
 use kiln_tests::site::{Site, edge, free_port};
@@ -172,11 +173,9 @@ async fn running(site: &Site) -> Result<BTreeSet<(String, u32, String)>> {
     let running = listed.instances.into_iter().filter(|it| it.state() == InstanceState::Running);
     running
         .map(|instance| {
-            let stat = std::fs::read_to_string(format!("/proc/{}/stat", instance.pid))?;
-            // After the name, which can hold anything: the twentieth field from there is the start, in ticks since boot.
-            let begun = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(19));
+            let begun = begun(instance.pid).ok_or("it is gone")?;
             let id = instance.spec.ok_or("an instance without a specification")?.id;
-            Ok((id, instance.pid, begun.ok_or("a process without a start")?.to_owned()))
+            Ok((id, instance.pid, begun))
         })
         .collect()
 }
