@@ -3,6 +3,7 @@
 mod caller;
 mod layer;
 mod rate;
+mod sizes;
 mod stranger;
 mod table;
 mod tokens;
@@ -20,6 +21,7 @@ pub use caller::{Caller, Identity, PersonName, Role, Way};
 pub(crate) use layer::AccessLayer;
 pub use rate::Rate;
 pub(crate) use rate::{Permit, Rates};
+pub(crate) use sizes::Places;
 pub(crate) use stranger::Stranger;
 pub use table::{METRICS, Row, TABLE, row};
 use tokens::Hash;

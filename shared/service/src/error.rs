@@ -33,7 +33,7 @@ pub enum ApiError {
     /// Known, and not in a role that may.
     #[error("{reason}")]
     Denied { reason: String, what_to_do: String },
-    /// Too much at once.
+    /// Too much at once. Trying again is safe, a while later.
     #[error("{reason}")]
     Exhausted { reason: String, what_to_do: String },
     /// A store or a peer is away. Trying again is safe.
@@ -167,6 +167,7 @@ impl From<ApiError> for Status {
             }
             ApiError::Exhausted { reason, what_to_do } => {
                 details.add_quota_failure_violation("", reason);
+                details.set_retry_info(Some(RETRY));
                 advise(&mut details, what_to_do);
                 (Code::ResourceExhausted, "EXHAUSTED")
             }

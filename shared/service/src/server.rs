@@ -17,7 +17,7 @@ use tonic::transport::Server;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 
-use crate::access::{Access, AccessLayer, Rates};
+use crate::access::{Access, AccessLayer, Places, Rates};
 use crate::audit::Refusals;
 use crate::config::Site;
 use crate::observe::ObserveLayer;
@@ -110,6 +110,7 @@ pub async fn serve(options: ServerOptions, routes: Routes, stop: watch::Receiver
     let place = socket.display().to_string();
     let rates = Rates::new(limits.people, limits.others);
     let access = Arc::new(Access::new(tls.site.clone(), tokens.clone(), rates, refusals));
+    let places = Places::new(limits.large, limits.large_wait);
     let (hall, connections) = mpsc::channel(WAITING);
     let (page_hall, page_connections) = mpsc::channel(WAITING);
     // They end with whoever takes their connections.
@@ -148,7 +149,7 @@ pub async fn serve(options: ServerOptions, routes: Routes, stop: watch::Receiver
         .http2_keepalive_timeout(Some(limits.alive))
         .max_connection_age(limits.age)
         .layer(ObserveLayer)
-        .layer(AccessLayer(Arc::clone(&access)))
+        .layer(AccessLayer { access: Arc::clone(&access), places })
         .add_routes(routes)
         .serve_with_incoming_shutdown(ReceiverStream::new(connections), async move {
             requested(&mut stopping).await;

@@ -6,28 +6,25 @@ use std::task::{Context, Poll};
 
 use futures::future::BoxFuture;
 use http::{HeaderMap, Request, Response};
-use http_body_util::{BodyExt as _, Limited};
 use hyper::body::{Body as HttpBody, Bytes, Frame, SizeHint};
 use tonic::Status;
 use tonic::body::Body;
 use tower::{Layer, Service};
 
-use super::{Access, Admitted, Peer, Permit};
+use super::{Access, Admitted, Peer, Permit, Places};
 use crate::error::ApiError;
 
-/// The one method that takes large messages, with its service's own bound: packed folders. All others share this one, also
-/// where their service has a higher one: whoever may only look must not fill the memory.
-const LARGE: &str = "/kiln.builder.v1.BuilderService/Apply";
-const MESSAGES: usize = 4 << 20;
-
 #[derive(Debug, Clone)]
-pub(crate) struct AccessLayer(pub(crate) Arc<Access>);
+pub(crate) struct AccessLayer {
+    pub(crate) access: Arc<Access>,
+    pub(crate) places: Places,
+}
 
 impl<S> Layer<S> for AccessLayer {
     type Service = Guarded<S>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        Guarded { inner, access: Arc::clone(&self.0) }
+        Guarded { inner, access: Arc::clone(&self.access), places: self.places.clone() }
     }
 }
 
@@ -35,6 +32,7 @@ impl<S> Layer<S> for AccessLayer {
 pub(crate) struct Guarded<S> {
     inner: S,
     access: Arc<Access>,
+    places: Places,
 }
 
 impl<S> Service<Request<Body>> for Guarded<S>
@@ -66,21 +64,10 @@ where
                 return Box::pin(std::future::ready(Ok(refused)));
             }
         };
-        if request.uri().path() != LARGE {
-            request = request.map(|body| {
-                // With the five bytes that go before a message, and a stream's few small ones.
-                Body::new(Limited::new(body, MESSAGES + 1024).map_err(
-                    |error| match error.downcast::<Status>() {
-                        Ok(status) => *status,
-                        Err(_) => {
-                            Status::out_of_range(format!("a message may have {MESSAGES} bytes at most"))
-                        }
-                    },
-                ))
-            });
-        }
+        let (request, place) = self.places.bound(request);
         let answer = self.inner.call(request);
         Box::pin(async move {
+            let _place = place;
             let response = tokio::select! {
                 response = answer => response?,
                 refused = &mut refusal => return Ok(Status::from(refused).into_http()),

@@ -30,6 +30,12 @@ pub struct Limits {
     pub age: Duration,
     /// Bound on one call, its first answer for a stream: an apply can wait for a slow repository.
     pub call: Duration,
+    /// Messages of more than 4 MiB that are in memory at once, from there on to the answer to their call: each takes twice
+    /// its size while it is decoded.
+    pub large: usize,
+    /// How long a further one waits for the place of one of them. What it has sent fills its connection's window, so other
+    /// calls on that connection wait with it.
+    pub large_wait: Duration,
     /// Connections to the metrics page that are served at once; the others wait.
     pub scrapes: usize,
     /// Bound on a connection to the metrics page. A scrape is over long before; one that stands still gives its place up.
@@ -52,6 +58,8 @@ impl Default for Limits {
             alive: Duration::from_secs(30),
             age: Duration::from_secs(1800),
             call: Duration::from_secs(600),
+            large: 4,
+            large_wait: Duration::from_secs(5),
             scrapes: 16,
             scrape: Duration::from_secs(60),
             people: Rate { calls_per_second: 200.0, burst: 400.0, under_way: 128 },

@@ -51,7 +51,11 @@ pub(crate) async fn by_hand(
 }
 
 pub(crate) fn call(method: &str) -> http::request::Builder {
-    Request::post(format!("https://kiln.local/kiln.monitor.v1.MonitorService/{method}"))
+    call_to(&format!("/kiln.monitor.v1.MonitorService/{method}"))
+}
+
+pub(crate) fn call_to(path: &str) -> http::request::Builder {
+    Request::post(format!("https://kiln.local{path}"))
         .header("content-type", "application/grpc")
         .header("te", "trailers")
 }

@@ -6,6 +6,7 @@
     reason = "tests stop where they can't go on"
 )]
 
+mod large;
 mod limits;
 mod monitor;
 mod patience;

@@ -174,7 +174,7 @@ impl Running {
         let monitor = Monitor { store: store.clone(), told: Arc::clone(&told) };
         // As a service that takes packed folders: the bound for all else is the layer's.
         let routes = MonitorServiceServer::new(monitor).max_decoding_message_size(APPLY_LIMIT);
-        let routes = tonic::service::Routes::new(routes);
+        let routes = tonic::service::Routes::new(routes).add_service(crate::large::Applies);
         let (stop, stopped) = watch::channel(false);
         let socket = options.socket.clone();
         let task = tokio::spawn(serve(options, routes, stopped));
