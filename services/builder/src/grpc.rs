@@ -2,6 +2,7 @@
 
 mod apply;
 mod builds;
+mod exports;
 mod images;
 mod lists;
 mod plans;
@@ -28,6 +29,7 @@ use kiln_service::error::ApiError;
 use kiln_store::Store;
 use tonic::{Request, Response, Status};
 
+use self::exports::Exports;
 use crate::bakery::Bakery;
 use crate::builder::{Builder, Error};
 use crate::store::Read;
@@ -39,11 +41,12 @@ pub struct Api<S, K, C> {
     images: ImageStore,
     /// Whose signatures count.
     signing: Signing,
+    exports: Exports,
 }
 
 impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
     pub fn new(builder: Builder<S, K, C>, images: ImageStore, signing: Signing) -> Self {
-        Self { builder, images, signing }
+        Self { builder, images, signing, exports: Exports::default() }
     }
 
     async fn server(&self, name: &str) -> Result<Read<kiln_builder_core::server::Server>, ApiError> {

@@ -1,31 +1,23 @@
 //! Images: what is in them, their way out, and who needs them.
 
 use std::collections::BTreeSet;
-use std::io::Write;
 
 use kiln_api::builder::{
     ExportImageRequest, ExportImageResponse, GetImageRequest, GetImageResponse, HoldRequest, HoldResponse,
     Image, Layer,
 };
-use kiln_image::{ImageStore, Thoroughness, read_trusted_key};
+use kiln_image::{Thoroughness, read_trusted_key};
 use kiln_model::digest::Digest;
 use kiln_service::clock::Clock;
 use kiln_service::config::Trust;
 use kiln_service::error::ApiError;
 use kiln_service::requests;
 use kiln_store::{AuditRecord, Batch, Store};
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::Status;
 
 use super::{Api, Streamed};
 use crate::bakery::Bakery;
 use crate::store::{Edit, HOLD_KIND, StoredHold};
 
-/// One message of an export.
-const CHUNK: usize = 256 << 10;
-/// Messages that a slow reader may lag behind.
-const AHEAD: usize = 8;
 /// Images that one holder may hold.
 const MAX_HELD: usize = 100_000;
 
@@ -94,15 +86,7 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
         let server = stored.map_or_else(|| "image".to_owned(), |read| read.value.server.to_string());
         // As Docker wants a name: repository and tag.
         let name = format!("kiln/{server}:{}", digest.short());
-        let images = self.images.clone();
-        let (chunks, stream) = mpsc::channel(AHEAD);
-        tokio::task::spawn_blocking(move || {
-            if let Err(status) = export(&images, &digest, &name, &chunks) {
-                // Nobody listens any more where this fails.
-                let _ = chunks.blocking_send(Err(status));
-            }
-        });
-        Ok(Box::pin(ReceiverStream::new(stream)))
+        self.exports.begin(self.images.clone(), digest, name)
     }
 
     pub(super) async fn hold_images(&self, request: HoldRequest, by: &str) -> Result<HoldResponse, ApiError> {
@@ -174,38 +158,12 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
     }
 }
 
-fn image_error(error: &kiln_image::Error, digest: &Digest) -> ApiError {
+pub(super) fn image_error(error: &kiln_image::Error, digest: &Digest) -> ApiError {
     match error {
         kiln_image::Error::NoBlob(missing) if missing == digest => {
             ApiError::not_found("image", digest.to_string())
         }
         kiln_image::Error::NoImage(missing) => ApiError::not_found("image", missing.to_string()),
         other => ApiError::internal(other),
-    }
-}
-
-type Chunks = mpsc::Sender<Result<ExportImageResponse, Status>>;
-
-fn export(images: &ImageStore, digest: &Digest, name: &str, chunks: &Chunks) -> Result<(), Status> {
-    let mut writer = std::io::BufWriter::with_capacity(CHUNK, ChunkWriter { chunks });
-    images.export(digest, name, &mut writer).map_err(|error| image_error(&error, digest))?;
-    writer.flush().map_err(|error| Status::cancelled(error.to_string()))
-}
-
-struct ChunkWriter<'a> {
-    chunks: &'a Chunks,
-}
-
-impl Write for ChunkWriter<'_> {
-    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
-        let data = data.get(..CHUNK).unwrap_or(data);
-        let chunk = ExportImageResponse { data: data.to_vec() };
-        let sent = self.chunks.blocking_send(Ok(chunk));
-        sent.map_err(|_| std::io::Error::from(std::io::ErrorKind::BrokenPipe))?;
-        Ok(data.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
     }
 }
