@@ -56,7 +56,7 @@ pub(super) fn write(site: &Site, is_anothers: bool) -> Outcome {
             .reason("bad_config")
             .todo(format!("write tls://{rest} in site.toml")));
     }
-    keys::write(&own, &config(site, &users))
+    keys::write(&own, &config(site, common(site, &own)?, &users))
 }
 
 /// Whether these are the settings of a broker that was made before it had TLS.
@@ -83,20 +83,33 @@ fn check_identity(site: &Site) -> Outcome {
     )))
 }
 
-fn config(site: &Site, users: &str) -> String {
+/// What every broker has, with the folder of its data as a variable.
+const COMMON: &str = include_str!("../../../../deploy/nats/kiln.conf");
+
+/// What one had that was made before it had bounds.
+const BOUNDLESS: &str =
+    "max_payload: 4MB\njetstream {\n  store_dir: $KILN_NATS_DATA\n  sync_interval: 1s\n}\n";
+
+/// While anything runs a broker without bounds has none: it takes them at its start alone, and refuses to read a file anew
+/// that has them, and with it the new certificate that it is told of so.
+fn common(site: &Site, config: &Path) -> Outcome<&'static str> {
+    let is_boundless = fs::read_to_string(config).is_ok_and(|text| !text.contains("\nmax_pending:"));
+    Ok(if is_boundless && runs(site)? { BOUNDLESS } else { COMMON })
+}
+
+fn config(site: &Site, common: &str, users: &str) -> String {
     let (folder, pid) = (site.paths().nats().join("jetstream"), pid_file(site));
     let listen = site.nats_url.split_once("://").map_or("", |(_, rest)| rest.trim_end_matches('/'));
     let (name, folder, pid) = (&site.name, folder.display(), pid.display());
     let tls = if site.broker_has_tls() { tls(site) } else { String::new() };
-    // State is the truth: what a power failure takes of the last second's events is found by the resyncs.
     format!(
         "# Made by `kiln up`, anew each time.\n\
          server_name: \"kiln-{name}\"\n\
          listen: \"{listen}\"\n\
          pid_file: \"{pid}\"\n\
-         max_payload: 4MB\n\
          {tls}\
-         jetstream {{\n  store_dir: \"{folder}\"\n  sync_interval: 1s\n}}\n\
+         KILN_NATS_DATA: \"{folder}\"\n\
+         {common}\
          {users}"
     )
 }

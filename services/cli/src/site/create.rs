@@ -291,6 +291,33 @@ mod tests {
 
     /// Its services, those of before among them, speak as they began until nothing runs.
     #[test]
+    fn a_broker_without_bounds_has_them_from_the_next_start_of_everything_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let home = home(folder.path());
+        let made = ensure(&home, &Wishes::default()).unwrap();
+        let broker = || std::fs::read_to_string(broker::config_file(&made)).unwrap();
+        let has_bounds = broker();
+        assert!(
+            has_bounds.contains("\nmax_pending: 16MB\n") && has_bounds.contains("  max_file_store: 2GB\n")
+        );
+        let boundless = has_bounds.replace("max_pending: 16MB\n", "");
+        std::fs::write(broker::config_file(&made), boundless).unwrap();
+
+        let service = Guard::take(made.paths(), Service::Node).unwrap();
+        ensure(&home, &Wishes::default()).unwrap();
+        let running = broker();
+        assert!(running.contains("\nmax_payload: 4MB\n") && !running.contains("max_pending"), "{running}");
+        assert!(running.contains("store_dir:") && !running.contains("max_file_store"), "{running}");
+        drop(service);
+        ensure(&home, &Wishes::default()).unwrap();
+        assert_eq!(broker(), has_bounds);
+        // And keeps them, whatever runs.
+        let _service = Guard::take(made.paths(), Service::Node).unwrap();
+        ensure(&home, &Wishes::default()).unwrap();
+        assert_eq!(broker(), has_bounds);
+    }
+
+    #[test]
     fn a_broker_of_before_tls_has_it_from_the_next_start_of_everything_on() {
         let folder = tempfile::tempdir().unwrap();
         let home = home(folder.path());
@@ -300,8 +327,9 @@ mod tests {
         let (url, of_before) = (made.nats_url.clone(), made.nats_url.replace("tls://", "nats://"));
         let has_tls = broker();
         assert!(has_tls.contains("verify: true") && has_tls.contains("min_version: \"1.3\""), "{has_tls}");
-        let (start, end) = (has_tls.find("tls {").unwrap(), has_tls.find("jetstream {").unwrap());
-        let plain = format!("{}{}", &has_tls[..start], &has_tls[end..]);
+        let (before, rest) = has_tls.split_once("tls {").unwrap();
+        let (_, after) = rest.split_once("}\n").unwrap();
+        let plain = format!("{before}{after}");
         std::fs::write(home.site_file(), settings().replace(&url, &of_before)).unwrap();
         std::fs::write(broker::config_file(&made), &plain).unwrap();
 

@@ -185,6 +185,28 @@ fn nobody_gets_in_without_a_key_of_the_site() {
     }
 }
 
+/// As much as the broker's own default would keep for one listener.
+#[test]
+fn a_listener_that_takes_nothing_is_cut_off_before_it_fills_the_memory() {
+    const SENT: usize = 48;
+    let broker = Broker::start();
+    let (mut listener, mut attentive) = (broker.wire(User::Reader), broker.wire(User::Reader));
+    for wire in [&mut listener, &mut attentive] {
+        assert_eq!(wire.say("SUB kiln.v1.home.> 1\r\n"), [""; 0]);
+    }
+    let mut builder = broker.wire(User::Builder);
+    let payload = "x".repeat(1 << 20);
+    for sent in 1..=SENT {
+        assert_eq!(builder.publish("kiln.v1.home.builder.build.succeeded.web", "", &payload), [""; 0]);
+        while attentive.heard.len() < sent {
+            attentive.say("");
+        }
+    }
+    // What the kernel holds for it arrives yet.
+    listener.rest();
+    assert!(listener.heard.len() < SENT, "all {SENT} MiB were kept for it");
+}
+
 /// A question names the subject of its answer, and a broker asks nobody whether that may be published to.
 #[tokio::test]
 async fn no_answer_can_be_had_stored_as_anothers_event() {

@@ -141,22 +141,30 @@ impl Wire {
         // Where it has closed the connection, what it said before is there still.
         let _ = self.reader.get_mut().write_all(format!("{words}PING\r\n").as_bytes());
         loop {
-            let mut line = String::new();
-            if self.reader.read_line(&mut line).unwrap() == 0 {
-                return told;
-            }
-            let words: Vec<_> = line.split_whitespace().collect();
-            match words[0] {
-                "PONG" => return told,
-                "-ERR" => told.push(line.trim_end().to_owned()),
-                "MSG" | "HMSG" => {
-                    let length: usize = words.last().unwrap().parse().unwrap();
-                    self.reader.read_exact(&mut vec![0; length + 2]).unwrap();
-                    self.heard.push(words[1].to_owned());
-                }
-                _ => {}
+            let line = self.line().unwrap();
+            match line.split_whitespace().next() {
+                None | Some("PONG") => return told,
+                Some("-ERR") => told.push(line.trim_end().to_owned()),
+                Some(_) => {}
             }
         }
+    }
+
+    /// Hears what comes until the connection has ended, or nothing more does.
+    pub(super) fn rest(&mut self) {
+        while self.line().is_ok_and(|line| !line.is_empty()) {}
+    }
+
+    /// The next line; empty where the connection has ended. What a message holds is passed over.
+    fn line(&mut self) -> std::io::Result<String> {
+        let mut line = String::new();
+        self.reader.read_line(&mut line)?;
+        let words: Vec<_> = line.split_whitespace().collect();
+        if let ["MSG" | "HMSG", subject, .., length] = words[..] {
+            self.reader.read_exact(&mut vec![0; length.parse::<usize>().unwrap() + 2])?;
+            self.heard.push(subject.to_owned());
+        }
+        Ok(line)
     }
 
     pub(super) fn publish(&mut self, subject: &str, reply: &str, payload: &str) -> Vec<String> {
