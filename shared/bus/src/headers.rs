@@ -64,10 +64,16 @@ pub fn headers(site: &SiteName, event: &Event) -> HeaderMap {
     headers.insert("ce-version", event.aggregate_version.to_string());
     headers.insert("content-type", CONTENT_TYPE);
     headers.insert(MESSAGE_ID, id.as_str());
-    if !event.traceparent.is_empty() {
+    if is_traceparent(&event.traceparent) {
         headers.insert(TRACEPARENT, event.traceparent.as_str());
     }
     headers
+}
+
+/// Whether it is `00-<trace>-<span>-<flags>`, of hexadecimal digits. It came with what another service said: one with a line
+/// end is no header, and one that is too long would have the broker refuse its event for good.
+fn is_traceparent(text: &str) -> bool {
+    text.len() == 55 && text.bytes().all(|b| b == b'-' || b.is_ascii_hexdigit())
 }
 
 /// Reads an event of any site from the wire.
@@ -176,6 +182,18 @@ mod tests {
     }
 
     #[test]
+    fn what_is_no_trace_context_is_not_sent_as_one() {
+        let site = "home".parse().unwrap();
+        let good = event().event.traceparent;
+        for bad in ["", "x", "00-0af7\r\nNats-Msg-Id: 1", &format!("{good}\n"), &"0".repeat(1 << 20)] {
+            let mut event = event();
+            event.event.traceparent = bad.to_owned();
+            assert!(headers(&site, &event).get(TRACEPARENT).is_none(), "{bad:?}");
+        }
+        assert_eq!(traceparent(&headers(&site, &event())), good);
+    }
+
+    #[test]
     fn what_lacks_a_header_or_holds_a_wrong_one_is_undecodable() {
         let site = "home".parse().unwrap();
         let subject = "kiln.v1.home.builder.build.succeeded.web";
@@ -237,6 +255,11 @@ mod tests {
             "kiln.v1.home.monitor.build.succeeded.web",
             "kiln.v1.other.builder.build.succeeded.web",
             "kiln..v1.home.builder.build.succeeded.web",
+            "kiln.v1.home.builder.build.succeeded.web\n",
+            "kiln.v1.home.builder.build.succeeded.web\r",
+            "kiln.v1.home.builder.build.succeeded.web\r\nPUB x 0",
+            "kiln.v1.home.builder.build.succeeded\n.web",
+            "\nkiln.v1.home.builder.build.succeeded.web",
             "web",
         ] {
             assert!(matches!(decode(subject, &good, &[]), Err(Error::Undecodable { .. })), "{subject}");
