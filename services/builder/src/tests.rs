@@ -8,6 +8,7 @@ mod contended;
 mod recorded;
 mod replays;
 mod testing;
+mod unreadable;
 mod working;
 mod world;
 

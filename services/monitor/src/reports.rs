@@ -162,6 +162,12 @@ mod tests {
         assert_eq!(decode(short).unwrap().remedy, Remedy::Rebuild);
     }
 
+    /// A report with groups of a field that nobody knows, each in the one before.
+    fn nested(depth: usize) -> Result<Report, String> {
+        let (begin, end) = (15 << 3 | 3, 15 << 3 | 4);
+        decode(&[message().encode_to_vec(), vec![begin; depth], vec![end; depth]].concat())
+    }
+
     #[test]
     fn what_is_no_report_says_why() {
         let wrong = |change: fn(&mut events::Report)| {
@@ -171,6 +177,9 @@ mod tests {
         };
         for (error, said) in [
             (wrong(|m| m.server = "../web".to_owned()), "server:"),
+            (wrong(|m| m.server = "web\r\nPUB x 0".to_owned()), "server:"),
+            (wrong(|m| m.reporter = "scanner\r".to_owned()), "reporter:"),
+            (wrong(|m| m.instance = "web-r1-0-a1\n".to_owned()), "instance:"),
             (wrong(|m| m.reporter.clear()), "reporter:"),
             (wrong(|m| m.id = "a\nb".to_owned()), "id:"),
             (wrong(|m| m.summary = "x".repeat(2001)), "summary:"),
@@ -180,10 +189,14 @@ mod tests {
             (decode(b"{}").unwrap_err(), "missing field `server`"),
             (decode(b"{\"server\":1}").unwrap_err(), "JSON"),
             (decode(&[0xff; 20]).unwrap_err(), "not a report"),
+            (decode(&[1 << 3 | 2, 2, 0xff, 0xfe]).unwrap_err(), "UTF-8"),
+            (nested(101).unwrap_err(), "recursion limit"),
+            (nested(20_000).unwrap_err(), "recursion limit"),
             (decode(&vec![b' '; 1 << 20]).unwrap_err(), "more than"),
         ] {
             assert!(error.contains(said), "{said}: {error}");
         }
+        assert_eq!(nested(90), decode(&message().encode_to_vec()));
         let deep = format!("{{\"server\":{}1{}}}", "[".repeat(5000), "]".repeat(5000));
         assert!(decode(deep.as_bytes()).is_err());
     }

@@ -98,6 +98,8 @@ mod tests {
             format!("sha256:{}", "A".repeat(64)),
             format!("sha512:{}", "a".repeat(64)),
             format!("{good} "),
+            format!("{good}\n"),
+            format!("\r\n{good}"),
             format!("sha256:{}", "a".repeat(63)),
         ] {
             assert!(bad.parse::<Digest>().is_err(), "{bad}");

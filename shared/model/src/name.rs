@@ -208,6 +208,30 @@ mod tests {
         }
     }
 
+    /// Lines of a log, of a configuration and of the broker's protocol are made from them.
+    #[test]
+    fn no_name_holds_a_line_end_or_a_wildcard() {
+        fn refuses<T: FromStr>(good: &str) {
+            assert!(good.parse::<T>().is_ok(), "{good}");
+            for strange in ["\n", "\r", "\r\n", "\0", "\t", " ", "*", ">", "/", "..", "\u{85}", "\u{2028}"] {
+                let mut bad = vec![format!("{strange}{good}"), format!("{good}{strange}")];
+                bad.extend((1..good.len()).map(|at| format!("{}{strange}{}", &good[..at], &good[at..])));
+                for bad in bad {
+                    // A request id may have dots, and makes no path.
+                    let is_dots = strange == ".." && bad.parse::<RequestId>().is_ok();
+                    assert!(is_dots || bad.parse::<T>().is_err(), "{bad:?}");
+                }
+            }
+        }
+        refuses::<ServerName>("web");
+        refuses::<SiteName>("home");
+        refuses::<NodeName>("local");
+        refuses::<SiteId>("0123abcd");
+        refuses::<RequestId>("r-1");
+        refuses::<BuildId>("web-b7");
+        refuses::<InstanceId>("web-r12-0-a3");
+    }
+
     fn servers() -> impl Strategy<Value = ServerName> {
         // Also names that look like the rest of an id.
         let nasty = "(a|web|[0-9])(-(r[0-9]|b[0-9]|a[0-9]|[0-9]|-)){0,6}-?[a-z0-9]";

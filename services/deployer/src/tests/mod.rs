@@ -5,6 +5,7 @@ mod crash;
 mod life;
 mod recorded;
 mod scenes;
+mod unreadable;
 mod world;
 
 use std::future::Future;

@@ -270,3 +270,37 @@ async fn every_call_that_changes_something_leaves_one_record() {
     }
     monitor.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_that_can_not_be_read_are_put_aside_with_words_and_hold_nothing_up() {
+    let (world, monitor) = started(types::Mode::Auto).await;
+    // Groups of a field that nobody knows, each in the one before.
+    let deep = [vec![0x7b; 101], vec![0x7c; 101]].concat();
+    let not_utf8 = vec![1 << 3 | 2, 4, 1 << 3 | 2, 2, 0xff, 0xfe];
+    let kinds = [
+        (Service::Builder, "definition", "applied"),
+        (Service::Builder, "revision", "created"),
+        (Service::Deployer, "instance", "launched"),
+    ];
+    let payloads = [(&deep, "recursion limit"), (&not_utf8, "UTF-8")];
+    for (service, entity, verb) in kinds {
+        for (version, (payload, _)) in (1..).zip(payloads) {
+            world.publish(service, entity, verb, "strange", version, payload.clone()).await;
+        }
+    }
+    let all = kinds.len() * payloads.len();
+    until("they are put aside", async || (world.bus.dead_letters().len() == all).then_some(())).await;
+    for letter in world.bus.dead_letters() {
+        let (_, words) = payloads.into_iter().find(|(payload, _)| **payload == letter.payload).unwrap();
+        assert!(letter.reason.contains(words), "{letter:?}");
+    }
+    // Others are taken, and what a value of an enum means that came with a later version is not guessed.
+    let first = report(&monitor, request("r1", "17")).await.unwrap();
+    let cause = Some(types::Cause { id: first.id, ..types::Cause::default() });
+    let event = PlanUnchanged { server: "web".to_owned(), cause, lock_key: String::new() };
+    world.publish(Service::Builder, "plan", "unchanged", "web", 1, event.encode_to_vec()).await;
+    world.hears("settled reported web").await;
+    let later = ReportSignalRequest { remedy: 77, ..request("r2", "18") };
+    assert_eq!(report(&monitor, later).await.unwrap_err().code(), Code::InvalidArgument);
+    monitor.stop().await;
+}
