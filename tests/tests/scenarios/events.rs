@@ -123,7 +123,8 @@ async fn every_service_serves_metrics() -> Result<()> {
         let answer = get(Some(&viewer))?;
         assert!(answer.contains("kiln_"), "{service}: {answer}");
         let refused = get(None).expect_err("whoever shows nothing is told nothing").to_string();
-        assert!(refused.contains("22"), "{service}: {refused}");
+        // Where a site has no tokens, the handshake demands a certificate: what curl received was an alert.
+        assert!(refused.contains("exit status: 56"), "{service}: {refused}");
     }
     site.down()
 }
