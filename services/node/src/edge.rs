@@ -16,6 +16,7 @@ use crate::helper::Helpers;
 use crate::metrics;
 use crate::names::Names;
 
+use conntrack::Of;
 pub(crate) use ports::holder;
 pub(crate) use slots::SLOTS;
 pub(crate) use table::{exists, remove, try_out};
@@ -74,10 +75,11 @@ impl Edge {
 
     /// Brings the edge to what is wanted, in one transaction. False where it was so already. What is wanted is asked for
     /// when nobody else changes the edge any more: what was evicted until then is not wanted.
-    pub(crate) async fn apply(&self, wanted: impl FnOnce() -> Wanted) -> Result<bool, Failure> {
+    pub(crate) async fn apply(&self, wanted: impl Fn() -> Wanted) -> Result<bool, Failure> {
+        let wanted = || wanted().into_iter().filter(|(_, backends)| !backends.is_empty());
+        self.forget_before_opening(wanted().map(|(listen, _)| listen)).await;
         let mut now = self.now.lock().await;
-        let wanted = wanted().into_iter().filter(|(_, backends)| !backends.is_empty());
-        let next = wanted.map(|(listen, backends)| {
+        let next = wanted().map(|(listen, backends)| {
             let before = now.slots.get(&listen).map_or(&[][..], Vec::as_slice);
             (listen, slots::spread(before, &backends))
         });
@@ -128,10 +130,25 @@ impl Edge {
         }
     }
 
+    /// What comes to a port that is not on the edge is sent nowhere, so what is tracked there is of an edge before: of a
+    /// site that was taken down whole, or lost its table, under load. For two minutes it would lead the next user of its
+    /// port to an instance that is long gone. Once the port is on the edge, connections there are those of users.
+    async fn forget_before_opening(&self, listens: impl Iterator<Item = u16>) {
+        let new: Vec<u16> = {
+            let now = self.now.lock().await;
+            listens.filter(|listen| !now.slots.contains_key(listen)).collect()
+        };
+        for listen in new {
+            if let Err(error) = conntrack::forget(&self.helpers, Of::Listener(listen)).await {
+                tracing::warn!(%error, listen, "connections of an edge before end by their own timeouts");
+            }
+        }
+    }
+
     /// Forgets the connections to an instance that is gone. Else a client that sends its SYN again would be sent there
     /// again, however the map is now.
     pub(crate) async fn forget(&self, address: Ipv4Addr) {
-        if let Err(error) = conntrack::forget(&self.helpers, address).await {
+        if let Err(error) = conntrack::forget(&self.helpers, Of::Instance(address)).await {
             tracing::warn!(%error, %address, "connections to a gone instance end by their own timeouts");
         }
     }

@@ -414,3 +414,32 @@ async fn a_route_that_is_asked_for_again_answers_as_the_first_time() {
         );
     }
 }
+
+/// A site under load was taken down whole: nobody answered its users, and the kernel goes on to send them there.
+#[tokio::test]
+async fn what_an_edge_before_left_leads_nobody_astray() {
+    let site = TestSite::start().await;
+    let image = site.server_image();
+    let (port, astray) = (free_port(), free_port());
+    let conntrack = |arguments: &str, port: u16| {
+        let words = arguments.replace("PORT", &port.to_string());
+        Command::new("conntrack").args(words.split(' ')).output().unwrap()
+    };
+    let left = |port| {
+        let made = conntrack(
+            "-I -p tcp --state SYN_SENT -t 120 -s 127.0.0.1 -d 127.0.0.1 --sport 4000 --dport PORT --dst-nat 10.95.255.9:80",
+            port,
+        );
+        assert!(made.status.success(), "{made:?}");
+    };
+    let is_there =
+        |port| !conntrack("-L -p tcp --orig-port-dst PORT --state SYN_SENT", port).stdout.is_empty();
+    left(port);
+    left(astray);
+    site.serving(&image, 1).await;
+    assert!(is_there(port));
+    site.route(port, &[&id(1)]).await.unwrap();
+    assert!(!is_there(port), "a user with that port would be sent to 10.95.255.9");
+    assert!(is_there(astray), "it is not the edge's");
+    conntrack("-D -p tcp --orig-port-dst PORT", astray);
+}
