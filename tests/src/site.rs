@@ -546,7 +546,10 @@ pub(crate) fn folder() -> Option<PathBuf> {
 }
 
 /// Kept between runs: packages and layers, both named by their content.
-fn cache_folder() -> Result<PathBuf> {
+///
+/// # Errors
+/// Where it can't be made.
+pub fn cache_folder() -> Result<PathBuf> {
     let folder = match folder() {
         Some(folder) => folder.join("cache"),
         None => binary("kiln")?.with_file_name("kiln-test-cache"),

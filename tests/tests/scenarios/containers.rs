@@ -9,7 +9,7 @@ use kiln_tests::command::{binary, run};
 use kiln_tests::unit::Unit;
 use serde_json::Value;
 
-fn root() -> PathBuf {
+pub(super) fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
@@ -19,15 +19,15 @@ fn text(name: &str) -> Result<String> {
 
 /// One `FROM`, and what follows.
 #[derive(Debug, Default)]
-struct Stage {
+pub(super) struct Stage {
     from: String,
     /// From another stage or from the folder, what, and to where.
-    copies: Vec<(Option<String>, Vec<String>, String)>,
-    entrypoint: Option<String>,
+    pub(super) copies: Vec<(Option<String>, Vec<String>, String)>,
+    pub(super) entrypoint: Option<String>,
 }
 
 /// As far as this one goes: no heredocs, no quotes in copies.
-fn stages() -> Result<BTreeMap<String, Stage>> {
+pub(super) fn stages() -> Result<BTreeMap<String, Stage>> {
     let text = text("Containerfile")?.replace("\\\n", " ");
     let mut stages = BTreeMap::new();
     let mut current = String::new();
@@ -111,8 +111,12 @@ fn every_image_is_made_of_what_is_there_and_starts_a_program_that_it_holds() -> 
     Ok(())
 }
 
+pub(super) fn compose() -> Result<Value> {
+    Ok(serde_saphyr::from_str(&text("compose.yaml")?)?)
+}
+
 /// `${NAME:-default}` is the default.
-fn filled(text: &str) -> String {
+pub(super) fn filled(text: &str) -> String {
     let mut out = String::new();
     let mut rest = text;
     while let Some((before, after)) = rest.split_once("${") {
@@ -124,12 +128,12 @@ fn filled(text: &str) -> String {
     out + rest
 }
 
-fn texts(list: &Value) -> Vec<String> {
+pub(super) fn texts(list: &Value) -> Vec<String> {
     list.as_array().into_iter().flatten().filter_map(Value::as_str).map(filled).collect()
 }
 
 /// With what it takes over by `<<`.
-fn whole(service: &Value) -> BTreeMap<String, Value> {
+pub(super) fn whole(service: &Value) -> BTreeMap<String, Value> {
     let mut found = BTreeMap::new();
     let parents = match &service["<<"] {
         Value::Array(several) => several.iter().collect(),
@@ -145,9 +149,8 @@ fn whole(service: &Value) -> BTreeMap<String, Value> {
 
 #[test]
 fn every_container_has_an_image_a_command_that_its_program_takes_and_files_that_are_there() -> Result<()> {
-    let (stages, compose) = (stages()?, text("compose.yaml")?);
-    let parsed: Value = serde_saphyr::from_str(&compose)?;
-    let services = parsed["services"].as_object().ok_or("no services")?;
+    let (stages, compose) = (stages()?, compose()?);
+    let services = compose["services"].as_object().ok_or("no services")?;
     let names: Vec<_> = services.keys().map(String::as_str).collect();
     assert_eq!(names, ["builder", "deployer", "monitor", "nats", "tend"]);
     for (name, service) in services {
@@ -187,8 +190,7 @@ fn every_container_has_an_image_a_command_that_its_program_takes_and_files_that_
 /// A bake that one of them lets do less makes another image.
 #[test]
 fn a_builder_has_the_same_rights_in_a_container_and_in_its_unit() -> Result<()> {
-    let parsed: Value = serde_saphyr::from_str(&text("compose.yaml")?)?;
-    let builder = whole(&parsed["services"]["builder"]);
+    let builder = whole(&compose()?["services"]["builder"]);
     let unit = Unit::of("kiln-builder@.service")?;
     let added = texts(&builder["cap_add"]);
     assert_eq!(unit.bounds()?, (added.iter().map(String::as_str).collect(), false));

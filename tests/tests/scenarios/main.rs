@@ -6,6 +6,7 @@ mod audit;
 mod backup;
 mod cli;
 mod cluster;
+mod contained;
 mod containers;
 mod definitions;
 mod deploy;

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::process::Stdio;
+use std::time::Duration;
 
 use kiln_service::config::Site;
 use kiln_service::machine::{Leftover, is_over};
@@ -36,12 +37,21 @@ async fn told(name: &str, site: &Site) -> Outcome<Vec<Leftover>> {
     text.lines().map(parse).collect()
 }
 
+/// To look at a machine, or to clear a site off it, takes seconds; to write its images into a backup as long as their disk does.
+const TASK: Duration = Duration::from_secs(3600);
+
 /// Runs a service's program for a task beside its service, and gives what it printed.
 pub(crate) async fn asked(name: &str, site: &Site, task: &str, what: &str) -> Outcome<String> {
     let binary = programs::sibling(name)?;
     let mut command = tokio::process::Command::new(&binary);
-    command.arg("--home").arg(&site.home).arg(task).stdin(Stdio::null());
-    let output = command.output().await.during(format_args!("starting {}", binary.display()))?;
+    command.arg("--home").arg(&site.home).arg(task).stdin(Stdio::null()).kill_on_drop(true);
+    let output = tokio::time::timeout(TASK, command.output()).await.map_err(|_| {
+        Failure::failed(
+            what,
+            format!("{} {task} did not end within {TASK:?} and was killed", binary.display()),
+        )
+    })?;
+    let output = output.during(format_args!("starting {}", binary.display()))?;
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
