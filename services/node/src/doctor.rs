@@ -18,12 +18,11 @@ use crate::network::{bridge, plugin_dir};
 use crate::runtime::find_program;
 
 /// Programs, how each says its version, and the Debian package that has it.
-const PROGRAMS: [(&str, &str, &str); 5] = [
+const PROGRAMS: [(&str, &str, &str); 4] = [
     ("runc", "--version", "runc"),
     ("conmon", "--version", "conmon"),
     ("nft", "--version", "nftables"),
     ("ip", "-V", "iproute2"),
-    ("conntrack", "--version", "conntrack"),
 ];
 const LIMIT: Duration = Duration::from_secs(10);
 /// A fleet of three with one more during a rollout.

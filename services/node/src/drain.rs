@@ -2,32 +2,26 @@
 //! thousands of ended connections that it lists: reading it takes long, and what moves meanwhile is missed.
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
 
 use rustix::net::netlink::SOCK_DIAG;
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socket_with};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::failure::{During, Failure};
+use crate::netlink::{Ask, Netlink};
 use crate::network::namespace;
 
 /// States in which a user waits for something: established, being opened, and closed with bytes that are still on their
 /// way (FIN_WAIT1, CLOSE_WAIT, LAST_ACK, CLOSING). FIN_WAIT2 and TIME_WAIT have nothing left to send.
 const OPEN: u32 = 1 << 1 | 1 << 3 | 1 << 4 | 1 << 8 | 1 << 9 | 1 << 11;
 
-const HEADER: usize = 16;
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
-const NLMSG_ERROR: u16 = 2;
-const NLMSG_DONE: u16 = 3;
-/// NLM_F_REQUEST | NLM_F_ROOT | NLM_F_MATCH
-const DUMP: u16 = 0x301;
 const TCP: u8 = 6;
 const FAMILIES: [u8; 2] = [2, 10];
 
 /// Looks into one network namespace.
 #[derive(Debug)]
 pub(crate) struct Connections {
-    socket: OwnedFd,
+    socket: Netlink,
 }
 
 impl Connections {
@@ -37,8 +31,7 @@ impl Connections {
         let make = || {
             let there = File::open(&path)?;
             move_into_link_name_space(std::os::fd::AsFd::as_fd(&there), Some(LinkNameSpaceType::Network))?;
-            let (kind, flags) = (SocketType::RAW, SocketFlags::CLOEXEC);
-            Ok::<_, std::io::Error>(socket_with(AddressFamily::NETLINK, kind, flags, Some(SOCK_DIAG))?)
+            Netlink::open(SOCK_DIAG)
         };
         let made = std::thread::scope(|scope| scope.spawn(make).join());
         let made = made.unwrap_or_else(|_| Err(std::io::Error::other("its thread died")));
@@ -56,58 +49,26 @@ impl Connections {
     }
 
     fn count(&self, family: u8, ports: &[u16]) -> std::io::Result<usize> {
-        send(&self.socket, &request(family), SendFlags::empty())?;
-        let mut buffer = vec![0; 64 << 10];
         let mut open = 0;
-        loop {
-            let (length, _) = recv(&self.socket, buffer.as_mut_slice(), RecvFlags::empty())?;
-            let mut rest = &buffer[..length];
-            while let Some(message) = next(&mut rest) {
-                match message.kind {
-                    NLMSG_DONE => return Ok(open),
-                    NLMSG_ERROR => {
-                        return Err(std::io::Error::other("the kernel can't list connections (tcp_diag)"));
-                    }
-                    _ => open += usize::from(message.local_port().is_some_and(|port| ports.contains(&port))),
-                }
-            }
-        }
+        self.socket.ask(Ask::List, SOCK_DIAG_BY_FAMILY, &request(family), |body| {
+            open += usize::from(local_port(body).is_some_and(|port| ports.contains(&port)));
+        })?;
+        Ok(open)
     }
 }
 
-/// nlmsghdr and inet_diag_req_v2.
-fn request(family: u8) -> [u8; HEADER + 56] {
-    let mut bytes = [0; HEADER + 56];
-    let length = u32::try_from(bytes.len()).unwrap_or_default();
-    bytes[0..4].copy_from_slice(&length.to_ne_bytes());
-    bytes[4..6].copy_from_slice(&SOCK_DIAG_BY_FAMILY.to_ne_bytes());
-    bytes[6..8].copy_from_slice(&DUMP.to_ne_bytes());
-    bytes[HEADER] = family;
-    bytes[HEADER + 1] = TCP;
-    bytes[HEADER + 4..HEADER + 8].copy_from_slice(&OPEN.to_ne_bytes());
+/// inet_diag_req_v2
+fn request(family: u8) -> [u8; 56] {
+    let mut bytes = [0; 56];
+    bytes[0] = family;
+    bytes[1] = TCP;
+    bytes[4..8].copy_from_slice(&OPEN.to_ne_bytes());
     bytes
 }
 
-struct Message<'a> {
-    kind: u16,
-    body: &'a [u8],
-}
-
-impl Message<'_> {
-    /// Of an inet_diag_msg: after family, state, timer and retransmissions, in network order.
-    fn local_port(&self) -> Option<u16> {
-        Some(u16::from_be_bytes(self.body.get(4..6)?.try_into().ok()?))
-    }
-}
-
-/// Takes the first message off.
-fn next<'a>(rest: &mut &'a [u8]) -> Option<Message<'a>> {
-    let length = u32::from_ne_bytes(rest.get(0..4)?.try_into().ok()?);
-    let length = usize::try_from(length).ok().filter(|length| *length >= HEADER)?;
-    let kind = u16::from_ne_bytes(rest.get(4..6)?.try_into().ok()?);
-    let body = rest.get(HEADER..length)?;
-    *rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-    Some(Message { kind, body })
+/// Of an inet_diag_msg: after family, state, timer and retransmissions, in network order.
+fn local_port(body: &[u8]) -> Option<u16> {
+    Some(u16::from_be_bytes(body.get(4..6)?.try_into().ok()?))
 }
 
 #[cfg(test)]
@@ -117,9 +78,7 @@ mod tests {
 
     #[test]
     fn only_what_users_wait_for_counts() {
-        let socket =
-            socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, Some(SOCK_DIAG));
-        let here = Connections { socket: socket.unwrap() };
+        let here = Connections { socket: Netlink::open(SOCK_DIAG).unwrap() };
         for address in ["127.0.0.1:0", "[::1]:0"] {
             let listener = TcpListener::bind(address).unwrap();
             let address = listener.local_addr().unwrap();

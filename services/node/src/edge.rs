@@ -15,6 +15,7 @@ use crate::failure::Failure;
 use crate::helper::Helpers;
 use crate::metrics;
 use crate::names::Names;
+use crate::node::blocking;
 
 use conntrack::Of;
 pub(crate) use ports::holder;
@@ -139,19 +140,25 @@ impl Edge {
             listens.filter(|listen| !now.slots.contains_key(listen)).collect()
         };
         for listen in new {
-            if let Err(error) = conntrack::forget(&self.helpers, Of::Listener(listen)).await {
-                tracing::warn!(%error, listen, "connections of an edge before end by their own timeouts");
-            }
+            forget(Of::Listener(listen)).await;
         }
     }
 
     /// Forgets the connections to an instance that is gone. Else a client that sends its SYN again would be sent there
     /// again, however the map is now.
     pub(crate) async fn forget(&self, address: Ipv4Addr) {
-        if let Err(error) = conntrack::forget(&self.helpers, Of::Instance(address)).await {
-            tracing::warn!(%error, %address, "connections to a gone instance end by their own timeouts");
-        }
+        forget(Of::Instance(address)).await;
     }
+}
+
+async fn forget(of: Of) {
+    let forgotten = blocking(move || conntrack::forget(of)).await;
+    let why = match forgotten {
+        Ok(Ok(())) => return,
+        Ok(Err(failure)) => failure.to_string(),
+        Err(error) => error.to_string(),
+    };
+    tracing::warn!(why, "connections that wait in vain end by their own timeouts");
 }
 
 /// The elements of the table, which is made where it is missing or of another shape.

@@ -1,4 +1,4 @@
-//! Programs that the node runs: nft, runc, CNI plugins, conntrack. All of them run in one cgroup, which is emptied at
+//! Programs that the node runs: nft, runc, CNI plugins. All of them run in one cgroup, which is emptied at
 //! boot: nothing that an earlier node began goes on behind this one's back.
 
 use std::ffi::OsStr;

@@ -17,6 +17,7 @@ mod launch;
 mod logs;
 mod metrics;
 mod names;
+mod netlink;
 mod network;
 mod node;
 mod patience;
