@@ -52,6 +52,11 @@ async fn a_killed_instance_is_replaced_and_costs_what_was_in_flight() -> Result<
     .await?;
     killed.push(kill_one(&web, &fleet, 1).await?.1);
     web.settled(2).await?;
+    // From beside come half as many.
+    until("enough requests", Duration::from_secs(20), async || {
+        if load.requests() > 2_500 { Ok(()) } else { Err(format!("{} so far", load.requests()).into()) }
+    })
+    .await?;
 
     for (whence, summary) in [("from 127.0.0.1", load.stop().await), ("from beside", beside.stop()?)] {
         assert!(summary.requests > 1000, "there was load {whence}: {}", summary.requests);

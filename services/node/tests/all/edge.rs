@@ -121,7 +121,7 @@ async fn a_killed_instance_leaves_the_edge_at_once() {
     site.serving(&image, 1).await;
     let rolling = Arc::new(AtomicBool::new(true));
     let others = tokio::spawn(others_roll(site.client(), Arc::clone(&rolling)));
-    for attempt in 2..11 {
+    for attempt in 2..20 {
         let victim = site.serving(&image, attempt).await;
         site.route(port, &[&id(1), &id(attempt)]).await.unwrap();
         let load = Load::start(port);
