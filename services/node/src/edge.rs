@@ -76,15 +76,20 @@ impl Edge {
 
     /// Brings the edge to what is wanted, in one transaction. False where it was so already. What is wanted is asked for
     /// when nobody else changes the edge any more: what was evicted until then is not wanted.
-    pub(crate) async fn apply(&self, wanted: impl Fn() -> Wanted) -> Result<bool, Failure> {
-        let wanted = || wanted().into_iter().filter(|(_, backends)| !backends.is_empty());
-        self.forget_before_opening(wanted().map(|(listen, _)| listen)).await;
+    pub(crate) async fn apply(&self, wanted: impl FnOnce() -> Wanted) -> Result<bool, Failure> {
         let mut now = self.now.lock().await;
-        let next = wanted().map(|(listen, backends)| {
+        let wanted = wanted().into_iter().filter(|(_, backends)| !backends.is_empty());
+        let next = wanted.map(|(listen, backends)| {
             let before = now.slots.get(&listen).map_or(&[][..], Vec::as_slice);
             (listen, slots::spread(before, &backends))
         });
-        let next = next.collect();
+        let next: Slots = next.collect();
+        // What comes to a port that is not on the edge is sent nowhere, so what is tracked there is of an edge before: of a
+        // site that was taken down whole, or lost its table, under load. For two minutes it would lead the next user of its
+        // port to an instance that is long gone. Once the port is on the edge, connections there are those of users.
+        for listen in next.keys().filter(|listen| !now.slots.contains_key(listen)) {
+            forget(Of::Listener(*listen)).await;
+        }
         self.flip(&mut now, next).await
     }
 
@@ -128,19 +133,6 @@ impl Edge {
         match ports::holder(listen)? {
             Some(holder) => Ok(Some(holder)),
             None => table::other_site_with(&self.names, &self.helpers, listen).await,
-        }
-    }
-
-    /// What comes to a port that is not on the edge is sent nowhere, so what is tracked there is of an edge before: of a
-    /// site that was taken down whole, or lost its table, under load. For two minutes it would lead the next user of its
-    /// port to an instance that is long gone. Once the port is on the edge, connections there are those of users.
-    async fn forget_before_opening(&self, listens: impl Iterator<Item = u16>) {
-        let new: Vec<u16> = {
-            let now = self.now.lock().await;
-            listens.filter(|listen| !now.slots.contains_key(listen)).collect()
-        };
-        for listen in new {
-            forget(Of::Listener(listen)).await;
         }
     }
 
