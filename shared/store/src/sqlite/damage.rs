@@ -16,8 +16,8 @@ use sqlx::{ConnectOptions as _, Connection as _};
 use super::BUSY;
 use crate::Error;
 
-pub(super) const ADVICE: &str = "the file is damaged; stop Kiln with `kiln down --keep-instances`, put a copy of the file \
-     in its place, and start it with `kiln up`";
+pub(super) const ADVICE: &str = "the file is damaged; stop Kiln with `kiln down --keep-instances`, remove its log (`-wal`) \
+     and index (`-shm`), put a copy of the file in its place, and start it with `kiln up`";
 
 /// # Errors
 /// [`Error::Unavailable`] where it is not whole, with what to do.
