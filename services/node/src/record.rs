@@ -202,7 +202,8 @@ impl Record {
             (State::Running { process }, Fact::ToRetire { drain }) => {
                 self.state = State::Retiring { process: Some(process.clone()), drain };
             }
-            (State::Exited | State::Failed, Fact::ToRetire { drain }) => {
+            // Who holds its lock and finds it launching finds a launch that was cut off: what it has goes with it.
+            (State::Launching | State::Exited | State::Failed, Fact::ToRetire { drain }) => {
                 self.state = State::Retiring { process: None, drain };
             }
             (State::Retiring { .. }, Fact::Gone { exit_code }) => {
@@ -328,6 +329,14 @@ mod tests {
         assert_eq!((retired.state, retired.exit_code), (State::Retired, Some(3)));
         assert!(after(&[started(), retire.clone(), gone, retire]).is_err());
         assert!(after(&[started(), Fact::CouldNotLaunch { why: String::new() }]).is_err());
+    }
+
+    #[test]
+    fn a_launch_that_was_cut_off_can_be_retired_before_anybody_noted_its_end() {
+        let retiring = after(&[Fact::ToRetire { drain: Millis(0) }]).unwrap();
+        assert!(retiring.plug.is_some() && retiring.process().is_none(), "{retiring:?}");
+        let gone = retiring.next(Fact::Gone { exit_code: None }, Timestamp::UNIX_EPOCH).unwrap();
+        assert_eq!((gone.state, gone.plug), (State::Retired, None));
     }
 
     #[test]

@@ -49,6 +49,31 @@ async fn a_launch_that_was_cut_off_is_taken_apart() {
     site.purge();
 }
 
+/// Before the next node has looked at what was begun: a builder and a deployer that came up sooner ask at once.
+#[tokio::test]
+async fn a_launch_that_was_cut_off_is_retired_as_soon_as_the_next_node_answers() {
+    let mut site = TestSite::start().await;
+    let image = site.server_image();
+    site.serving(&image, 1000).await;
+    let mut states = BTreeSet::new();
+    for attempt in 1..=ROUNDS / 2 {
+        let mut client = site.client();
+        let launch = request(spec(&image, attempt));
+        let call = tokio::spawn(async move { client.launch(launch).await });
+        tokio::time::sleep(Duration::from_millis(attempt * 16)).await;
+        site.kill_node();
+        let _ = call.await.unwrap();
+        site.start_node();
+        site.ready().await;
+        states.insert(site.state(&id(attempt)).await.as_str_name());
+        site.retire(&id(attempt), Duration::ZERO).await.unwrap();
+    }
+    let launching = InstanceState::Launching.as_str_name();
+    assert!(states.contains(launching), "no kill fell into a launch: {states:?}");
+    assert_only(&site, &[&id(1000)]).await;
+    site.purge();
+}
+
 #[tokio::test]
 async fn a_retirement_that_was_cut_off_is_finished() {
     let mut site = TestSite::start().await;
