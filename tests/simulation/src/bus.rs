@@ -89,16 +89,20 @@ impl Bus for SimBus {
     async fn publish(&self, event: &Event) -> Result<(), Error> {
         self.world.slowly().await;
         self.life.step("before a publish").await;
-        self.invariants.published(self.life.service, event);
+        self.invariants.publishing(self.life.service, event);
         let faults = self.world.faults();
-        if !self.world.chance(faults.event_lost) {
+        let is_lost = self.world.chance(faults.event_lost);
+        if !is_lost {
             self.broker.now().publish(event).await?;
+            self.invariants.published(event);
         }
         self.life.step("after a publish").await;
         if self.world.chance(faults.publish_unknown) {
             let (place, reason) = ("simulation".to_owned(), "the answer is lost".to_owned());
             return Err(Error::Unavailable { what: "publish", place, reason });
         }
+        // The broker took it and lost it: nobody can know.
+        self.invariants.published(event);
         Ok(())
     }
 

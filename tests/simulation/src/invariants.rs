@@ -132,7 +132,7 @@ impl Invariants {
         running.collect()
     }
 
-    /// Events that nobody published.
+    /// Events that the broker never had.
     pub(crate) fn unpublished(&self) -> usize {
         let seen = self.seen();
         seen.committed.difference(&seen.published).count()
@@ -172,12 +172,15 @@ impl Invariants {
     }
 
     /// 3: nothing is published that was not committed.
-    pub(crate) fn published(&self, service: Service, event: &Event) {
-        let mut seen = self.seen();
-        if !seen.committed.contains(&event.id) {
+    pub(crate) fn publishing(&self, service: Service, event: &Event) {
+        if !self.seen().committed.contains(&event.id) {
             self.world.wrong(3, format!("{service} publishes what it did not commit: {event:?}"));
         }
-        seen.published.insert(event.id);
+    }
+
+    /// The broker has it, or said so.
+    pub(crate) fn published(&self, event: &Event) {
+        self.seen().published.insert(event.id);
     }
 
     fn deployer(&self, seen: &mut Seen, before: &[Document], after: &[Document]) {
@@ -302,6 +305,12 @@ impl Invariants {
             if !soaked {
                 self.world.wrong(15, format!("{} succeeded, and place {ordinal} had no soak", rollout.id));
             }
+        }
+        // Whatever is bad stops to answer well before a soak is over.
+        let image = self.outside.image(&target.revision.image_digest);
+        if let Some(image) = image.filter(|image| image.nature.is_bad()) {
+            let what = format!("{} succeeded, and its image is one that {}", rollout.id, image.nature.word());
+            self.world.wrong(15, what);
         }
         if fleet.last_good != rollout.to {
             self.world.wrong(15, format!("{} succeeded, and is not the last good release", rollout.id));

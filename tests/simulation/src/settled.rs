@@ -34,6 +34,10 @@ pub(crate) async fn unsettled(site: &Site) -> Option<String> {
 pub(crate) async fn look(site: &Site) -> Result<Unjudged, String> {
     let server = known(site, "web").await.ok_or("no server was applied")?;
     planned(&server)?;
+    let unpublished = site.invariants.unpublished();
+    if unpublished > 0 {
+        return Err(format!("{unpublished} events were never published"));
+    }
     if let Some(build) = site.invariants.builds().iter().find(|build| !build.state.has_ended()) {
         return Err(format!("{} is {}", build.id, build.state.as_str()));
     }
@@ -52,10 +56,6 @@ pub(crate) async fn look(site: &Site) -> Result<Unjudged, String> {
     }
     let release = site.invariants.release(&name, fleet.release).ok_or("nothing runs")?;
     machine(site, &fleet, &release)?;
-    let unpublished = site.invariants.unpublished();
-    if unpublished > 0 {
-        return Err(format!("{unpublished} events were never published"));
-    }
     if site.world.extras().second {
         beside(site).await?;
     }

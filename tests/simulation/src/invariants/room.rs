@@ -85,8 +85,9 @@ impl Invariants {
         for known in seen.servers.values() {
             let Some(fleet) = known.fleet.as_ref().filter(|fleet| !fleet.removed) else { continue };
             let moves = fleet.rollout.iter().flat_map(|r| [Some(r.from), Some(r.to), r.back_to]).flatten();
+            let kept = fleet.goods.iter().copied();
             let needed: BTreeSet<u64> =
-                moves.chain([fleet.release, fleet.last_good]).chain(fleet.pending).collect();
+                moves.chain([fleet.release, fleet.last_good]).chain(fleet.pending).chain(kept).collect();
             let image_of = |number: &u64| known.releases.get(number).map(|r| r.revision.image_digest);
             if let Some(number) = needed.iter().find(|number| image_of(number) == Some(*image)) {
                 self.world.wrong(
