@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use kiln_api::engine::engine_service_server::EngineServiceServer;
 use kiln_model::event::Service;
+use kiln_service::audit;
+use kiln_service::clock::SystemClock;
 use kiln_service::resync;
 use kiln_service::run::{Failure, Start};
 use kiln_service::server::{ServerOptions, serve};
@@ -17,6 +19,11 @@ use crate::node::Node;
 /// Runs the node until it is told to stop. Instances run on.
 pub async fn run(Start { site, stop }: Start) -> Result<(), Failure> {
     let store = SqlStore::open(&site.store_of(Service::Node)?).await?;
+    let clock = SystemClock::new();
+    let sealing = audit::run(store.clone(), Service::Node, clock, stop.clone());
+    let records = audit::service(store.clone(), Service::Node);
+    let (refusals, refused) = audit::refusals();
+    let refusing = audit::record_refused(refused, store.clone(), clock, stop.clone());
     let node = Node::open(&site, store).await?;
     node.take_over().await;
     let pool = Arc::clone(&node.pool);
@@ -28,10 +35,11 @@ pub async fn run(Start { site, stop }: Start) -> Result<(), Failure> {
             async move { node.tend().await }
         })
     };
-    let routes = Routes::new(EngineServiceServer::new(Engine::new(node)));
-    let serving = async { serve(ServerOptions::new(Service::Node, &site), routes, stop).await };
+    let routes = Routes::new(EngineServiceServer::new(Engine::new(node))).add_service(records);
+    let options = ServerOptions { refusals: Some(refusals), ..ServerOptions::new(Service::Node, &site) };
+    let serving = async { serve(options, routes, stop).await };
     let beside = async {
-        tokio::join!(tending, filling);
+        tokio::join!(tending, filling, sealing, refusing);
         Ok(())
     };
     // A server that can't serve ends the others too.

@@ -77,7 +77,7 @@ async fn a_record_that_was_changed_is_named() -> Result<()> {
 
     // Without the broker nothing is proved, but for what was kept.
     let heads = texts(&found, "services", "keep");
-    assert_eq!(heads.len(), 3, "{found:#}");
+    assert_eq!(heads.len(), 4, "{found:#}");
     let of_builder =
         heads.iter().find(|head| head.starts_with("builder=")).ok_or("no head of the builder")?;
     let wrong = forged(of_builder);

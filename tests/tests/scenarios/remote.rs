@@ -4,6 +4,11 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
 
+use kiln_api::engine::RetireRequest;
+use kiln_api::engine::engine_service_client::EngineServiceClient;
+use kiln_model::event::Service;
+use kiln_service::client;
+use kiln_service::tls::TlsFiles;
 use kiln_tests::Result;
 use kiln_tests::command::both;
 use kiln_tests::elsewhere::{Elsewhere, Ports};
@@ -79,6 +84,33 @@ async fn people_log_in_from_elsewhere_with_a_certificate_or_a_token() -> Result<
     person.is_refused(&["events"], &["another machine"])?;
     let history = site.kiln(&["why", "small"])?;
     assert!(history.contains("ada applied"), "{history}");
+
+    // What only services may ask of a node is refused to a person, and recorded there.
+    let node = ports.each().find(|(service, _)| *service == Service::Node).ok_or("a port")?.1;
+    let files = TlsFiles {
+        site: "far".parse()?,
+        authority: site.home().join("keys/pki/authority.pem"),
+        identity: Some(certificate.clone().into()),
+    };
+    let place = format!("https://127.0.0.1:{node}").parse()?;
+    let mut engine = EngineServiceClient::new(client::remote(place, &files, Service::Node, None)?);
+    let refused = engine.retire(RetireRequest::default()).await.err().ok_or("a person retires instances")?;
+    assert_eq!(refused.code(), tonic::Code::PermissionDenied, "{refused}");
+    until("the record of it", Duration::from_secs(10), async || {
+        let records = site.json(&["audit", "--actor", "ada"])?;
+        let of_node = |it: &&serde_json::Value| it["service"] == "node" && it["action"] == "call.refused";
+        let found = records["records"].as_array().into_iter().flatten().find(of_node);
+        let found = found.ok_or_else(|| records.to_string())?;
+        assert_eq!(found["subject"], "kiln.engine.v1.EngineService/Retire", "{found}");
+        Ok(())
+    })
+    .await?;
+    until("its seal", Duration::from_secs(10), async || {
+        let verified = both(&site.try_kiln(&["audit", "verify"])?);
+        let alone = "The records of the node and the site were compared with nothing";
+        if verified.contains(alone) { Ok(()) } else { Err(verified.into()) }
+    })
+    .await?;
 
     // One who may look, by a token, until it is taken back.
     let made = site.json(&["token", "create", "bot", "--role", "viewer", "--expires", "1h"])?;

@@ -145,7 +145,7 @@ pub mod audit_service_client {
     use tonic::codegen::*;
     use tonic::codegen::http::Uri;
     /// Who did what: the records of one service, each written in the same commit as what it tells of, and sealed by a chain of
-    /// hashes. Builder, deployer and monitor have it.
+    /// hashes. Each service has it; heads of the node, which has no broker, are published nowhere.
     #[derive(Debug, Clone)]
     pub struct AuditServiceClient<T> {
         inner: tonic::client::Grpc<T>,
@@ -298,7 +298,7 @@ pub mod audit_service_server {
         >;
     }
     /// Who did what: the records of one service, each written in the same commit as what it tells of, and sealed by a chain of
-    /// hashes. Builder, deployer and monitor have it.
+    /// hashes. Each service has it; heads of the node, which has no broker, are published nowhere.
     #[derive(Debug)]
     pub struct AuditServiceServer<T> {
         inner: Arc<T>,

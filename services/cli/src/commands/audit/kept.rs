@@ -63,7 +63,10 @@ mod tests {
             (format!("builder=:{hash}"), "no head"),
             (format!("builder=-1:{hash}"), "no head"),
             (format!("builder={hash}"), "no head"),
-            (format!("node=41:{hash}"), "keeps no audit records: builder, deployer, monitor, site do"),
+            (
+                format!("console=41:{hash}"),
+                "keeps no audit records: builder, deployer, monitor, node, site do",
+            ),
             (format!("=41:{hash}"), "keeps no audit records"),
             ("builder=41:sha256:ab".to_owned(), "not a digest"),
             ("builder=41:".to_owned(), "not a digest"),

@@ -18,7 +18,7 @@ use crate::site::ledger::{self, Log};
 use crate::words::{lifetime, moment, or_dash, plural, timestamp};
 
 /// Services that keep audit records, each in its own store.
-const SERVICES: [Service; 3] = [Service::Builder, Service::Deployer, Service::Monitor];
+const SERVICES: [Service; 4] = [Service::Builder, Service::Deployer, Service::Monitor, Service::Node];
 
 /// Who keeps records, in a chain of their own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,12 +29,18 @@ enum Keeper {
 }
 
 impl Keeper {
-    const ALL: [Self; 4] = [
+    const ALL: [Self; 5] = [
         Self::Service(Service::Builder),
         Self::Service(Service::Deployer),
         Self::Service(Service::Monitor),
+        Self::Service(Service::Node),
         Self::Site,
     ];
+
+    /// Whether each new head goes out as an event. The node has no broker, and commands run without one.
+    const fn publishes(self) -> bool {
+        !matches!(self, Self::Service(Service::Node) | Self::Site)
+    }
 
     const fn as_str(self) -> &'static str {
         match self {
@@ -144,7 +150,7 @@ async fn records_of(
     request: &ListRecordsRequest,
     wanted: usize,
 ) -> Outcome<Vec<Record>> {
-    let mut client = services.audit(service)?;
+    let mut client = services.audit(service);
     let (mut found, mut before) = (Vec::new(), 0);
     loop {
         let request = ListRecordsRequest { before, ..request.clone() };

@@ -93,12 +93,9 @@ impl Found {
     /// Whether a chain that was written anew as a whole would have been found. One that never had a record has no head.
     fn is_compared(&self, broker_answered: bool) -> bool {
         let is_empty = self.reached.sequence == 0;
-        match self.keeper {
-            Keeper::Service(_) => self.kept > 0 || broker_answered && (is_empty || self.published > 0),
-            // Nobody publishes its heads, since commands write it while no service runs as well: to ask for one that was
-            // kept each time would only teach people to overlook the exit code. It is said instead.
-            Keeper::Site => true,
-        }
+        // Of who publishes none, to ask for a head that was kept each time would only teach people to overlook the exit code.
+        // It is said instead.
+        !self.keeper.publishes() || self.kept > 0 || broker_answered && (is_empty || self.published > 0)
     }
 }
 
@@ -161,6 +158,10 @@ async fn published(services: &Services) -> Outcome<Vec<Vec<Head>>> {
     }
     let mut all = Vec::new();
     for service in SERVICES {
+        if !Keeper::Service(service).publishes() {
+            all.push(Vec::new());
+            continue;
+        }
         let events = bus.all_of(&EventType::new(service, "audit", "sealed"), None).await;
         let mut heads = Vec::new();
         for event in events.map_err(|error| away(&error))? {
@@ -233,7 +234,7 @@ async fn ask(
     let what = format!("checking the audit records of the {}", keeper.as_str());
     match keeper {
         Keeper::Service(service) => {
-            let mut client = services.audit(service)?;
+            let mut client = services.audit(service);
             let asked = look(client.check_seals(CheckSealsRequest { from, until })).await;
             Ok(asked.during(what)?.into_inner())
         }
@@ -314,11 +315,14 @@ async fn tell(services: &Services, found: &[Found], not_compared: Option<&str>, 
     if let Some(why) = not_compared {
         screen.line(format_args!("\nNot compared with what was published: {why}"))?;
     }
-    if found.iter().any(|it| it.keeper == Keeper::Site && it.kept == 0 && it.records > 0) {
-        screen.line(
-            "\nThe records of the site itself were compared with nothing: they fit each other, as they would if somebody had \
-             written all of them anew. Nobody publishes their heads: keep one elsewhere",
-        )?;
+    let alone = found.iter().filter(|it| !it.keeper.publishes() && it.kept == 0 && it.records > 0);
+    let alone: Vec<_> = alone.map(|it| it.keeper.as_str()).collect();
+    if !alone.is_empty() {
+        screen.line(format_args!(
+            "\nThe records of the {} were compared with nothing: they fit each other, as they would if somebody had written all \
+             of them anew. Nobody publishes their heads: keep one elsewhere",
+            alone.join(" and the ")
+        ))?;
     }
     let keep: Vec<_> = found.iter().filter_map(Found::keep).collect();
     if !keep.is_empty() {
@@ -355,7 +359,7 @@ async fn record_of(services: &Services, service: Service, sequence: u64) -> Outc
         page_size: 1,
         ..ListRecordsRequest::default()
     };
-    let page = look(services.audit(service)?.list_records(request)).await;
+    let page = look(services.audit(service).list_records(request)).await;
     let page = page.during(format_args!("asking the {service} for a record"))?.into_inner();
     Ok(page.records.into_iter().find(|record| record.sequence == sequence))
 }
@@ -402,11 +406,11 @@ mod tests {
     }
 
     #[test]
-    fn what_the_site_recorded_itself_needs_no_head() {
-        for kept in [0, 1] {
-            let of_site = || Found { keeper: Keeper::Site, ..chain(0, kept, 9) };
-            assert!(compared(&[chain(1, 0, 9), of_site()], true).is_ok());
-            let failure = compared(&[chain(0, 0, 9), of_site()], true).unwrap_err();
+    fn what_nobody_publishes_needs_no_head() {
+        for (keeper, kept) in [(Keeper::Site, 0), (Keeper::Site, 1), (Keeper::Service(Service::Node), 0)] {
+            let own = || Found { keeper, ..chain(0, kept, 9) };
+            assert!(compared(&[chain(1, 0, 9), own()], true).is_ok());
+            let failure = compared(&[chain(0, 0, 9), own()], true).unwrap_err();
             assert!(failure.line().contains("those of builder with"), "{failure:?}");
         }
     }
