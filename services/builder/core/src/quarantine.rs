@@ -100,9 +100,11 @@ pub fn convict(
         return false;
     }
     let mut definitions: BTreeSet<_> = verdict.definition.into_iter().collect();
+    let outcome_of = |in_force: &InForce| (in_force.lock_key, in_force.definition.run_digest);
+    let outcome = convicted.map(outcome_of);
     let in_force_is_bad = server.in_force.as_ref().is_some_and(|in_force| {
-        convicted.is_some_and(|convicted| convicted.generation == in_force.generation)
-            || definitions.contains(&in_force.definition.digest)
+        // Made again before the verdict was heard, as where the server was removed and applied anew, it is as bad.
+        outcome == Some(outcome_of(in_force)) || definitions.contains(&in_force.definition.digest)
     });
     if in_force_is_bad && !definitions.is_empty() {
         // Since that revision the definition may have changed without changing the outcome.
@@ -112,7 +114,7 @@ pub fn convict(
         release: verdict.release,
         definitions,
         packages: verdict.packages.clone(),
-        outcome: convicted.map(|convicted| (convicted.lock_key, convicted.definition.run_digest)),
+        outcome,
         reason: verdict.reason.clone(),
         time: verdict.time,
     });

@@ -143,6 +143,36 @@ fn convicted_versions_are_not_shipped_until_one_of_them_moves_on() {
     assert_snapshot!(told(&world));
 }
 
+/// The rollback is heard of when the same was applied anew already: it is not taken for good because it is newer.
+#[test]
+fn what_is_applied_after_a_removal_is_convicted_with_what_it_was_before() {
+    let web = name("web");
+    let mut world = applied(&Content::new("a", 3));
+    world.packages.insert("nginx".to_owned(), "2".to_owned());
+    world.signal(&web, CauseKind::PackageUpdates, "release-file-2");
+    world.advance(30);
+    world.work();
+    world.remove(&web);
+    let cause = world.cause(CauseKind::DefinitionApplied, "apply-2");
+    world.apply(&web, &Content::new("a", 3), By::Hand, cause);
+    world.work();
+    world.rolled_back(&web, 2, 0, false);
+    assert!(world.servers[&web].in_force.is_none(), "{:?}", world.servers[&web].in_force);
+    world.advance(30);
+    world.work();
+    let failure = world.servers[&web].failure.as_ref().unwrap();
+    assert!(
+        !failure.transient && failure.problem.contains("what release 2 was rolled back from"),
+        "{failure:?}"
+    );
+    // Once one of them has moved on, it goes out.
+    world.packages.insert("nginx".to_owned(), "3".to_owned());
+    world.signal(&web, CauseKind::PackageUpdates, "release-file-3");
+    world.advance(30);
+    world.work();
+    assert_snapshot!(told(&world));
+}
+
 #[test]
 fn a_first_revision_that_was_bad_leaves_nothing_to_go_on_with() {
     let mut world = applied(&Content::new("bad", 3));

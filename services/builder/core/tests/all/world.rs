@@ -370,11 +370,31 @@ impl World {
         Ok(())
     }
 
+    pub(crate) fn remove(&mut self, server: &ServerName) {
+        let cause = self.cause(CauseKind::DefinitionApplied, "remove");
+        let (removed, ..) = head::remove(self.servers[server].clone(), cause, self.now).unwrap();
+        self.servers.insert(server.clone(), removed);
+        self.say(format!("{server} is removed"));
+    }
+
     /// The deployer left the newest revision and went back to `good`.
     pub(crate) fn roll_back(&mut self, server: &ServerName, good: u64, by_definition: bool) -> bool {
         let newest = self.revisions.iter().rev().find(|revision| revision.server == *server).unwrap();
-        let RevisionContent::Image(image) = &newest.content else { panic!("a removal") };
-        let generation = newest.generation;
+        self.rolled_back(server, newest.generation, good, by_definition)
+    }
+
+    /// That it left this one is heard.
+    pub(crate) fn rolled_back(
+        &mut self,
+        server: &ServerName,
+        generation: u64,
+        good: u64,
+        by_definition: bool,
+    ) -> bool {
+        let is_it = |revision: &&Revision| revision.server == *server && revision.generation == generation;
+        let RevisionContent::Image(image) = &self.revisions.iter().find(is_it).unwrap().content else {
+            panic!("a removal")
+        };
         let verdict = Verdict {
             release: generation,
             definition: by_definition.then_some(image.definition_digest),
