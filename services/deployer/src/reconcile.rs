@@ -21,9 +21,12 @@ use crate::store::{Loaded, Outcome, batch, load};
 use crate::watch::list_node;
 
 /// A fleet is committed so often within so long at most; what comes meanwhile shares the next commit. It is often enough
-/// for all that happens, and bounds what two do that take the fleet for theirs for a moment and know different things.
+/// for all that happens.
 const BURST: u32 = 32;
 const BURST_WITHIN: Duration = Duration::from_millis(100);
+/// Writes of others within the same time after which this one rests: a call or a revision is one, and two that take the
+/// fleet for theirs for a moment and know different things would answer each other without an end.
+const OTHERS: u32 = 4;
 
 /// After a failure of the store.
 const RETRY: Duration = Duration::from_secs(1);
@@ -89,7 +92,7 @@ async fn reconcile<S: Store, C: Clock>(deployer: Deployer<S, C>, server: ServerN
         server: &server,
         held: None,
         committed: Duration::ZERO,
-        burst: (Duration::ZERO, 0),
+        burst: Burst::default(),
     };
     while !*stop.borrow() {
         let wake_in = match desk.look(&mut hands).await {
@@ -137,8 +140,16 @@ struct Desk<'a, S, C> {
     held: Option<Loaded>,
     /// When it was last committed, by whomever.
     committed: Duration,
-    /// Since when commits are counted, and how many there were.
-    burst: (Duration, u32),
+    burst: Burst,
+}
+
+#[derive(Debug, Default)]
+struct Burst {
+    /// When counting began.
+    since: Duration,
+    commits: u32,
+    /// Of others, as far as they were noticed.
+    others: u32,
 }
 
 impl<S: Store, C: Clock> Desk<'_, S, C> {
@@ -180,13 +191,13 @@ impl<S: Store, C: Clock> Desk<'_, S, C> {
     /// How long nothing is committed, after too much of it.
     fn rest(&mut self) -> Option<Duration> {
         let now = self.deployer.clock.now().monotonic;
-        let (since, count) = self.burst;
+        let Burst { since, commits, others } = self.burst;
         let over = now.saturating_sub(since);
         if over >= BURST_WITHIN {
-            self.burst = (now, 0);
+            self.burst = Burst { since: now, ..Burst::default() };
             return None;
         }
-        (count >= BURST).then(|| BURST_WITHIN - over)
+        (commits >= BURST || others >= OTHERS).then(|| BURST_WITHIN - over)
     }
 
     /// The fleet as it is stored. What was read before is used again where nobody wrote since: each write of what
@@ -194,9 +205,13 @@ impl<S: Store, C: Clock> Desk<'_, S, C> {
     async fn fresh(&mut self) -> Result<Loaded, Error> {
         let document = self.deployer.store.get(crate::record::FLEET, self.server.as_str()).await?;
         let version = document.map_or(0, |document| document.version);
-        if let Some(held) = self.held.take().filter(|held| held.version == version) {
-            self.held = Some(held.clone());
-            return Ok(held);
+        match self.held.take() {
+            Some(held) if held.version == version => {
+                self.held = Some(held.clone());
+                return Ok(held);
+            }
+            Some(_) => self.burst.others += 1,
+            None => {}
         }
         let loaded = load(&self.deployer.store, self.server).await?;
         self.committed = self.deployer.clock.now().monotonic;
@@ -218,11 +233,12 @@ impl<S: Store, C: Clock> Desk<'_, S, C> {
             now: now.wall,
         };
         let batch = batch(&self.deployer.store, loaded, &outcome).await?;
-        self.burst.1 += 1;
+        self.burst.commits += 1;
         match self.deployer.store.commit(batch).await {
             Ok(_) => metrics::happened(&decision.events),
             Err(Error::Conflict { .. }) => {
                 self.held = None;
+                self.burst.others += 1;
                 return Ok(false);
             }
             Err(error) => return Err(error),

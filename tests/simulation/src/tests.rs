@@ -215,6 +215,20 @@ fn two_monitors_that_found_different_things_look_again() {
 #[test]
 fn two_deployers_that_know_different_things_come_to_rest() {
     holds(15239);
+    holds(74968);
+}
+
+/// A deployer that was new held what another one went on with, by what it had been told first, without end.
+#[test]
+fn a_deployer_that_is_new_does_not_hold_what_another_one_sees() {
+    holds(52839);
+    holds(73483);
+}
+
+/// What a rollback had convicted was applied again after a removal, before the builder heard of it, and was taken for good.
+#[test]
+fn what_was_convicted_is_known_for_that_when_it_was_made_again() {
+    holds(67303);
 }
 
 /// A definition that comes back is a signal that was followed before: by a clock that was set back it seemed to be old.

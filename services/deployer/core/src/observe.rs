@@ -306,17 +306,17 @@ pub(crate) fn watched<'w>(
 }
 
 /// The instance on which the monitor's facts are too old to go forward, and how old they may be. One that was just
-/// launched is given as long to be looked at for the first time, and so are all of them by a process that is new. What
-/// such a process finds held goes on by an answer only: another one may know better that there is none.
+/// launched is given as long to be looked at for the first time, and so are all of them by a process that is new, whatever
+/// it was told first: another one may have heard more. What such a process finds held goes on by an answer only: another
+/// one may know better that there is none.
 pub(crate) fn unobserved(work: &Work<'_>, view: &View) -> Option<(InstanceId, Duration)> {
     let held = work.fleet.rollout.as_ref().is_some_and(|rollout| rollout.state == RolloutState::Held);
     let silent = |id: &InstanceId, policy: &HealthPolicy| {
         let instance = &work.fleet.instances[id];
         let limit = freshness(policy);
-        let early =
-            view.watching < limit && !held || !instance.passed && instance.in_state.as_duration() < limit;
-        let new = early && !view.health.contains_key(id);
-        !new && fresh(view, id, policy).is_none()
+        let is_new = !instance.passed && instance.in_state.as_duration() < limit;
+        let early = view.watching < limit && !held || is_new && !view.health.contains_key(id);
+        !early && fresh(view, id, policy).is_none()
     };
     watched(work).find(|(id, policy)| silent(id, policy)).map(|(id, policy)| (id.clone(), freshness(policy)))
 }

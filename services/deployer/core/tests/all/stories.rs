@@ -1,7 +1,9 @@
 //! Scripts that read like stories: what a person, a commit or an accident does is marked `>`.
 
+use std::time::Duration;
+
 use insta::assert_snapshot;
-use kiln_deployer_core::{Instance, Refused, RolloutState, SeenState};
+use kiln_deployer_core::{Instance, Refused, RolloutState, SeenState, View, next};
 use kiln_model::cause::CauseKind;
 use kiln_model::definition::Mode;
 use kiln_model::name::InstanceId;
@@ -249,6 +251,23 @@ fn a_silent_monitor_holds_a_rollout() {
     world.play(60_000);
     assert_snapshot!(world.told());
     assert_eq!(world.fleet.last_good, 2);
+}
+
+/// Another one, which has the fleet for its own for a moment longer, may have heard more.
+#[test]
+fn a_deployer_that_is_new_holds_nothing_by_what_it_was_told_first() {
+    let mut world = standing();
+    world.revise(&Made::new("second", "two").with(|run| run.rollout.soak = Millis::from_secs(8)));
+    world.play(2_000);
+    let mut view = world.view.clone();
+    view.health.values_mut().for_each(|told| told.age = Duration::from_secs(60));
+    let state = |view: &View| {
+        let decision = next(&world.fleet, &world.releases, view, world.time());
+        decision.fleet.rollout.unwrap().state
+    };
+    assert_eq!(state(&view), RolloutState::Held);
+    view.watching = Duration::from_millis(500);
+    assert_eq!(state(&view), RolloutState::Running);
 }
 
 #[test]
