@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Compiles the programs of the commit before, and lets them be replaced by those of this one, and put back, under a site
-# that serves, once with its state in files and once in PostgreSQL. `tests/run.sh --full` does it.
+# Compiles the programs as they were before they changed last, and lets them be replaced by those of this commit, and put
+# back, under a site that serves, once with its state in files and once in PostgreSQL. `tests/run.sh --full` does it.
 #
-#   tests/upgrade.sh             from the commit before this one
+#   tests/upgrade.sh             from the commit before the last one that changed a program
 #   tests/upgrade.sh COMMIT      from another one
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-from=${1:-HEAD~1}
+# A commit of tests alone would be replaced by the same.
+changed=$(git log --max-count=1 --format=%H -- proto services shared Cargo.toml Cargo.lock)
+from=${1:-${changed:-HEAD}~1}
 if ! commit=$(git rev-parse --verify --quiet "$from^{commit}"); then
     echo "tests/upgrade.sh: there is no commit $from here to upgrade from; of a clone without history: git fetch --deepen 1" >&2
     exit 1

@@ -89,7 +89,8 @@ async fn what_is_no_message_is_a_clear_error_and_others_go_on() {
             assert!(text.contains(&words.to_lowercase()), "{what}: {text}");
             send(channel, "ListHealth", Vec::new()).await.unwrap();
         }
-        // What a later version may send is read over: unknown fields, nested as deep as may be, unknown values of an enum.
+        // What a later version may send is no fault of the wire: unknown fields, nested as deep as may be, unknown values of an
+        // enum. What such a value means is for who is asked, as the real monitor refuses an unknown remedy.
         for (id, more) in [(b"r1", nested(90)), (b"r2", vec![6 << 3, 77]), (b"r3", field(14, b"later"))] {
             let bytes = [field(1, id), more].concat();
             send(channel, "ReportSignal", bytes).await.unwrap();
