@@ -8,7 +8,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 # A commit of tests alone would be replaced by the same.
-changed=$(git log --max-count=1 --format=%H -- proto services shared Cargo.toml Cargo.lock)
+changed=$(git log --max-count=1 --format=%H -- \
+    proto ':(glob)services/**/src/**' ':(glob)shared/**/src/**' ':(exclude,glob)**/tests/**' ':(exclude,glob)**/tests.rs')
 from=${1:-${changed:-HEAD}~1}
 if ! commit=$(git rev-parse --verify --quiet "$from^{commit}"); then
     echo "tests/upgrade.sh: there is no commit $from here to upgrade from; of a clone without history: git fetch --deepen 1" >&2
