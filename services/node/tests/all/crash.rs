@@ -10,6 +10,19 @@ use crate::site::{TestSite, free_port, get, id, local, request, spec, wait_for};
 /// Rounds of launch or retire with a kill at a moment that moves from its beginning to past its end.
 const ROUNDS: u64 = 24;
 
+/// Whether the launch was answered by a node that is killed so many milliseconds after it was asked; the next one is there.
+async fn launch_and_kill(site: &mut TestSite, image: &str, attempt: u64, after: u64) -> bool {
+    let mut client = site.client();
+    let launch = request(spec(image, attempt));
+    let call = tokio::spawn(async move { client.launch(launch).await });
+    tokio::time::sleep(Duration::from_millis(after)).await;
+    site.kill_node();
+    let answered = call.await.unwrap().is_ok();
+    site.start_node();
+    site.ready().await;
+    answered
+}
+
 #[tokio::test]
 async fn a_launch_that_was_cut_off_is_taken_apart() {
     let mut site = TestSite::start().await;
@@ -18,20 +31,13 @@ async fn a_launch_that_was_cut_off_is_taken_apart() {
     let mut outcomes = BTreeSet::new();
     for round in 0..ROUNDS {
         let attempt = round + 1;
-        let mut client = site.client();
-        let launch = request(spec(&image, attempt));
-        let call = tokio::spawn(async move { client.launch(launch).await });
-        tokio::time::sleep(Duration::from_millis(round * 8)).await;
-        site.kill_node();
-        let answered = call.await.unwrap().ok();
-        site.start_node();
-        site.ready().await;
+        let answered = launch_and_kill(&mut site, &image, attempt, round * 8).await;
         let state = site.settled(&id(attempt)).await;
         outcomes.insert(state.as_str_name());
         match state {
             // Killed before anything was recorded: as if it had never been asked for.
-            InstanceState::Unspecified => assert!(answered.is_none()),
-            InstanceState::Failed => assert!(answered.is_none()),
+            InstanceState::Unspecified => assert!(!answered),
+            InstanceState::Failed => assert!(!answered),
             InstanceState::Running => {}
             other => panic!("{other:?}"),
         }
@@ -57,14 +63,7 @@ async fn a_launch_that_was_cut_off_is_retired_as_soon_as_the_next_node_answers()
     site.serving(&image, 1000).await;
     let mut states = BTreeSet::new();
     for attempt in 1..=ROUNDS / 2 {
-        let mut client = site.client();
-        let launch = request(spec(&image, attempt));
-        let call = tokio::spawn(async move { client.launch(launch).await });
-        tokio::time::sleep(Duration::from_millis(attempt * 16)).await;
-        site.kill_node();
-        let _ = call.await.unwrap();
-        site.start_node();
-        site.ready().await;
+        launch_and_kill(&mut site, &image, attempt, attempt * 16).await;
         states.insert(site.state(&id(attempt)).await.as_str_name());
         site.retire(&id(attempt), Duration::ZERO).await.unwrap();
     }
