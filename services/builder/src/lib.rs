@@ -73,10 +73,8 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     let images = ImageStore::open(&paths.images())?;
     let baker = Baker::new(bake_config(&site))?;
     baker.sweep().await?;
-    let sealing = audit_records::run(store.clone(), Service::Builder, SystemClock::new(), stop.clone());
-    let records = audit_records::service(store.clone(), Service::Builder);
-    let (refusals, refused) = audit_records::refusals();
-    let refusing = audit_records::record_refused(refused, store.clone(), SystemClock::new(), stop.clone());
+    let (records, refusals, recording) =
+        audit_records::keep(&store, Service::Builder, &SystemClock::new(), &stop);
     let documents = Documents::new(store.clone());
     let contexts = Contexts::new(home.join("contexts"));
     let mirrors = Arc::new(Mirrors::new(home.join("sources")));
@@ -121,7 +119,7 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     let serving = serve(options, Routes::new(service).add_service(records), stop.clone());
     let beside = async {
         let staying = members::stay(heart, stop.clone());
-        tokio::join!(Box::pin(loops.run(bus, stop.clone())), staying, sealing, refusing, sharing);
+        tokio::join!(Box::pin(loops.run(bus, stop.clone())), staying, recording, sharing);
         Ok(())
     };
     // A server that can't serve ends the others too.

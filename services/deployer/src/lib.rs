@@ -63,15 +63,12 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     };
     let clock = SystemClock::new();
     let (members, heart) = members::of_site(&site, Service::Deployer, store.clone(), clock).await?;
-    let sealing = audit_records::run(store.clone(), Service::Deployer, clock, stop.clone());
-    let records = audit_records::service(store.clone(), Service::Deployer);
-    let (refusals, refused) = audit_records::refusals();
-    let refusing = audit_records::record_refused(refused, store.clone(), clock, stop.clone());
+    let (records, refusals, recording) = audit_records::keep(&store, Service::Deployer, &clock, &stop);
     let loops = Loops::new(store, clock, members, peers, site.poll.resync, stop.clone());
     let options = ServerOptions { refusals: Some(refusals), ..ServerOptions::new(Service::Deployer, &site) };
     let serving = serve(options, Routes::new(loops.service()).add_service(records), stop.clone());
     let beside = async {
-        tokio::join!(loops.run(bus), members::stay(heart, stop), sealing, refusing);
+        tokio::join!(loops.run(bus), members::stay(heart, stop), recording);
         Ok(())
     };
     // A server that can't serve ends the others too.

@@ -170,21 +170,13 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     };
     let clock = SystemClock::new();
     let (members, heart) = members::of_site(&site, Service::Monitor, store.clone(), clock).await?;
-    let sealing = audit::run(store.clone(), Service::Monitor, clock, stop.clone());
-    let records = audit::service(store.clone(), Service::Monitor);
-    let (refusals, refused) = audit::refusals();
-    let refusing = audit::record_refused(refused, store.clone(), clock, stop.clone());
+    let (records, refusals, recording) = audit::keep(&store, Service::Monitor, &clock, &stop);
     let monitor = Monitor::load(store, clock, members, ports, site.poll).await?;
     let routes = Routes::new(MonitorServiceServer::new(monitor.api(stop.clone()))).add_service(records);
     let options = ServerOptions { refusals: Some(refusals), ..ServerOptions::new(Service::Monitor, &site) };
     let served = server::serve(options, routes, stop.clone());
     tokio::try_join!(served, async {
-        tokio::join!(
-            Box::pin(monitor.run(&bus, stop.clone())),
-            members::stay(heart, stop),
-            sealing,
-            refusing
-        );
+        tokio::join!(Box::pin(monitor.run(&bus, stop.clone())), members::stay(heart, stop), recording);
         Ok(())
     })?;
     Ok(())

@@ -20,10 +20,7 @@ use crate::node::Node;
 pub async fn run(Start { site, stop }: Start) -> Result<(), Failure> {
     let store = SqlStore::open(&site.store_of(Service::Node)?).await?;
     let clock = SystemClock::new();
-    let sealing = audit::run(store.clone(), Service::Node, clock, stop.clone());
-    let records = audit::service(store.clone(), Service::Node);
-    let (refusals, refused) = audit::refusals();
-    let refusing = audit::record_refused(refused, store.clone(), clock, stop.clone());
+    let (records, refusals, recording) = audit::keep(&store, Service::Node, &clock, &stop);
     let node = Node::open(&site, store).await?;
     node.take_over().await;
     let pool = Arc::clone(&node.pool);
@@ -39,7 +36,7 @@ pub async fn run(Start { site, stop }: Start) -> Result<(), Failure> {
     let options = ServerOptions { refusals: Some(refusals), ..ServerOptions::new(Service::Node, &site) };
     let serving = async { serve(options, routes, stop).await };
     let beside = async {
-        tokio::join!(tending, filling, sealing, refusing);
+        tokio::join!(tending, filling, recording);
         Ok(())
     };
     // A server that can't serve ends the others too.

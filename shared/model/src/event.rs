@@ -29,6 +29,11 @@ impl Service {
             Self::Node => "node",
         }
     }
+
+    /// Whether it publishes events. The node is told everything, and asked.
+    pub const fn has_broker(self) -> bool {
+        !matches!(self, Self::Node)
+    }
 }
 
 impl fmt::Display for Service {

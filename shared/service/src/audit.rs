@@ -6,6 +6,7 @@ mod refused;
 
 use std::time::Duration;
 
+use kiln_api::audit::audit_service_server::AuditServiceServer;
 use kiln_api::{audit as wire, events};
 use kiln_model::event::{EventType, NewEvent, Service};
 use kiln_store::seal::{self, Head};
@@ -13,7 +14,7 @@ use kiln_store::{Error, Store};
 use prost::Message as _;
 use tokio::sync::watch;
 
-pub use api::{checked, message, service};
+pub use api::{Api, checked, message};
 pub use refused::{Refusals, Refused, record as record_refused, refusals};
 
 use crate::clock::Clock;
@@ -23,9 +24,26 @@ use crate::trace;
 /// After a commit, and after a failure: what is written meanwhile shares a seal.
 const PAUSE: Duration = Duration::from_secs(1);
 
+/// What a service does for its records beside its work: the gRPC service that shows them, where its server tells of what it
+/// refused, and what records that and seals all, until told to stop.
+pub fn keep<S: Store, C: Clock>(
+    store: &S,
+    service: Service,
+    clock: &C,
+    stop: &watch::Receiver<bool>,
+) -> (AuditServiceServer<Api<S>>, Refusals, impl Future<Output = ()> + Send + use<S, C>) {
+    let (refusals, refused) = refusals();
+    let sealing = seal_on(store.clone(), service, clock.clone(), stop.clone());
+    let recording = record_refused(refused, store.clone(), clock.clone(), stop.clone());
+    let running = async {
+        tokio::join!(sealing, recording);
+    };
+    (api::service(store.clone(), service), refusals, running)
+}
+
 /// Seals what is recorded, and tells of each new head, until told to stop. Of several replicas, whoever commits first
 /// seals, and the others go on from there.
-pub async fn run<S: Store, C: Clock>(store: S, service: Service, clock: C, mut stop: watch::Receiver<bool>) {
+async fn seal_on<S: Store, C: Clock>(store: S, service: Service, clock: C, mut stop: watch::Receiver<bool>) {
     let mut sequence = store.sequence();
     while !*stop.borrow() {
         // Before the look, so that a commit in between wakes again.
@@ -51,7 +69,10 @@ pub async fn run<S: Store, C: Clock>(store: S, service: Service, clock: C, mut s
 
 async fn seal_all<S: Store, C: Clock>(store: &S, service: Service, clock: &C) -> Result<(), Error> {
     while let Some(mut sealing) = seal::next(store).await? {
-        sealing.batch.events.push(published(service, &sealing.head, sealing.version, clock));
+        // Of one without a broker it would wait in the store for good.
+        if service.has_broker() {
+            sealing.batch.events.push(published(service, &sealing.head, sealing.version, clock));
+        }
         match store.commit(sealing.batch).await {
             Ok(_) | Err(Error::Conflict { .. }) => {}
             Err(error) => return Err(error),
@@ -91,7 +112,9 @@ mod tests {
         let store = SqlStore::in_memory().await.unwrap();
         let (stop, stopped) = watch::channel(false);
         let replicas: Vec<_> = (0..3)
-            .map(|_| tokio::spawn(run(store.clone(), Service::Builder, SystemClock::new(), stopped.clone())))
+            .map(|_| {
+                tokio::spawn(seal_on(store.clone(), Service::Builder, SystemClock::new(), stopped.clone()))
+            })
             .collect();
         for n in 0..40 {
             let record = AuditRecord::new(jiff::Timestamp::UNIX_EPOCH, "ada", "apply", format!("web{n}"));

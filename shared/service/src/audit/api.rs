@@ -27,7 +27,7 @@ pub struct Api<S> {
     service: Service,
 }
 
-pub fn service<S: Store>(store: S, service: Service) -> AuditServiceServer<Api<S>> {
+pub(super) fn service<S: Store>(store: S, service: Service) -> AuditServiceServer<Api<S>> {
     AuditServiceServer::new(Api { store, service })
 }
 

@@ -37,9 +37,12 @@ impl Keeper {
         Self::Site,
     ];
 
-    /// Whether each new head goes out as an event. The node has no broker, and commands run without one.
+    /// Whether each new head goes out as an event. Commands run without a broker as well.
     const fn publishes(self) -> bool {
-        !matches!(self, Self::Service(Service::Node) | Self::Site)
+        match self {
+            Self::Service(service) => service.has_broker(),
+            Self::Site => false,
+        }
     }
 
     const fn as_str(self) -> &'static str {
