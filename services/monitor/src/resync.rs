@@ -36,7 +36,9 @@ pub async fn builder<S: Store, C: Clock>(
     servers: &Servers<S>,
     definitions: &Definitions<S, C>,
 ) -> Result<(), Problem> {
-    servers.take(builder.servers().await?).await.map_err(store)?;
+    // As above.
+    let before = servers.seen();
+    servers.take(builder.servers().await?, &before).await.map_err(store)?;
     definitions.take(builder.sources().await?);
     Ok(())
 }

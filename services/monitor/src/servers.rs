@@ -47,6 +47,11 @@ impl<S: Store> Servers<S> {
         self.kept().get(name).map_or(UNKNOWN_POLICY, |server| server.update)
     }
 
+    /// Which state of each is known.
+    pub fn seen(&self) -> BTreeMap<ServerName, Seen> {
+        self.kept().iter().map(|(name, server)| (name.clone(), server.seen.clone())).collect()
+    }
+
     /// Takes over a server as it was told in an event.
     ///
     /// # Errors
@@ -54,7 +59,7 @@ impl<S: Store> Servers<S> {
     pub async fn tell(&self, epoch: &str, message: builder::Server) -> Result<(), Error> {
         match read(epoch, message) {
             Ok((server, false)) => self.keep(server).await,
-            Ok((server, true)) => self.drop_unless_newer(&server.name, Some(&server.seen)).await,
+            Ok((server, true)) => self.drop_where(&server.name, |kept| server.seen.is_newer_than(kept)).await,
             Err((name, invalid)) => {
                 tracing::warn!(server = name, %invalid, "the builder told of a server that can't be read");
                 Ok(())
@@ -62,23 +67,25 @@ impl<S: Store> Servers<S> {
         }
     }
 
-    /// Takes over the full list: what is not in it does not exist.
+    /// Takes over the full list: what is not in it does not exist, as far as it was known `before` it was asked for. What
+    /// was told since then may be newer than the list.
     ///
     /// # Errors
     /// Where the store can't be written.
-    pub async fn take(&self, listing: Listing<builder::Server>) -> Result<(), Error> {
+    pub async fn take(
+        &self,
+        listing: Listing<builder::Server>,
+        before: &BTreeMap<ServerName, Seen>,
+    ) -> Result<(), Error> {
         let mut there = BTreeSet::new();
-        // Told by an event while the list was under way: it may be newer than the list.
-        let before: BTreeSet<ServerName> = self.kept().keys().cloned().collect();
         for message in listing.items {
-            let removed = message.removed;
-            if !removed {
+            if !message.removed {
                 there.extend(message.name.parse::<ServerName>());
             }
             self.tell(&listing.epoch, message).await?;
         }
-        for name in before.difference(&there) {
-            self.drop_unless_newer(name, None).await?;
+        for (name, seen) in before.iter().filter(|(name, _)| !there.contains(*name)) {
+            self.drop_where(name, |kept| kept == seen).await?;
         }
         Ok(())
     }
@@ -99,33 +106,43 @@ impl<S: Store> Servers<S> {
     }
 
     async fn keep(&self, server: KnownServer) -> Result<(), Error> {
-        let old = self.kept().get(&server.name).is_some_and(|kept| !server.seen.is_newer_than(&kept.seen));
-        if old {
+        let is_old = |kept: &KnownServer| !server.seen.is_newer_than(&kept.seen);
+        if self.kept().get(&server.name).is_some_and(is_old) {
             return Ok(());
         }
-        let expected = self.version(&server.name).await?;
+        let stored = self.stored(&server.name).await?;
+        if let Some((_, stored)) = stored.as_ref().filter(|(_, stored)| is_old(stored)) {
+            // By another replica, whose write was not followed yet.
+            self.adopt(stored.clone());
+            return Ok(());
+        }
+        let expected = stored.map_or(0, |(version, _)| version);
         self.commit(documents::put(SERVER, server.name.as_str(), expected, &server)?).await?;
-        self.kept().insert(server.name.clone(), server);
-        self.changed.send_modify(|count| *count += 1);
+        self.adopt(server);
         Ok(())
     }
 
-    async fn drop_unless_newer(&self, name: &ServerName, seen: Option<&Seen>) -> Result<(), Error> {
-        let stays =
-            self.kept().get(name).is_none_or(|kept| seen.is_some_and(|seen| !seen.is_newer_than(&kept.seen)));
-        if stays {
+    /// Drops a server of which no more is known than what is `over`.
+    async fn drop_where(&self, name: &ServerName, over: impl Fn(&Seen) -> bool) -> Result<(), Error> {
+        if !self.kept().get(name).is_some_and(|kept| over(&kept.seen)) {
             return Ok(());
         }
-        let (kind, id) = (SERVER.to_owned(), name.to_string());
-        let expected = self.version(name).await?;
-        self.commit(Change::Delete { kind, id, expected }).await?;
-        self.kept().remove(name);
-        self.changed.send_modify(|count| *count += 1);
+        // Another replica may have dropped it meanwhile, or have been told more.
+        match self.stored(name).await? {
+            Some((_, stored)) if !over(&stored.seen) => self.adopt(stored),
+            stored => {
+                if let Some((expected, _)) = stored {
+                    let (kind, id) = (SERVER.to_owned(), name.to_string());
+                    self.commit(Change::Delete { kind, id, expected }).await?;
+                }
+                self.adopt_end(name);
+            }
+        }
         Ok(())
     }
 
-    async fn version(&self, name: &ServerName) -> Result<u64, Error> {
-        Ok(self.store.get(SERVER, name.as_str()).await?.map_or(0, |document| document.version))
+    async fn stored(&self, name: &ServerName) -> Result<Option<(u64, KnownServer)>, Error> {
+        documents::one(&self.store, SERVER, name.as_str()).await
     }
 
     async fn commit(&self, change: Change) -> Result<(), Error> {
@@ -211,14 +228,42 @@ mod tests {
         let names = |servers: &Servers<SqlStore>| {
             servers.all().iter().map(|server| server.name.to_string()).collect::<Vec<_>>()
         };
-        servers.take(listing(vec![message("a", 1), message("b", 1), message("c", 1)])).await.unwrap();
+        let listed = async |items| servers.take(listing(items), &servers.seen()).await.unwrap();
+        listed(vec![message("a", 1), message("b", 1), message("c", 1)]).await;
         assert_eq!(names(&servers), ["a", "b", "c"]);
         let removed = builder::Server { removed: true, ..message("b", 2) };
-        servers.take(listing(vec![message("a", 1), removed])).await.unwrap();
+        listed(vec![message("a", 1), removed]).await;
         assert_eq!(names(&servers), ["a"]);
-        servers.take(listing(vec![message("a", 1), message("c", 4)])).await.unwrap();
+        listed(vec![message("a", 1), message("c", 4)]).await;
         assert_eq!(names(&servers), ["a", "c"]);
-        servers.take(listing(vec![message("a", 5), message("c", 4)])).await.unwrap();
+        listed(vec![message("a", 5), message("c", 4)]).await;
         assert_eq!(servers.get(&"a".parse().unwrap()).unwrap().generation, 5);
+    }
+
+    #[tokio::test]
+    async fn what_was_told_while_a_list_was_under_way_is_not_dropped() {
+        let store = SqlStore::in_memory().await.unwrap();
+        let servers = Servers::load(store.clone()).await.unwrap();
+        servers.tell("e1", message("again", 1)).await.unwrap();
+        let another = Servers::load(store.clone()).await.unwrap();
+        let before = servers.seen();
+        servers.tell("e1", message("new", 1)).await.unwrap();
+        // Nothing of it was followed yet.
+        another.tell("e1", message("again", 3)).await.unwrap();
+        servers.take(listing(Vec::new()), &before).await.unwrap();
+        for servers in [servers, Servers::load(store).await.unwrap()] {
+            let versions: Vec<_> = servers.all().iter().map(|server| server.seen.version).collect();
+            assert_eq!(versions, [3, 1]);
+        }
+    }
+
+    #[tokio::test]
+    async fn old_news_do_not_undo_what_another_replica_was_told() {
+        let store = SqlStore::in_memory().await.unwrap();
+        let (servers, another) =
+            (Servers::load(store.clone()).await.unwrap(), Servers::load(store).await.unwrap());
+        another.tell("e1", message("web", 3)).await.unwrap();
+        servers.tell("e1", message("web", 2)).await.unwrap();
+        assert_eq!(servers.get(&"web".parse().unwrap()).unwrap().seen.version, 3);
     }
 }

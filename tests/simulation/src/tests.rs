@@ -243,6 +243,12 @@ fn what_was_removed_is_not_taken_for_unchanged() {
     ends_well(377, play(377));
 }
 
+/// A list that was asked for before a server was applied came after the event that told of it: the monitor forgot the server.
+#[test]
+fn a_list_from_before_an_event_does_not_undo_it() {
+    ends_well(90883, play(90883));
+}
+
 /// Its builder was killed five times for reasons of its own, and the packages that it was for never came.
 #[test]
 fn a_build_that_was_interrupted_too_often_is_tried_again() {
