@@ -158,7 +158,8 @@ impl NeighbourLoad {
 impl Drop for NeighbourLoad {
     fn drop(&mut self) {
         if let Some(mut child) = self.child.take() {
-            let _ = terminate(&child);
+            // Nobody reads what it would say, for which it could wait without end.
+            let _ = child.kill();
             let _ = child.wait();
         }
     }
