@@ -5,7 +5,7 @@ use kiln_model::signal::HealthState;
 use kiln_model::time::Millis;
 
 use crate::effect::RolloutVerb;
-use crate::fleet::{Instance, InstanceState};
+use crate::fleet::{Backoff, Instance, InstanceState};
 use crate::next::Work;
 use crate::observe;
 use crate::plan;
@@ -243,6 +243,8 @@ pub(crate) fn complete(work: &mut Work<'_>, acknowledged: bool) {
         work.fleet.rollout = Some(rollout);
         return;
     }
+    // Each instance of it came through its gate: it does not pay for those of another release that ended.
+    work.fleet.backoff = Backoff::default();
     if rollout.is_forward() {
         work.fleet.remember_good(rollout.to);
         work.mark(rollout.to, |release| release.good = true);

@@ -412,6 +412,21 @@ fn a_crash_loop_is_bounded() {
 }
 
 #[test]
+fn a_release_that_came_through_its_gates_does_not_pay_for_what_ended_before_it() {
+    let mut world = standing();
+    for (definition, image) in [("second", "two"), ("third", "three"), ("fourth", "four"), ("fifth", "five")]
+    {
+        world.lose_all();
+        world.play(10_000);
+        let told = world.told();
+        assert_eq!(world.running().len(), 3, "at once: {told}");
+        world.revise(&Made::new(definition, image));
+        world.play(20_000);
+        assert_eq!(world.fleet.rollout, None);
+    }
+}
+
+#[test]
 fn a_removed_server_leaves_its_numbers() {
     let mut world = standing();
     world.remove();
