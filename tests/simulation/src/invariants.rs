@@ -289,18 +289,18 @@ impl Invariants {
         }
     }
 
-    /// 15: in truth, and not only as far as the deployer knows, an instance answered in each place for the soak.
+    /// 15: in truth, and not only as far as the deployer knows, an instance in each place was asked and answered from the
+    /// beginning of the soak to its end.
     fn succeeded(&self, known: &Known, fleet: &Fleet, rollout: &Rollout) {
         let Some(target) = known.releases.get(&rollout.to) else { return };
         let machine = self.machine.lock().unwrap();
         let soak = target.policy().soak.as_duration();
         for ordinal in 0..target.replicas() {
             let soaked = fleet.instances.iter().any(|(id, instance)| {
-                let held = machine.instances.get(id);
-                let ready = held.and_then(|held| held.course.ready);
+                let well = machine.instances.get(id).and_then(|held| held.well);
                 id.ordinal == ordinal
                     && instance.content == target.content()
-                    && ready.is_some_and(|ready| Instant::now().saturating_duration_since(ready) >= soak)
+                    && well.is_some_and(|(first, last)| last - first >= soak)
             });
             if !soaked {
                 self.world.wrong(15, format!("{} succeeded, and place {ordinal} had no soak", rollout.id));

@@ -37,6 +37,8 @@ pub(crate) struct Held {
     pub(crate) on_edge: Option<Instant>,
     /// When it was last asked whether it is well.
     pub(crate) looked_at: Option<Instant>,
+    /// When it said so for the first time, and for the last.
+    pub(crate) well: Option<(Instant, Instant)>,
     /// Its process is gone, and the node does not know of it yet.
     gone: bool,
 }
@@ -263,9 +265,10 @@ impl SimNode {
                 version: 1,
                 ..Instance::default()
             };
-            machine
-                .instances
-                .insert(id.clone(), Held { message, course, on_edge: None, looked_at: None, gone: false });
+            machine.instances.insert(
+                id.clone(),
+                Held { message, course, on_edge: None, looked_at: None, well: None, gone: false },
+            );
             self.invariants.launched(&machine, &id);
         }
         self.world.tell(format!("the node launches {id} at generation {}", request.generation));
@@ -421,10 +424,10 @@ impl EngineService for SimNode {
     async fn check(&self, request: Request<CheckRequest>) -> Answer<CheckResponse> {
         let CheckRequest { id, timeout, .. } = request.into_inner();
         let timeout = timeout.map(|timeout| Duration::try_from(timeout).unwrap());
+        let instance: InstanceId = id.parse().unwrap();
         let held = {
             let mut machine = self.machine();
-            let held = machine.instances.get_mut(&id.parse::<InstanceId>().unwrap());
-            let held = held.ok_or_else(|| Status::not_found(id.clone()))?;
+            let held = machine.instances.get_mut(&instance).ok_or_else(|| Status::not_found(id.clone()))?;
             held.looked_at = Some(Instant::now());
             held.clone()
         };
@@ -434,7 +437,11 @@ impl EngineService for SimNode {
         if held.course.hangs {
             tokio::time::sleep(timeout.unwrap_or(Duration::from_secs(10))).await;
         }
-        let passed = held.answers(Instant::now());
+        let now = Instant::now();
+        let passed = held.answers(now);
+        if let Some(held) = self.machine().instances.get_mut(&instance).filter(|_| passed) {
+            held.well = Some((held.well.map_or(now, |(first, _)| first), now));
+        }
         let result = types::CheckResult {
             passed,
             detail: if passed { "it answers" } else { "it does not answer" }.to_owned(),

@@ -249,6 +249,12 @@ fn a_list_from_before_an_event_does_not_undo_it() {
     ends_well(90883, play(90883));
 }
 
+/// Nobody had looked for a while, and the look that failed, as the first of several that it takes, counted for the soak.
+#[test]
+fn an_answer_that_fails_ends_no_soak() {
+    ends_well(11, play(11));
+}
+
 /// Its builder was killed five times for reasons of its own, and the packages that it was for never came.
 #[test]
 fn a_build_that_was_interrupted_too_often_is_tried_again() {

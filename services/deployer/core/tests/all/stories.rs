@@ -483,6 +483,16 @@ fn without_a_policy_running_for_a_second_is_what_counts() {
 }
 
 #[test]
+fn an_answer_that_fails_ends_no_soak_of_what_is_held_for_healthy_still() {
+    let mut world = standing();
+    world.behave("falters", Behaviour::Falters { after: 2500 });
+    world.revise(&Made::new("second", "falters").with(|run| run.rollout.soak = Millis::from_secs(5)));
+    world.play(70_000);
+    let ended = world.fleet.finished.as_ref().map(|rollout| rollout.state);
+    assert_eq!((ended, world.fleet.last_good), (Some(RolloutState::RolledBack), 1));
+}
+
+#[test]
 fn soak_is_counted_across_a_crash() {
     let mut world = standing();
     world.revise(&Made::new("second", "two").with(|run| run.rollout.soak = Millis::from_secs(10)));

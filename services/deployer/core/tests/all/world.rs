@@ -29,6 +29,10 @@ pub(crate) enum Behaviour {
     Sickens {
         after: u64,
     },
+    /// Healthy, then its answers fail; the monitor waits for another one before it calls it unhealthy.
+    Falters {
+        after: u64,
+    },
     /// The node can't launch it.
     Refused,
     /// The node ends in the middle of the launch, and starts again.
@@ -370,6 +374,12 @@ impl World {
         }
     }
 
+    fn falters(&self, id: &InstanceId) -> bool {
+        let Some(running) = self.node.get(id) else { return false };
+        let behaviour = self.behaviours.get(&running.image);
+        matches!(behaviour, Some(Behaviour::Falters { after }) if self.now - running.at >= *after)
+    }
+
     /// The monitor takes an instance for gone, and looks at it no more.
     pub(crate) fn hold_for_gone(&mut self, id: &InstanceId) {
         self.say(format_args!("> the monitor holds {id} for gone"));
@@ -381,7 +391,7 @@ impl World {
         if state == HealthState::Gone && self.view.health.get(id).is_some_and(|told| told.state == state) {
             return;
         }
-        let passed = state == HealthState::Healthy;
+        let passed = state == HealthState::Healthy && !self.falters(id);
         let last_checks = vec![CheckResult {
             passed,
             detail: if passed { "status 200" } else { "status 502, wanted 200 to 399" }.to_owned(),
