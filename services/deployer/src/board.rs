@@ -231,6 +231,9 @@ impl Board {
         {
             return Ok(());
         }
+        // What is heard again does not grow younger, as it would by a clock that was set back meanwhile.
+        let again = before.filter(|before| before.observed == observed);
+        let age = again.map_or(age, |before| age.max(before.age + now.monotonic.saturating_sub(before.at)));
         // That nothing changed is told all the time. Who needs it to be fresh looks every second anyway.
         let changed = before.is_none_or(|heard| heard.state != state);
         let at = now.monotonic;

@@ -255,6 +255,12 @@ fn an_answer_that_fails_ends_no_soak() {
     ends_well(11, play(11));
 }
 
+/// What the monitor had said came again after the clock was set back, and was taken for an answer of just now.
+#[test]
+fn what_is_heard_again_ends_no_soak() {
+    ends_well(5820, play(5820));
+}
+
 /// Its builder was killed five times for reasons of its own, and the packages that it was for never came.
 #[test]
 fn a_build_that_was_interrupted_too_often_is_tried_again() {

@@ -142,7 +142,7 @@ pub struct Backend {
 /// Bounds the rate at which a server's instances are replaced outside of rollouts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Backoff {
-    /// Replacements since the fleet was last calm.
+    /// Replacements since the fleet was last calm, or a rollout came to its end.
     pub launches: u32,
     /// Since the last of them.
     pub waited: Millis,

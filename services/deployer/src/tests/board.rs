@@ -23,6 +23,20 @@ fn hear(
     second: i64,
     state: HealthState,
 ) -> (HealthState, Duration) {
+    // This machine's clock is the monitor's.
+    hear_at(board, minute, second, how, version, second, state)
+}
+
+/// The same, where this machine's clock shows `wall`.
+fn hear_at(
+    board: &Board,
+    minute: u64,
+    wall: i64,
+    how: How,
+    version: u64,
+    second: i64,
+    state: HealthState,
+) -> (HealthState, Duration) {
     let at = Duration::from_secs(60 * minute);
     let health = monitor::Health {
         instance: ID.to_owned(),
@@ -33,8 +47,7 @@ fn hear(
         version,
         ..monitor::Health::default()
     };
-    // This machine's clock is the monitor's.
-    let now = |monotonic| Now { wall: Timestamp::from_second(second).unwrap(), monotonic };
+    let now = |monotonic| Now { wall: Timestamp::from_second(wall).unwrap(), monotonic };
     board.health(health, how, now(at)).unwrap();
     let later = now(at + Duration::from_secs(1));
     let view = view(board, &[], later);
@@ -56,6 +69,20 @@ fn the_version_says_what_is_newer_and_not_a_clock_that_was_set_back() {
     assert_eq!(hear(&board, 5, How::Asked, 2, 800, Healthy).0, Unhealthy);
     // The monitor's store is new.
     assert_eq!(hear(&board, 6, How::Asked, 1, 2000, Healthy), (Healthy, second));
+}
+
+#[test]
+fn what_is_heard_again_does_not_grow_younger() {
+    use HealthState::Healthy;
+    let board = Board::default();
+    let age =
+        |minute, wall, observed| hear_at(&board, minute, wall, How::Asked, 1, observed, Healthy).1.as_secs();
+    assert_eq!(age(1, 5000, 5000), 1);
+    assert_eq!(age(2, 5060, 5000), 61);
+    // The clock is set back.
+    assert_eq!(age(3, 100, 5000), 121);
+    // The next look.
+    assert_eq!(age(4, 160, 158), 3);
 }
 
 fn instance(state: engine::InstanceState, version: u64) -> engine::Instance {
