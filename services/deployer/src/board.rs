@@ -74,6 +74,12 @@ struct Heard {
     at: Duration,
 }
 
+impl Heard {
+    fn age_at(&self, now: Now) -> Duration {
+        self.age + now.monotonic.saturating_sub(self.at)
+    }
+}
+
 /// The way that a fact on health came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum How {
@@ -233,7 +239,7 @@ impl Board {
         }
         // What is heard again does not grow younger, as it would by a clock that was set back meanwhile.
         let again = before.filter(|before| before.observed == observed);
-        let age = again.map_or(age, |before| age.max(before.age + now.monotonic.saturating_sub(before.at)));
+        let age = again.map_or(age, |before| age.max(before.age_at(now)));
         // That nothing changed is told all the time. Who needs it to be fresh looks every second anyway.
         let changed = before.is_none_or(|heard| heard.state != state);
         let at = now.monotonic;
@@ -316,9 +322,8 @@ impl Board {
                 .health
                 .iter()
                 .map(|(id, heard)| {
-                    let age = heard.age + since(heard.at);
                     let last_checks = heard.last_checks.clone();
-                    (id.clone(), Told { state: heard.state, age, last_checks })
+                    (id.clone(), Told { state: heard.state, age: heard.age_at(now), last_checks })
                 })
                 .collect(),
             checks: server
