@@ -138,17 +138,18 @@ impl<'a> Rounds<'a> {
     async fn web_shows(&mut self, said: &str, happening: &Happening) -> Result<()> {
         let (site, address) = (&self.web.site, self.web.address());
         let (wanted, jumps) = (self.release + 1, happening.forgets_releases());
+        let other = |release| format!("release {release} serves, wanted {wanted}");
         let release = until(said, WHOLE, async || {
             let release = shows(site, "web", address, said).await?;
             // A restored deployer takes the fleet of the copy for what runs, until it has heard from the node.
             if jumps && release < wanted {
-                return Err(format!("release {release} serves, wanted {wanted}").into());
+                return Err(other(release).into());
             }
             Ok(release)
         })
         .await?;
         if release != wanted && !jumps {
-            return Err(format!("release {release} serves, wanted {wanted}").into());
+            return Err(other(release).into());
         }
         self.release = release;
         let (address, page) = (self.calls.address(), self.calls.page());
