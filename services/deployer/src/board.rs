@@ -1,6 +1,7 @@
 //! What is known of the outside, for all servers: filled by the watches, the resyncs and the results of effects, read as
 //! a [`View`] by whoever decides. Nothing here is stored.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -15,7 +16,7 @@ use kiln_model::check::CheckResult;
 use kiln_model::digest::Digest;
 use kiln_model::name::{InstanceId, NodeName, ServerName};
 use kiln_model::signal::HealthState;
-use kiln_model::time::Now;
+use kiln_model::time::{Age, Now};
 use tokio::sync::Notify;
 
 use crate::wire;
@@ -68,16 +69,7 @@ struct Heard {
     observed: Timestamp,
     /// Of the monitor's document.
     version: u64,
-    /// How old it was when it came, and when that was: from then on the steady clock counts, so a wall clock that is set
-    /// makes nothing older or younger.
-    age: Duration,
-    at: Duration,
-}
-
-impl Heard {
-    fn age_at(&self, now: Now) -> Duration {
-        self.age + now.monotonic.saturating_sub(self.at)
-    }
+    age: Age,
 }
 
 /// The way that a fact on health came.
@@ -90,13 +82,20 @@ pub(crate) enum How {
 }
 
 impl How {
-    /// Whether a fact is older than what is known, each by its document's version and the time of its last look. The
-    /// version decides: times of a clock that was set back say nothing. Only a monitor whose store is new begins to count
-    /// again, and then it has looked since.
-    fn is_outdated(self, fact: (u64, Timestamp), known: (u64, Timestamp)) -> bool {
+    /// Whether a fact is older than what is known. The document's version decides, and then how old the look is: times of a
+    /// clock that was set back say nothing. Only a monitor whose store is new begins to count again, and then it has looked
+    /// since.
+    fn is_outdated(self, fact: &Heard, known: &Heard, now: Now) -> bool {
         match self {
-            Self::Asked => fact.0 < known.0 && fact.1 <= known.1,
-            Self::Event => fact < known,
+            Self::Asked => {
+                let older = fact.age.at(now) > known.age.at(now);
+                match fact.version.cmp(&known.version) {
+                    Ordering::Greater => false,
+                    Ordering::Equal => older,
+                    Ordering::Less => older || fact.observed <= known.observed,
+                }
+            }
+            Self::Event => (fact.version, fact.observed) < (known.version, known.observed),
         }
     }
 }
@@ -227,23 +226,24 @@ impl Board {
         let state = convert::enumeration::<types::HealthState, HealthState>("state", health.state)?;
         let checks = health.last_checks.into_iter().map(CheckResult::try_from);
         let last_checks = checks.collect::<Result<Vec<_>, _>>()?;
-        let age = Duration::try_from(now.wall.duration_since(observed)).unwrap_or_default();
+        let age = convert::to_age("age", health.age, observed, now)?;
         let mut known = self.lock();
         let server = known.servers.entry(id.server.clone()).or_default();
         let before = server.health.get(&id);
         let version = health.version;
-        if before
-            .is_some_and(|before| heard.is_outdated((version, observed), (before.version, before.observed)))
+        let mut fact = Heard { state, last_checks, observed, version, age };
+        // What is heard again does not grow younger, as it would by a clock that was set back meanwhile.
+        if let Some(before) =
+            before.filter(|before| before.observed == observed && before.age.at(now) > age.at(now))
         {
+            fact.age = before.age;
+        }
+        if before.is_some_and(|before| heard.is_outdated(&fact, before, now)) {
             return Ok(());
         }
-        // What is heard again does not grow younger, as it would by a clock that was set back meanwhile.
-        let again = before.filter(|before| before.observed == observed);
-        let age = again.map_or(age, |before| age.max(before.age_at(now)));
         // That nothing changed is told all the time. Who needs it to be fresh looks every second anyway.
         let changed = before.is_none_or(|heard| heard.state != state);
-        let at = now.monotonic;
-        server.health.insert(id, Heard { state, last_checks, observed, version, age, at });
+        server.health.insert(id, fact);
         if changed {
             server.wake.notify_one();
         }
@@ -323,7 +323,7 @@ impl Board {
                 .iter()
                 .map(|(id, heard)| {
                     let last_checks = heard.last_checks.clone();
-                    (id.clone(), Told { state: heard.state, age: heard.age_at(now), last_checks })
+                    (id.clone(), Told { state: heard.state, age: heard.age.at(now), last_checks })
                 })
                 .collect(),
             checks: server

@@ -126,7 +126,7 @@ impl<S: Store, C: Clock> Watcher<S, C> {
     pub fn hear(&self, heard: monitor::Health) -> Result<(), Invalid> {
         let id: InstanceId = text("instance", &heard.instance)?;
         if let Some(tracked) = self.find(&id).filter(|_| !self.is_mine(&id))
-            && tracked.hear(heard)?
+            && tracked.hear(heard, self.clock.now())?
         {
             self.tell_listeners(&tracked);
         }
@@ -151,7 +151,7 @@ impl<S: Store, C: Clock> Watcher<S, C> {
     fn tell_listeners(&self, tracked: &Tracked) {
         if self.shared.told.receiver_count() > 0 {
             // Nobody may listen any more by now.
-            let _ = self.shared.told.send(Told::new(tracked.message()));
+            let _ = self.shared.told.send(Told::new(tracked.message(self.clock.now())));
         }
     }
 
@@ -167,12 +167,12 @@ impl<S: Store, C: Clock> Watcher<S, C> {
             tracked.values().filter(|tracked| server.is_none_or(|server| tracked.id.server == *server));
         let mut wanted: Vec<&Arc<Tracked>> = wanted.collect();
         wanted.sort_by(|a, b| a.id.cmp(&b.id));
-        wanted.into_iter().map(|tracked| tracked.message()).collect()
+        wanted.into_iter().map(|tracked| tracked.message(self.clock.now())).collect()
     }
 
     /// The newest answers of one instance, which the store does not have.
     pub fn newest(&self, id: &InstanceId) -> Option<monitor::Health> {
-        self.find(id).map(|tracked| tracked.message())
+        self.find(id).map(|tracked| tracked.message(self.clock.now()))
     }
 
     pub fn is_watched(&self, id: &InstanceId) -> bool {

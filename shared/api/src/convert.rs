@@ -12,7 +12,7 @@ use std::fmt::Display;
 use std::str::FromStr;
 
 use jiff::Timestamp;
-use kiln_model::time::Millis;
+use kiln_model::time::{Age, Millis, Now};
 
 pub use list::ListRequest;
 
@@ -112,6 +112,23 @@ pub fn from_optional_timestamp(
     time: Option<prost_types::Timestamp>,
 ) -> Result<Option<Timestamp>, Invalid> {
     time.map(|time| from_timestamp(field, Some(time))).transpose()
+}
+
+/// How old something is that another process saw at `time`: what that says of it by a clock that nobody sets, or longer ago by
+/// the wall clocks, where it was long on its way.
+///
+/// # Errors
+/// It is told to be of less than no age.
+pub fn to_age(
+    field: &str,
+    told: Option<prost_types::Duration>,
+    time: Timestamp,
+    now: Now,
+) -> Result<Age, Invalid> {
+    let seen = Age::since(time, now);
+    let Some(told) = told else { return Ok(seen) };
+    let told = from_duration(field, Some(told))?.as_duration();
+    Ok(Age::new(told.max(seen.at(now)), now))
 }
 
 pub fn to_duration(duration: Millis) -> prost_types::Duration {

@@ -15,6 +15,29 @@ pub struct Now {
     pub monotonic: Duration,
 }
 
+/// How old something is: from when that was known on, the steady clock counts, so a wall clock that is set makes nothing older
+/// or younger.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Age {
+    had: Duration,
+    at: Duration,
+}
+
+impl Age {
+    pub const fn new(had: Duration, now: Now) -> Self {
+        Self { had, at: now.monotonic }
+    }
+
+    /// By the wall clock; what is to come is of just now.
+    pub fn since(time: Timestamp, now: Now) -> Self {
+        Self::new(Duration::try_from(now.wall.duration_since(time)).unwrap_or_default(), now)
+    }
+
+    pub const fn at(&self, now: Now) -> Duration {
+        self.had.saturating_add(now.monotonic.saturating_sub(self.at))
+    }
+}
+
 /// A duration that is stored and hashed as whole milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 #[serde(transparent)]

@@ -260,6 +260,13 @@ fn an_answer_that_fails_ends_no_soak() {
     holds_now(11);
 }
 
+/// Another monitor told of what it had heard before the clock was set back, which seemed to be of a time to come.
+#[test]
+fn what_was_seen_before_the_clock_was_set_back_is_not_of_just_now() {
+    holds_now(3531);
+    holds_now(6687);
+}
+
 /// What the monitor had said came again after the clock was set back, and was taken for an answer of just now.
 #[test]
 fn what_is_heard_again_ends_no_soak() {

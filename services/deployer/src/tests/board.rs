@@ -1,11 +1,11 @@
 //! What the monitor and the node say, in whatever order it comes.
 
-use kiln_api::convert::to_timestamp;
+use kiln_api::convert::{to_duration, to_timestamp};
 use kiln_api::{engine, monitor, types};
 use kiln_deployer_core::{Backend, Listener, SeenState, View};
 use kiln_model::name::NodeName;
 use kiln_model::signal::HealthState;
-use kiln_model::time::Now;
+use kiln_model::time::{Millis, Now};
 
 use super::*;
 use crate::Listing;
@@ -83,6 +83,28 @@ fn what_is_heard_again_does_not_grow_younger() {
     assert_eq!(age(3, 100, 5000), 121);
     // The next look.
     assert_eq!(age(4, 160, 158), 3);
+}
+
+#[test]
+fn a_replica_that_tells_of_before_the_clock_was_set_back_is_not_the_newest() {
+    let board = Board::default();
+    let tell = |second, observed, age| {
+        let now = Now { wall: Timestamp::from_second(100).unwrap(), monotonic: Duration::from_secs(second) };
+        let health = monitor::Health {
+            instance: ID.to_owned(),
+            state: types::HealthState::Healthy.into(),
+            observed: Some(to_timestamp(Timestamp::from_second(observed).unwrap())),
+            version: 1,
+            age: Some(to_duration(Millis::from_secs(age))),
+            ..monitor::Health::default()
+        };
+        board.health(health, How::Asked, now).unwrap();
+        view(&board, &[], now).health[&ID.parse::<InstanceId>().unwrap()].age.as_secs()
+    };
+    // Before the first of them, the clock showed 5000 and more.
+    assert_eq!(tell(1000, 95, 5), 5);
+    assert_eq!(tell(1001, 5000, 30), 6, "what is known is newer");
+    assert_eq!(tell(1002, 5003, 2), 2);
 }
 
 fn instance(state: engine::InstanceState, version: u64) -> engine::Instance {

@@ -286,6 +286,7 @@ fn health(id: &InstanceId, state: HealthState) -> monitor::Health {
         changed: None,
         observed: Some(to_timestamp(Timestamp::now())),
         version: 1,
+        age: None,
     }
 }
 

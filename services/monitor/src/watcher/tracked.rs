@@ -5,7 +5,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use kiln_api::convert::{Invalid, from_optional_timestamp, optional, optional_text, text, to_timestamp};
+use kiln_api::convert::{
+    Invalid, from_optional_timestamp, optional, optional_text, text, to_age, to_duration, to_timestamp,
+};
 use kiln_api::{deployer, events, monitor, types};
 use kiln_model::cause::CauseKind;
 use kiln_model::check::{Check, CheckResult};
@@ -13,7 +15,7 @@ use kiln_model::event::{EventType, NewEvent, Service};
 use kiln_model::name::{InstanceId, NodeName};
 use kiln_model::run::HealthPolicy;
 use kiln_model::signal::{HealthState, Remedy};
-use kiln_model::time::Now;
+use kiln_model::time::{Age, Now};
 use kiln_monitor_core::health::{Fact, Terms, Track};
 use kiln_monitor_core::schedule::Cadence;
 use kiln_monitor_core::signal::Observation;
@@ -112,6 +114,8 @@ pub(super) struct Tracked {
 #[derive(Debug)]
 struct Live {
     watched: Watched,
+    /// Of the newest answer.
+    age: Option<Age>,
     track: Track,
     terms: Terms,
     cadence: Cadence,
@@ -179,6 +183,7 @@ impl Tracked {
             cadence: cadence(&watched, &terms),
             written: known.then_some((watched.state, watched.leaving)),
             handled: known.then(|| watched.seen.clone()),
+            age: watched.observed.map(|observed| Age::since(observed, now)),
             watched,
             track,
             terms,
@@ -233,6 +238,7 @@ impl Tracked {
         if changed {
             live.watched.detail = detail.to_owned();
             live.watched.observed = Some(now.wall);
+            live.age = Some(Age::new(Duration::ZERO, now));
         }
         changed
     }
@@ -247,6 +253,7 @@ impl Tracked {
         let fact = if result.passed { Fact::Passed } else { Fact::Failed };
         live.looks += 1;
         live.watched.observed = Some(result.time);
+        live.age = Some(Age::new(Duration::ZERO, now));
         if live.watched.checks.len() == CHECKS {
             live.watched.checks.remove(0);
         }
@@ -300,9 +307,10 @@ impl Tracked {
         !live.watched.leaving && matches!(live.track.state(), HealthState::Unhealthy | HealthState::Gone)
     }
 
-    pub(super) fn message(&self) -> monitor::Health {
+    pub(super) fn message(&self, now: Now) -> monitor::Health {
         let live = self.live();
-        health_of(&live.watched, live.version)
+        let age = live.age.map(|age| to_duration(age.at(now).into()));
+        monitor::Health { age, ..health_of(&live.watched, live.version) }
     }
 
     /// What its health calls for.
@@ -390,6 +398,7 @@ impl Tracked {
             live.track = Track::resume(state, absent, &live.terms, now.monotonic);
             let Watched { changed, detail, observed, checks, .. } = document;
             let before = live.watched.clone();
+            live.age = observed.map(|observed| Age::since(observed, now));
             live.watched = Watched { state, absent, changed, detail, observed, checks, ..before };
         }
         true
@@ -397,13 +406,18 @@ impl Tracked {
 
     /// Takes over an answer that another replica had. False where it is of another state than the one known here, which its
     /// document tells.
-    pub(super) fn hear(&self, heard: monitor::Health) -> Result<bool, Invalid> {
-        let observed = from_optional_timestamp("observed", heard.observed)?;
+    pub(super) fn hear(&self, heard: monitor::Health, now: Now) -> Result<bool, Invalid> {
+        let Some(observed) = from_optional_timestamp("observed", heard.observed)? else { return Ok(false) };
+        let age = to_age("age", heard.age, observed, now)?;
         let checks = heard.last_checks.into_iter().map(CheckResult::try_from).collect::<Result<_, _>>()?;
         let mut live = self.live();
-        let fits = heard.version == live.version && observed > live.watched.observed;
+        // The same one comes back from whoever was told of it.
+        let newer = live.watched.observed != Some(observed)
+            && live.age.is_none_or(|known| age.at(now) < known.at(now));
+        let fits = heard.version == live.version && newer;
         if fits {
-            live.watched.observed = observed;
+            live.watched.observed = Some(observed);
+            live.age = Some(age);
             live.watched.checks = checks;
         }
         Ok(fits)
@@ -489,5 +503,6 @@ pub fn health_of(watched: &Watched, version: u64) -> monitor::Health {
         changed: Some(to_timestamp(watched.changed)),
         observed: watched.observed.map(to_timestamp),
         version,
+        age: None,
     }
 }

@@ -18,6 +18,9 @@ pub struct Health {
     pub observed: ::core::option::Option<::prost_types::Timestamp>,
     #[prost(uint64, tag = "8")]
     pub version: u64,
+    /// How old `observed` is, by a clock that nobody sets. Unset in an event, which may be on its way for long.
+    #[prost(message, optional, tag = "9")]
+    pub age: ::core::option::Option<::prost_types::Duration>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReportSignalRequest {
