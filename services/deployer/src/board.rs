@@ -226,7 +226,11 @@ impl Board {
         let state = convert::enumeration::<types::HealthState, HealthState>("state", health.state)?;
         let checks = health.last_checks.into_iter().map(CheckResult::try_from);
         let last_checks = checks.collect::<Result<Vec<_>, _>>()?;
-        let age = convert::to_age("age", health.age, observed, now)?;
+        let mut age = convert::to_age("age", health.age, observed, now)?;
+        // What ended is replaced, whatever the clocks say; that an instance is well has to be of a known time.
+        if age.is_unknown() && matches!(state, HealthState::Unhealthy | HealthState::Gone) {
+            age = Age::new(Duration::ZERO, now);
+        }
         let mut known = self.lock();
         let server = known.servers.entry(id.server.clone()).or_default();
         let before = server.health.get(&id);

@@ -128,7 +128,7 @@ pub fn to_age(
     let seen = Age::since(time, now);
     let Some(told) = told else { return Ok(seen) };
     let told = from_duration(field, Some(told))?.as_duration();
-    Ok(Age::new(told.max(seen.at(now)), now))
+    Ok(Age::new(if seen.is_unknown() { told } else { told.max(seen.at(now)) }, now))
 }
 
 pub fn to_duration(duration: Millis) -> prost_types::Duration {

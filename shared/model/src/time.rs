@@ -15,6 +15,9 @@ pub struct Now {
     pub monotonic: Duration,
 }
 
+/// More than a century.
+const UNKNOWN: Duration = Duration::from_secs(1 << 32);
+
 /// How old something is: from when that was known on, the steady clock counts, so a wall clock that is set makes nothing older
 /// or younger.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,9 +31,19 @@ impl Age {
         Self { had, at: now.monotonic }
     }
 
-    /// By the wall clock; what is to come is of just now.
+    /// Of what may be of any time: older than all that matters, and still a duration that can be told.
+    pub const fn unknown(now: Now) -> Self {
+        Self::new(UNKNOWN, now)
+    }
+
+    pub fn is_unknown(&self) -> bool {
+        self.had >= UNKNOWN
+    }
+
+    /// By the wall clock. That it was set back is seen where the time is yet to come: how old something is, is unknown then.
     pub fn since(time: Timestamp, now: Now) -> Self {
-        Self::new(Duration::try_from(now.wall.duration_since(time)).unwrap_or_default(), now)
+        let had = Duration::try_from(now.wall.duration_since(time));
+        had.map_or_else(|_| Self::unknown(now), |had| Self::new(had, now))
     }
 
     pub const fn at(&self, now: Now) -> Duration {

@@ -267,6 +267,13 @@ fn what_was_seen_before_the_clock_was_set_back_is_not_of_just_now() {
     holds_now(6687);
 }
 
+/// Another monitor began with what had been stored before the clock was set back.
+#[test]
+fn what_was_stored_before_the_clock_was_set_back_is_not_of_just_now() {
+    holds_now(48609);
+    holds_now(55298);
+}
+
 /// What the monitor had said came again after the clock was set back, and was taken for an answer of just now.
 #[test]
 fn what_is_heard_again_ends_no_soak() {

@@ -318,7 +318,7 @@ pub(crate) fn unobserved(work: &Work<'_>, view: &View) -> Option<(InstanceId, Du
         let instance = &work.fleet.instances[id];
         let limit = freshness(policy);
         let is_new = !instance.passed && instance.in_state.as_duration() < limit;
-        let early = view.watching < limit && !held || is_new && !view.health.contains_key(id);
+        let early = view.watching < limit && !held || is_new;
         !early && fresh(view, id, policy).is_none()
     };
     watched(work).find(|(id, policy)| silent(id, policy)).map(|(id, policy)| (id.clone(), freshness(policy)))

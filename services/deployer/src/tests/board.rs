@@ -86,6 +86,16 @@ fn what_is_heard_again_does_not_grow_younger() {
 }
 
 #[test]
+fn what_is_of_a_time_to_come_ended_now_or_was_well_nobody_knows_when() {
+    use HealthState::{Healthy, Unhealthy};
+    let board = Board::default();
+    let age =
+        |minute, second, state| hear_at(&board, minute, 100, How::Event, minute, second, state).1.as_secs();
+    assert!(age(1, 5000, Healthy) > 100 * 365 * 24 * 3600);
+    assert_eq!(age(2, 5001, Unhealthy), 1);
+}
+
+#[test]
 fn a_replica_that_tells_of_before_the_clock_was_set_back_is_not_the_newest() {
     let board = Board::default();
     let tell = |second, observed, age| {

@@ -183,7 +183,8 @@ impl Tracked {
             cadence: cadence(&watched, &terms),
             written: known.then_some((watched.state, watched.leaving)),
             handled: known.then(|| watched.seen.clone()),
-            age: watched.observed.map(|observed| Age::since(observed, now)),
+            // The clock may have been set since it was stored.
+            age: watched.observed.map(|_| Age::unknown(now)),
             watched,
             track,
             terms,
