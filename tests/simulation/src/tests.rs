@@ -274,6 +274,12 @@ fn what_was_stored_before_the_clock_was_set_back_is_not_of_just_now() {
     holds_now(55298);
 }
 
+/// The clock went ahead for the moment in which a plan was put off until the end of its debounce.
+#[test]
+fn a_plan_is_not_put_off_by_a_clock_that_was_ahead_for_a_moment() {
+    holds_now(97946);
+}
+
 /// What the monitor had said came again after the clock was set back, and was taken for an answer of just now.
 #[test]
 fn what_is_heard_again_ends_no_soak() {

@@ -69,7 +69,8 @@ pub fn next(snapshot: Snapshot<'_>, now: Timestamp) -> Next {
         return Next::Nothing;
     };
     let throttled = if wanted.is_automatic() { server.throttled_until(now) } else { None };
-    let due = throttled.map_or(wanted.due(now), |until| wanted.due(now).max(until));
+    let due = wanted.due(now, server.head.update.debounce.as_duration());
+    let due = throttled.map_or(due, |until| due.max(until));
     if due > now {
         return Next::Wait(due);
     }
@@ -91,7 +92,8 @@ fn superseded(server: &Server, building: &Building, now: Timestamp) -> Next {
     if effective.digest == building.definition.digest {
         return Next::Nothing;
     }
-    if wanted.due(now) > now { Next::Wait(wanted.due(now)) } else { Next::Supersede }
+    let due = wanted.due(now, server.head.update.debounce.as_duration());
+    if due > now { Next::Wait(due) } else { Next::Supersede }
 }
 
 /// Whether no newer image of this server is on its way. A cascade so goes from parents to children, and a child is

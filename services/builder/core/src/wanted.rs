@@ -1,5 +1,7 @@
 //! A plan that is wanted: what asks for it, and when it is made.
 
+use std::time::Duration;
+
 use jiff::Timestamp;
 use kiln_model::cause::{Cause, CauseKind};
 use serde::{Deserialize, Serialize};
@@ -33,11 +35,11 @@ impl Wanted {
         }
     }
 
-    /// When the plan is due, as of `now`: at once where the clock was set back to before it was asked for.
-    pub fn due(&self, now: Timestamp) -> Timestamp {
-        let is_ahead = self.causes.iter().any(|cause| cause.time > now);
+    /// When the plan is due, as of `now`, where nothing is put off for longer than `debounce`: at once where the clock was set
+    /// back since it was asked for.
+    pub fn due(&self, now: Timestamp, debounce: Duration) -> Timestamp {
         match self.attempts {
-            0 if is_ahead => now,
+            0 if self.due > after(now, debounce) => now,
             0 => self.due,
             _ => due(self.due, now),
         }
@@ -74,8 +76,6 @@ pub fn is_automatic(kind: CauseKind) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]
@@ -89,12 +89,13 @@ mod tests {
             time: asked,
             traceparent: String::new(),
         };
-        let wanted = Wanted::new(cause, after(asked, Duration::from_secs(30)));
-        assert_eq!(wanted.due(asked), wanted.due);
+        let debounce = Duration::from_secs(30);
+        let wanted = Wanted::new(cause, after(asked, debounce));
+        assert_eq!(wanted.due(asked, debounce), wanted.due);
         let back: Timestamp = "2026-01-02T08:00:00Z".parse().unwrap();
-        assert_eq!(wanted.due(back), back);
+        assert_eq!(wanted.due(back, debounce), back);
         let again = wanted.again(asked);
-        assert_eq!(again.due(asked), after(asked, Duration::from_secs(2)));
-        assert_eq!(again.due(back), back);
+        assert_eq!(again.due(asked, debounce), after(asked, Duration::from_secs(2)));
+        assert_eq!(again.due(back, debounce), back);
     }
 }
