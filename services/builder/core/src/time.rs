@@ -15,10 +15,15 @@ pub(crate) fn age(time: Timestamp, now: Timestamp) -> Duration {
 /// The longest wait between two tries.
 pub(crate) const LONGEST: Duration = Duration::from_secs(600);
 
-/// When something that was put off until `at` is due. What lies further ahead than any wait was put off before the clock
-/// was set back, and waits no longer.
+/// When something that was put off until `at`, for at most `longest`, is due. What lies further ahead was put off before the
+/// clock was set back, and waits no longer.
+pub(crate) fn due_within(longest: Duration, at: Timestamp, now: Timestamp) -> Timestamp {
+    if at > after(now, longest) { now } else { at }
+}
+
+/// The same of a wait between two tries.
 pub(crate) fn due(at: Timestamp, now: Timestamp) -> Timestamp {
-    if at > after(now, LONGEST) { now } else { at }
+    due_within(LONGEST, at, now)
 }
 
 /// 2 s, 4 s, 8 s … up to ten minutes: an archive that is back after a hiccup is asked soon, one that is away for hours

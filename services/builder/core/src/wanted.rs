@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use kiln_model::cause::{Cause, CauseKind};
 use serde::{Deserialize, Serialize};
 
-use crate::time::{after, backoff, due};
+use crate::time::{after, backoff, due, due_within};
 
 /// More causes than this are told apart by nobody; further ones still ask for the plan, unnamed.
 const MAX_CAUSES: usize = 16;
@@ -35,12 +35,11 @@ impl Wanted {
         }
     }
 
-    /// When the plan is due, as of `now`, where nothing is put off for longer than `debounce`: at once where the clock was set
-    /// back since it was asked for.
+    /// When the plan is due, as of `now`: at once where the clock was set back since it was put off, which is for no longer
+    /// than `debounce`.
     pub fn due(&self, now: Timestamp, debounce: Duration) -> Timestamp {
         match self.attempts {
-            0 if self.due > after(now, debounce) => now,
-            0 => self.due,
+            0 => due_within(debounce, self.due, now),
             _ => due(self.due, now),
         }
     }
