@@ -11,6 +11,12 @@ pub const ENGINE_INTERVAL: Duration = Duration::from_secs(1);
 /// No interval is shorter, whatever a release says.
 const SHORTEST: Duration = Duration::from_millis(10);
 
+/// Failures between passes, which no count of answers in a row sees. Each adds three and each pass takes one away, so that
+/// they add up only where more than one answer in four fails. Pass and failure in turn reach the bound at the tenth failure;
+/// from there on the instance flaps, until passes have taken all of it away.
+const OF_A_FAILURE: u32 = 3;
+const FLAPPING: u32 = 20;
+
 /// What of a health policy the state machine needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Terms {
@@ -73,6 +79,9 @@ pub struct Track {
     state: HealthState,
     passes: u32,
     failures: u32,
+    /// Of failures that followed a pass; see [`FLAPPING`].
+    unrest: u32,
+    flaps: bool,
     passed_once: bool,
     /// It is gone only as far as the engine did not know it.
     absent: bool,
@@ -89,6 +98,8 @@ impl Track {
             state: HealthState::Starting,
             passes: 0,
             failures: 0,
+            unrest: 0,
+            flaps: false,
             passed_once: false,
             absent: false,
             shielded_until: now + terms.start,
@@ -138,16 +149,22 @@ impl Track {
             }
             (_, Fact::Passed) => {
                 let passes = self.passes.saturating_add(1);
-                let state = if passes >= terms.healthy { HealthState::Healthy } else { self.state };
-                Ok(Self { state, passes, failures: 0, passed_once: true, ..self })
+                let unrest = self.unrest.saturating_sub(1);
+                let flaps = self.flaps && unrest > 0;
+                let state = if passes >= terms.healthy && !flaps { HealthState::Healthy } else { self.state };
+                Ok(Self { state, passes, failures: 0, unrest, flaps, passed_once: true, ..self })
             }
             (HealthState::Starting, Fact::Failed) if now < self.shielded_until => {
                 Ok(Self { passes: 0, ..self })
             }
             (_, Fact::Failed) => {
                 let failures = self.failures.saturating_add(1);
-                let state = if failures >= terms.unhealthy { HealthState::Unhealthy } else { self.state };
-                Ok(Self { state, passes: 0, failures, ..self })
+                let more = if self.failures == 0 { OF_A_FAILURE } else { 0 };
+                let unrest = (self.unrest + more).min(FLAPPING);
+                let flaps = self.flaps || unrest == FLAPPING;
+                let is_unhealthy = failures >= terms.unhealthy || flaps;
+                let state = if is_unhealthy { HealthState::Unhealthy } else { self.state };
+                Ok(Self { state, passes: 0, failures, unrest, flaps, ..self })
             }
         }
     }
@@ -221,6 +238,20 @@ mod tests {
         }
     }
 
+    /// What answers every second time never fails twice in a row.
+    #[test]
+    fn an_instance_that_flaps_is_unhealthy_until_it_has_kept_well() {
+        let once = terms(1, 2, Duration::ZERO);
+        let flapping = "+-".repeat(10);
+        assert_eq!(story(&once, &flapping), format!("{}u", "h".repeat(19)));
+        let well = format!("{flapping}{}", "+".repeat(20));
+        assert_eq!(story(&once, &well), format!("{}{}h", "h".repeat(19), "u".repeat(20)));
+        // One failure in four is what an instance may have; a time without any answer is no flapping.
+        let (seldom, away) = ("+++-".repeat(100), format!("+{}+", "-".repeat(100)));
+        assert_eq!(story(&once, &seldom), "h".repeat(400));
+        assert!(story(&once, &away).ends_with("uh"));
+    }
+
     #[test]
     fn the_start_counts_from_when_it_was_heard_of() {
         let heard_of = Duration::from_secs(1000);
@@ -249,13 +280,14 @@ mod tests {
 
     proptest! {
         /// Against the words of the definition: healthy after n passes in a row, unhealthy after n failures in a row
-        /// that counted, and nothing else changes it.
+        /// that counted, and nothing else changes it where it does not flap.
         #[test]
         fn a_state_changes_only_by_the_last_answers(
             healthy in 1_u32..4,
             unhealthy in 1_u32..4,
             start in 0_u64..12,
-            answers in proptest::collection::vec(any::<bool>(), 0..40),
+            // Seven failures between passes, which no count of fewer can take to the bound.
+            answers in proptest::collection::vec(any::<bool>(), 0..14),
         ) {
             let terms = terms(healthy, unhealthy, Duration::from_secs(start));
             let mut track = Track::new(&terms, Duration::ZERO);

@@ -379,7 +379,8 @@ pub(super) struct Health {
     pub(super) timeout: At<Time<10, HOUR>>,
     /// Consecutive passes that make an instance healthy.
     pub(super) healthy: Whole<1, 100>,
-    /// Consecutive failures that make it unhealthy.
+    /// Consecutive failures that make it unhealthy. One that fails between passes, more than once in four answers and for
+    /// long, is unhealthy too.
     pub(super) unhealthy: Whole<1, 100>,
     /// Failures within this time after the launch do not count.
     pub(super) start: At<Time<0, HOUR>>,
