@@ -232,10 +232,12 @@ impl Instance {
         let mut results = Vec::new();
         for check in &run.definition.image.tests {
             let name = name(check);
+            let began = Instant::now();
             let result = self.check(check, deadline).await?;
             let word = if result.passed { "passed" } else { "FAILED" };
             run.log.line(&format!("test {name}: {word}: {}", result.detail));
-            results.push(TestResult { name, passed: result.passed, detail: result.detail });
+            let took = Millis::from(began.elapsed());
+            results.push(TestResult { name, passed: result.passed, detail: result.detail, took });
         }
         Ok(results)
     }
@@ -287,8 +289,7 @@ impl Instance {
             let answer = self.client.check(call(request)).await;
             let answer = answer.map_err(|status| fault("checking the instance", &status))?.into_inner();
             let mut result = answer.result.unwrap_or_default();
-            // Files do not come up: what is wrong with one stays so.
-            if result.passed || matches!(check, Check::File(_)) || Instant::now() >= deadline {
+            if result.passed || !check.comes_up() || Instant::now() >= deadline {
                 return Ok(result);
             }
             if let Some(ended) = self.ended().await? {
@@ -356,5 +357,10 @@ fn name(check: &Check) -> String {
         Check::Tcp(tcp) => format!("tcp :{}", tcp.port),
         Check::Command(command) => format!("command {}", command.run.lines().next().unwrap_or_default()),
         Check::File(file) => format!("file {}", file.path),
+        Check::Package(package) => format!("package {}", package.name),
+        Check::User(user) => format!("user {}", user.name),
+        Check::Port(port) => format!("port {}/{}", port.port, port.protocol.as_str()),
+        Check::Process(process) => format!("process {}", process.name),
+        Check::Log(log) => format!("log {}", log.contains.lines().next().unwrap_or_default()),
     }
 }

@@ -2,7 +2,7 @@
 
 use jiff::Timestamp;
 use kiln_api::builder as api;
-use kiln_api::convert::to_timestamp;
+use kiln_api::convert::{to_duration, to_timestamp};
 use kiln_api::types;
 use kiln_builder_core::build::{Build, PackageChange, State};
 use kiln_builder_core::server::Server;
@@ -75,6 +75,7 @@ pub fn build(build: &Build, version: u64) -> api::Build {
                 name: test.name.clone(),
                 passed: test.passed,
                 detail: test.detail.clone(),
+                took: Some(to_duration(test.took)),
             })
             .collect(),
         packages: package_changes(&build.packages),

@@ -11,6 +11,7 @@ mod raw;
 mod read;
 mod schema;
 mod template;
+mod test;
 mod text;
 
 use std::collections::BTreeMap;

@@ -4,6 +4,7 @@
 
 mod evaluate;
 mod http;
+mod system;
 mod tcp;
 
 use std::borrow::Cow;
@@ -15,6 +16,7 @@ use kiln_model::check::{Check, CheckResult};
 use kiln_model::time::Millis;
 
 pub use evaluate::{CommandSeen, FileSeen, MAX_CONTENT, PresentFile, command, file};
+pub use system::{LogSearch, ProcessSeen, UsersSeen, package, port, process, user};
 
 /// What a check found, before it has a time.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,15 +48,20 @@ impl Verdict {
 
 /// Asks the instance at `address` once, and has an answer within `timeout`, whatever answers there.
 ///
-/// `command` and `file` checks need what is inside an instance: the node runs them, and gives what it saw to
-/// [`command`] and [`file`]. Asked here, they fail and say so.
+/// All but `http` and `tcp` need what is inside an instance: the node runs them, and gives what it saw to [`command`],
+/// [`file`] and the others. Asked here, they fail and say so.
 pub async fn probe(address: IpAddr, check: &Check, timeout: Duration) -> CheckResult {
     let started = Instant::now();
     let verdict = match check {
         Check::Http(check) => http::get(address, check, timeout).await,
         Check::Tcp(check) => tcp::connect(address, check.port, timeout).await,
-        Check::Command(_) => Verdict::failed("a command check is run by the node, not over the network"),
-        Check::File(_) => Verdict::failed("a file check is run by the node, not over the network"),
+        Check::Command(_)
+        | Check::File(_)
+        | Check::Package(_)
+        | Check::User(_)
+        | Check::Port(_)
+        | Check::Process(_)
+        | Check::Log(_) => Verdict::failed("such a check is run by the node, not over the network"),
     };
     verdict.since(started)
 }

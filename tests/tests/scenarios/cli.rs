@@ -261,6 +261,8 @@ async fn what_does_not_work_says_so_with_its_exit_code() -> Result<()> {
         &["why", "nobody"],
         &["why", "nobody-r1-0-a1"],
         &["image", "inspect", "nobody"],
+        &["image", "tests", "nobody"],
+        &["image", "tests", "nobody-b1"],
         &["signal", "nobody", "it is old"],
         &["signal", "approve", "00ff"],
         &["apply", "/nowhere"],
@@ -281,6 +283,28 @@ async fn what_does_not_work_says_so_with_its_exit_code() -> Result<()> {
     assert!(!items(&why, "failures").is_empty(), "{why}");
     let output = site.try_kiln(&["build", "broken", "--wait"])?;
     assert_eq!(output.status.code(), Some(1), "{}", both(&output));
+
+    // An image that does not pass its tests: what was wanted, what was found, and what the instance wrote.
+    let text = std::fs::read_to_string(Path::new(&broken).join("server.yaml"))?
+        .replace("run: exit 7", "run: \"true\"")
+        .replace("command: [sleep, infinity]", "command: [sh, -c, \"echo awake; exec sleep infinity\"]\n  tests:\n    \
+             - package: { name: bash }\n    - user: { name: root, shell: /bin/zsh }\n    - log: { contains: awake }");
+    std::fs::write(Path::new(&broken).join("server.yaml"), text)?;
+    let failed = refused(&site, &["apply", &broken, "--wait", "--timeout", PATIENCE], 1, "build_failed")?;
+    let wanted = "test user root: the user root has shell /bin/bash, wanted /bin/zsh";
+    assert!(failed["why"].as_str().is_some_and(|why| why.contains(wanted)), "{failed}");
+    let junit = folder.path().join("tests.xml");
+    let arguments = ["image", "tests", "broken", "--junit", &junit.display().to_string()];
+    refused(&site, &arguments, 1, "failed")?;
+    let output = site.try_kiln(&arguments)?;
+    let table = String::from_utf8_lossy(&output.stdout);
+    for part in ["package bash", "passed", "user root", "FAILED", "/bin/bash, wanted /bin/zsh", "log awake"] {
+        assert!(table.contains(part), "no {part:?} in\n{table}");
+    }
+    let report = std::fs::read_to_string(&junit)?;
+    for part in [r#"tests="3""#, r#"failures="1""#, r#"name="user root""#, "wanted /bin/zsh", "stdout: awake"] {
+        assert!(report.contains(part), "no {part:?} in\n{report}");
+    }
 
     // Superseded while it is waited for, cancelled, and given up. Its name is that of a build of nobody's.
     let slow = definition(folder.path(), "x-b7", "sleep 300")?;

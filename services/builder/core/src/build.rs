@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use kiln_model::cause::Cause;
 use kiln_model::digest::Digest;
 use kiln_model::name::{BuildId, ServerName};
+use kiln_model::time::Millis;
 use serde::{Deserialize, Serialize};
 
 use crate::Illegal;
@@ -98,6 +99,9 @@ pub struct TestResult {
     pub name: String,
     pub passed: bool,
     pub detail: String,
+    /// Until it passed, or was given up.
+    #[serde(default)]
+    pub took: Millis,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

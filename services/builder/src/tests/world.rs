@@ -24,6 +24,7 @@ use kiln_model::lock::{BUILDER_FORMAT, Lock, LockedBase, LockedPackage};
 use kiln_model::name::ServerName;
 use kiln_model::revision::Revision;
 use kiln_model::signal::{Remedy, Signal, SignalId, SignalState};
+use kiln_model::time::Millis;
 use kiln_service::access::from_local;
 use kiln_service::clock::SystemClock;
 use kiln_service::config::Signing;
@@ -210,7 +211,7 @@ impl Tester for FakeTester {
     async fn test(&self, _run: TestRun<'_>) -> Result<Vec<TestResult>, TestFault> {
         let failure = self.failure.lock().unwrap().clone();
         let detail = failure.clone().unwrap_or_default();
-        Ok(vec![TestResult { name: "http".to_owned(), passed: failure.is_none(), detail }])
+        Ok(vec![TestResult { name: "http".to_owned(), passed: failure.is_none(), detail, took: Millis(0) }])
     }
 }
 

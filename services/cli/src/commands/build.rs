@@ -155,6 +155,10 @@ fn show(build: &BuildMessage, screen: Screen) -> Outcome {
         })
         .collect();
     screen.table(&["STEP", "TIME"], rows)?;
+    if !build.tests.is_empty() {
+        screen.line("")?;
+        super::image::tests_table(&build.tests, screen)?;
+    }
     screen.line(format_args!(
         "{} succeeded in {}: image {}, {} of {} tests passed",
         build.id,

@@ -1,5 +1,7 @@
 //! `kiln image`
 
+mod tested;
+
 use std::fs::File;
 use std::io::{IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -13,6 +15,8 @@ use crate::failure::{Code, During as _, Failure, Outcome};
 use crate::json;
 use crate::screen::{Screen, plain, write_all};
 use crate::words::{or_dash, plural};
+
+pub(crate) use tested::table as tests_table;
 
 #[derive(Debug, Args)]
 pub(crate) struct Image {
@@ -28,6 +32,15 @@ enum ImageCommand {
         #[arg(value_name = "SERVER|DIGEST")]
         image: String,
     },
+    /// Show what the tests of an image came to, also of one that did not pass them
+    Tests {
+        /// A build, or a server for its last build
+        #[arg(value_name = "SERVER|BUILD")]
+        build: String,
+        /// Write them as JUnit too, for CI systems
+        #[arg(long, value_name = "FILE")]
+        junit: Option<PathBuf>,
+    },
     /// Write an image as an OCI layout in a tar
     Export {
         /// An image's digest, or a server for its newest image
@@ -42,6 +55,7 @@ enum ImageCommand {
 pub(crate) async fn run(it: &Image, services: &Services, screen: Screen) -> Outcome {
     match &it.command {
         ImageCommand::Inspect { image } => inspect(image, services, screen).await,
+        ImageCommand::Tests { build, junit } => tested::run(build, junit.as_deref(), services, screen).await,
         ImageCommand::Export { image, file } => export(image, file.as_deref(), services, screen).await,
     }
 }

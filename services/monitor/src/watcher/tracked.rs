@@ -488,8 +488,7 @@ fn cadence(watched: &Watched, terms: &Terms) -> Cadence {
     let name =
         server.as_str().bytes().fold(0_u64, |sum, byte| sum.wrapping_mul(31).wrapping_add(u64::from(byte)));
     let seed = name ^ release.rotate_left(48) ^ u64::from(*ordinal).rotate_left(24) ^ attempt;
-    let costly =
-        watched.policy.as_ref().is_some_and(|p| matches!(p.check, Check::Command(_) | Check::File(_)));
+    let costly = watched.policy.as_ref().is_some_and(|p| !matches!(p.check, Check::Http(_) | Check::Tcp(_)));
     Cadence { interval: terms.interval, costly, seed }
 }
 

@@ -1,7 +1,9 @@
 //! What an instance can do from inside: nothing that was not declared.
 
 use kiln_api::types::check::Kind;
-use kiln_api::types::{FileCheck, HttpCheck};
+use kiln_api::types::{
+    FileCheck, HttpCheck, LogCheck, PackageCheck, PortCheck, ProcessCheck, Transport, UserCheck,
+};
 
 use crate::site::{TestSite, id, request, spec, wait_for};
 
@@ -106,5 +108,41 @@ async fn checks_see_what_the_instance_sees() {
         // The kernel takes a killed process apart when it has its turn.
         let alone = || std::fs::read_to_string(&procs).is_ok_and(|pids| pids.lines().count() == 1);
         wait_for("a command that took too long to be killed, inside too", alone).await;
+    }
+}
+
+#[tokio::test]
+async fn checks_see_users_ports_processes_packages_and_the_log() {
+    let site = TestSite::start().await;
+    let image = site.image("www", &["/bin/server"]);
+    site.serving(&image, 1).await;
+    let user = |uid| UserCheck { name: "www".to_owned(), uid: Some(uid), ..UserCheck::default() };
+    let port = |port, protocol: Transport, address: &str| PortCheck {
+        port,
+        protocol: protocol.into(),
+        address: address.to_owned(),
+        absent: false,
+    };
+    let process = |name: &str, user: &str, count| ProcessCheck {
+        name: name.to_owned(),
+        user: user.to_owned(),
+        count,
+        absent: false,
+    };
+    let log = |contains: &str| LogCheck { contains: contains.to_owned(), absent: false };
+    let absent = PackageCheck { name: "nginx".to_owned(), absent: true, ..PackageCheck::default() };
+    for (check, wrong) in [
+        (Kind::User(user(33)), Kind::User(user(34))),
+        (Kind::Port(port(80, Transport::Tcp, "0.0.0.0")), Kind::Port(port(80, Transport::Tcp, "127.0.0.1"))),
+        (Kind::Port(port(80, Transport::Tcp, "")), Kind::Port(port(80, Transport::Udp, ""))),
+        (Kind::Process(process("server", "www", 1)), Kind::Process(process("server", "root", 1))),
+        (Kind::Process(process("server", "33", 0)), Kind::Process(process("conmon", "", 0))),
+        (Kind::Log(log("ready")), Kind::Log(log("steady"))),
+        (Kind::Package(absent.clone()), Kind::Package(PackageCheck { absent: false, ..absent })),
+    ] {
+        let seen = site.check(&id(1), check.clone()).await;
+        assert!(seen.passed, "{check:?}: {}", seen.detail);
+        let seen = site.check(&id(1), wrong.clone()).await;
+        assert!(!seen.passed, "{wrong:?}: {}", seen.detail);
     }
 }

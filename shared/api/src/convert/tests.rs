@@ -2,7 +2,10 @@ use std::fmt::Debug;
 
 use jiff::Timestamp;
 use kiln_model::cause::{Cause, CauseKind};
-use kiln_model::check::{Check, CheckResult, CommandCheck, FileCheck, HttpCheck, TcpCheck};
+use kiln_model::check::{
+    Check, CheckResult, CommandCheck, FileCheck, HttpCheck, LogCheck, PackageCheck, PortCheck, ProcessCheck,
+    TcpCheck, Transport, UserCheck,
+};
 use kiln_model::definition::{Mode, UpdatePolicy};
 use kiln_model::digest::Digest;
 use kiln_model::name::{BuildId, InstanceId, ServerName};
@@ -59,6 +62,33 @@ fn checks() -> impl Strategy<Value = Check> {
                 absent
             })
         ),
+        (texts(), some_texts(), any::<bool>())
+            .prop_map(|(name, version, absent)| Check::Package(PackageCheck { name, version, absent })),
+        (texts(), option::of(any::<u32>()), some_texts(), some_texts(), some_texts(), any::<bool>())
+            .prop_map(|(name, uid, group, home, shell, absent)| Check::User(UserCheck {
+                name,
+                uid,
+                group,
+                home,
+                shell,
+                absent
+            })),
+        (
+            1..=u16::MAX,
+            select(vec![Transport::Tcp, Transport::Udp]),
+            option::of(any::<std::net::IpAddr>()),
+            any::<bool>()
+        )
+            .prop_map(|(port, protocol, address, absent)| Check::Port(PortCheck {
+                port,
+                protocol,
+                address,
+                absent
+            })),
+        (texts(), some_texts(), option::of(1..=u32::MAX), any::<bool>()).prop_map(
+            |(name, user, count, absent)| Check::Process(ProcessCheck { name, user, count, absent })
+        ),
+        (texts(), any::<bool>()).prop_map(|(contains, absent)| Check::Log(LogCheck { contains, absent })),
     ]
 }
 

@@ -211,8 +211,12 @@ pub struct TestResult {
     pub name: ::prost::alloc::string::String,
     #[prost(bool, tag = "2")]
     pub passed: bool,
+    /// What was found, and what was wanted where it is not that.
     #[prost(string, tag = "3")]
     pub detail: ::prost::alloc::string::String,
+    /// Until it passed, or was given up.
+    #[prost(message, optional, tag = "4")]
+    pub took: ::core::option::Option<::prost_types::Duration>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Build {

@@ -132,9 +132,80 @@ pub struct FileCheck {
     #[prost(bool, tag = "5")]
     pub absent: bool,
 }
+/// A Debian package, as dpkg in the instance has it.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PackageCheck {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// The version, or what it begins with up to the end of a number; empty for any.
+    #[prost(string, tag = "2")]
+    pub version: ::prost::alloc::string::String,
+    /// It must not be installed.
+    #[prost(bool, tag = "3")]
+    pub absent: bool,
+}
+/// A user of the instance's own database.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UserCheck {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(uint32, optional, tag = "2")]
+    pub uid: ::core::option::Option<u32>,
+    /// A group that it belongs to, as its own or as one of its members; empty for any.
+    #[prost(string, tag = "3")]
+    pub group: ::prost::alloc::string::String,
+    /// Empty for any.
+    #[prost(string, tag = "4")]
+    pub home: ::prost::alloc::string::String,
+    /// Empty for any.
+    #[prost(string, tag = "5")]
+    pub shell: ::prost::alloc::string::String,
+    /// There must be no such user.
+    #[prost(bool, tag = "6")]
+    pub absent: bool,
+}
+/// A port that something in the instance listens on.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PortCheck {
+    #[prost(uint32, tag = "1")]
+    pub port: u32,
+    #[prost(enumeration = "Transport", tag = "2")]
+    pub protocol: i32,
+    /// The address that it is bound to; empty for any.
+    #[prost(string, tag = "3")]
+    pub address: ::prost::alloc::string::String,
+    /// Nothing must listen there.
+    #[prost(bool, tag = "4")]
+    pub absent: bool,
+}
+/// Processes of the instance, by the name of their program.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ProcessCheck {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Who each of them runs as, a user's name or number; empty for any.
+    #[prost(string, tag = "2")]
+    pub user: ::prost::alloc::string::String,
+    /// How many there are; 0 for at least one.
+    #[prost(uint32, tag = "3")]
+    pub count: u32,
+    /// There must be none.
+    #[prost(bool, tag = "4")]
+    pub absent: bool,
+}
+/// What the instance wrote to its log.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LogCheck {
+    /// A text within one line.
+    #[prost(string, tag = "1")]
+    pub contains: ::prost::alloc::string::String,
+    /// No line must contain it.
+    #[prost(bool, tag = "2")]
+    pub absent: bool,
+}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Check {
-    #[prost(oneof = "check::Kind", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "check::Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
     pub kind: ::core::option::Option<check::Kind>,
 }
 /// Nested message and enum types in `Check`.
@@ -149,6 +220,16 @@ pub mod check {
         Command(super::CommandCheck),
         #[prost(message, tag = "4")]
         File(super::FileCheck),
+        #[prost(message, tag = "5")]
+        Package(super::PackageCheck),
+        #[prost(message, tag = "6")]
+        User(super::UserCheck),
+        #[prost(message, tag = "7")]
+        Port(super::PortCheck),
+        #[prost(message, tag = "8")]
+        Process(super::ProcessCheck),
+        #[prost(message, tag = "9")]
+        Log(super::LogCheck),
     }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -352,6 +433,35 @@ impl Role {
             "ROLE_UNSPECIFIED" => Some(Self::Unspecified),
             "ROLE_FLEET" => Some(Self::Fleet),
             "ROLE_TEST" => Some(Self::Test),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Transport {
+    Unspecified = 0,
+    Tcp = 1,
+    Udp = 2,
+}
+impl Transport {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "TRANSPORT_UNSPECIFIED",
+            Self::Tcp => "TRANSPORT_TCP",
+            Self::Udp => "TRANSPORT_UDP",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "TRANSPORT_UNSPECIFIED" => Some(Self::Unspecified),
+            "TRANSPORT_TCP" => Some(Self::Tcp),
+            "TRANSPORT_UDP" => Some(Self::Udp),
             _ => None,
         }
     }

@@ -7,9 +7,9 @@ use super::number::time_text;
 use super::problem::{Place, Problem};
 use super::raw;
 use super::read::At;
+use super::test::{command, http, tcp};
 use super::text::{AbsolutePath, Text};
 use super::{ArchiveSpec, Definition, FileSpec, ImageSpec, Source, Step, UpdatePolicy};
-use crate::check::{Check, CommandCheck, FileCheck, HttpCheck, TcpCheck};
 use crate::name::ServerName;
 use crate::run::{HealthPolicy, Limits, Port, RolloutPolicy, RunSpec, Strategy};
 use crate::time::Millis;
@@ -42,17 +42,17 @@ pub(super) fn check(raw: raw::Definition, places: &[Place], problems: &mut Vec<P
     }
 }
 
-struct Checker<'a> {
+pub(super) struct Checker<'a> {
     places: &'a [Place],
     problems: &'a mut Vec<Problem>,
 }
 
 impl Checker<'_> {
-    fn place<T>(&self, at: &At<T>) -> Place {
+    pub(super) fn place<T>(&self, at: &At<T>) -> Place {
         at.place(self.places, Place::default())
     }
 
-    fn problem(&mut self, place: Place, message: impl Into<String>, help: impl Into<String>) {
+    pub(super) fn problem(&mut self, place: Place, message: impl Into<String>, help: impl Into<String>) {
         // What lies inside of a place was cut out if it was wrong: then the place is only half seen.
         if !self.problems.iter().any(|problem| problem.lies_in(place)) {
             self.problems.push(Problem::new(place, message, Some(help.into())));
@@ -164,33 +164,6 @@ impl Checker<'_> {
             });
         }
         checked
-    }
-
-    fn test(&mut self, test: At<raw::Check>) -> Check {
-        let place = self.place(&test);
-        match test.value {
-            raw::Check::Http(check) => http(check),
-            raw::Check::Tcp(check) => tcp(check),
-            raw::Check::Command(check) => command(check),
-            raw::Check::File(check) => {
-                if check.absent && (check.mode.is_some() || check.owner.is_some() || check.contains.is_some())
-                {
-                    let message = format!("{} can't be absent and have a content", quoted(&check.path.0));
-                    self.problem(
-                        place,
-                        message,
-                        "wanted `absent` alone, or without it mode, owner and contains",
-                    );
-                }
-                Check::File(FileCheck {
-                    path: check.path.0,
-                    mode: check.mode.map(|mode| mode.0),
-                    owner: check.owner.map(|owner| owner.0),
-                    contains: check.contains.map(|text| text.0),
-                    absent: check.absent,
-                })
-            }
-        }
     }
 
     fn run(&mut self, raw: raw::Run) -> RunSpec {
@@ -349,25 +322,4 @@ fn file(raw: raw::File) -> FileSpec {
         owner: raw.owner.0,
         template: raw.template,
     }
-}
-
-fn http(raw: raw::HttpCheck) -> Check {
-    Check::Http(HttpCheck {
-        port: raw.port.number(),
-        path: raw.path.0,
-        status: raw.status.and_then(|status| u16::try_from(status.0).ok()),
-        body: raw.body.map(|text| text.0),
-    })
-}
-
-fn tcp(raw: raw::TcpCheck) -> Check {
-    Check::Tcp(TcpCheck { port: raw.port.number() })
-}
-
-fn command(raw: raw::CommandCheck) -> Check {
-    Check::Command(CommandCheck {
-        run: raw.run.0,
-        status: i32::try_from(raw.status.0).unwrap_or_default(),
-        stdout: raw.stdout.map(|text| text.0),
-    })
 }

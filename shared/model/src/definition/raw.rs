@@ -11,8 +11,9 @@ use serde::{Deserialize, Deserializer, Serialize};
 use super::number::{Cpus, Memory, Port, Time, Whole};
 use super::read::At;
 use super::text::{
-    AbsolutePath, ArchiveUrl, Capability, ComponentName, EnvName, FileMode, InnerPath, Machine, Name, Owner,
-    PackageName, Script, SuiteName, Text, UrlPath, User, Wanted,
+    AbsolutePath, Address, ArchiveUrl, Capability, ComponentName, EnvName, FileMode, InnerPath, Machine,
+    Name, Owner, PackageName, PackageVersion, ProgramName, Script, SuiteName, Text, UrlPath, User, UserName,
+    Wanted,
 };
 use super::{DebianVariant, Mode};
 use crate::time::Millis;
@@ -221,12 +222,20 @@ fn root_root() -> Text<Owner> {
 
 /// One question to an instance.
 #[derive(Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", expecting = "a check: http, tcp, command or file")]
+#[serde(
+    rename_all = "camelCase",
+    expecting = "a check: http, tcp, command, file, package, user, port, process or log"
+)]
 pub(super) enum Check {
     Http(HttpCheck),
     Tcp(TcpCheck),
     Command(CommandCheck),
     File(FileCheck),
+    Package(PackageCheck),
+    User(UserCheck),
+    Port(PortCheck),
+    Process(ProcessCheck),
+    Log(LogCheck),
 }
 
 /// A GET whose answer is looked at.
@@ -281,6 +290,81 @@ pub(super) struct FileCheck {
     /// A text that the file contains.
     pub(super) contains: Option<Text<Wanted>>,
     /// The path must not exist.
+    #[serde(default)]
+    pub(super) absent: bool,
+}
+
+/// A Debian package that is installed.
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, expecting = "a mapping with at least name")]
+pub(super) struct PackageCheck {
+    pub(super) name: Text<PackageName>,
+    /// The version, or what it begins with up to the end of a number: 1.22 stands for 1.22.1-9, and not for 1.220.
+    pub(super) version: Option<Text<PackageVersion>>,
+    /// It must not be installed.
+    #[serde(default)]
+    pub(super) absent: bool,
+}
+
+/// A user of the instance's own database.
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, expecting = "a mapping with at least name")]
+pub(super) struct UserCheck {
+    pub(super) name: Text<UserName>,
+    pub(super) uid: Option<Whole<0, 65_535>>,
+    /// A group that it belongs to, as its own or as one of its members.
+    pub(super) group: Option<Text<UserName>>,
+    pub(super) home: Option<Text<AbsolutePath>>,
+    pub(super) shell: Option<Text<AbsolutePath>>,
+    /// There must be no such user.
+    #[serde(default)]
+    pub(super) absent: bool,
+}
+
+/// A port that something in the instance listens on, also where nothing outside reaches it.
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, expecting = "a mapping with at least port")]
+pub(super) struct PortCheck {
+    pub(super) port: Port,
+    #[serde(default)]
+    pub(super) protocol: Transport,
+    /// The address that it is bound to, such as 127.0.0.1; without it any.
+    pub(super) address: Option<Text<Address>>,
+    /// Nothing must listen there.
+    #[serde(default)]
+    pub(super) absent: bool,
+}
+
+#[derive(Default, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub(super) enum Transport {
+    #[default]
+    Tcp,
+    Udp,
+}
+
+/// Processes of the instance, by the name of their program.
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, expecting = "a mapping with at least name")]
+pub(super) struct ProcessCheck {
+    /// The program's name without its folder, such as nginx.
+    pub(super) name: Text<ProgramName>,
+    /// Who each of them runs as: a user's name or number.
+    pub(super) user: Option<Text<User>>,
+    /// How many there are; without it at least one.
+    pub(super) count: Option<Whole<1, 1_000_000>>,
+    /// There must be none.
+    #[serde(default)]
+    pub(super) absent: bool,
+}
+
+/// What the instance wrote to its log until this check is made.
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, expecting = "a mapping with at least contains")]
+pub(super) struct LogCheck {
+    /// A text within one line.
+    pub(super) contains: Text<Wanted>,
+    /// No line must contain it.
     #[serde(default)]
     pub(super) absent: bool,
 }

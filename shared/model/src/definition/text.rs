@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::marker::PhantomData;
+use std::net::IpAddr;
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{Error, Visitor};
@@ -98,6 +99,10 @@ fn only(text: &str, also: &[u8]) -> bool {
     text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || also.contains(&b))
 }
 
+fn begins_with_digit(text: &str) -> bool {
+    text.starts_with(|first: char| first.is_ascii_digit())
+}
+
 fn begins_with_letter_or_digit(text: &str) -> bool {
     text.starts_with(|first: char| first.is_ascii_lowercase() || first.is_ascii_digit())
 }
@@ -177,6 +182,51 @@ syntax!(
         (2..=200).contains(&text.len()) && begins_with_letter_or_digit(text) && only(text, b"+-.")
     )
 );
+
+syntax!(
+    PackageVersion,
+    "a package's version, or what it begins with",
+    "wanted characters out of letters, digits, `.`, `+`, `-`, `~` and `:`, beginning with a digit, such as 1.22",
+    "^[0-9][A-Za-z0-9.+~:-]*$",
+    |text| {
+        let good = begins_with_digit(text)
+            && text.bytes().all(|b| b.is_ascii_alphanumeric() || b".+-~:".contains(&b));
+        whole(text, good && text.len() <= 200)
+    }
+);
+
+syntax!(
+    UserName,
+    "the name of a user or a group",
+    "wanted one such as www-data, out of a-z, 0-9, `_` and `-`, beginning with a letter or `_`",
+    "^[a-z_][a-z0-9_-]*$",
+    |text| whole(text, is_user(text) && !begins_with_digit(text))
+);
+
+syntax!(
+    ProgramName,
+    "the name of a program",
+    "wanted one without its folder, such as nginx",
+    "^[!-.0-~]+$",
+    |text| {
+        let good = (1..=255).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic() && b != b'/');
+        whole(text, good)
+    }
+);
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Address;
+
+impl Syntax for Address {
+    type Value = IpAddr;
+    const WHAT: &'static str = "an address";
+    const HELP: &'static str = "wanted one such as 127.0.0.1, 0.0.0.0 or \"::\"";
+    const PATTERN: &'static str = "^[0-9a-fA-F.:]+$";
+
+    fn parse(text: &str) -> Option<IpAddr> {
+        text.parse().ok()
+    }
+}
 
 syntax!(
     InnerPath,
