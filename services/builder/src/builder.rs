@@ -190,7 +190,11 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
                 Source::Server { name: above } => name = above,
                 Source::Debian { suite, archives, .. } => {
                     let context = self.sources.contexts().folder(&digest);
-                    return Ok(Some(DebianRoot { suite, archives, context }));
+                    return Ok(Some(DebianRoot { suite: Some(suite), archives, context }));
+                }
+                Source::Archive { archives, .. } => {
+                    let context = self.sources.contexts().folder(&digest);
+                    return Ok(Some(DebianRoot { suite: None, archives, context }));
                 }
                 Source::Scratch => return Ok(None),
             }

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use kiln_builder_core::definition::StoredDefinition;
 use kiln_model::definition::{
-    ContextEntry, Definition, DefinitionErrors, EntryKind, ImageSpec, Named, Source, Step, WrongPath,
-    context_digest, parse, wrong_name, wrong_paths,
+    ContextEntry, Definition, DefinitionErrors, EntryKind, ImageSpec, Named, Step, WrongPath, context_digest,
+    parse, wrong_name, wrong_paths,
 };
 use kiln_model::digest::Digest;
 use kiln_model::name::{NodeName, ServerName};
@@ -256,12 +256,7 @@ fn named(image: &ImageSpec) -> Vec<String> {
         Step::Files(files) => files.as_slice(),
         _ => &[],
     });
-    let mut named: Vec<_> = files.map(|file| file.src.clone()).collect();
-    if let Source::Debian { archives, .. } = &image.from {
-        named
-            .extend(archives.iter().map(|archive| archive.signed_by.clone()).filter(|ring| !ring.is_empty()));
-    }
-    named
+    files.map(|file| file.src.as_str()).chain(image.from.named_files()).map(str::to_owned).collect()
 }
 
 /// `site/` and `./site` are `site`.

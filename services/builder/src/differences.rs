@@ -12,6 +12,7 @@ pub fn differences(from: &Lock, to: &Lock) -> Vec<String> {
     let base = |lock: &Lock| match &lock.base {
         LockedBase::Scratch => "scratch".to_owned(),
         LockedBase::Debian { suite, variant, .. } => format!("debian {suite} {variant}"),
+        LockedBase::Archive { digest, .. } => format!("archive {}", digest.short()),
         LockedBase::Server { image_digest } => format!("image {}", image_digest.short()),
     };
     let mut compare = |what: &str, from: &str, to: &str| {

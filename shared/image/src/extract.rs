@@ -19,6 +19,8 @@ const OPAQUE: &[u8] = b".wh..wh..opq";
 /// In the form of overlayfs mounted by root.
 pub(crate) const OVERLAY_OPAQUE: &str = "trusted.overlay.opaque";
 pub(crate) const CAPABILITY: &[u8] = b"security.capability";
+/// Labels and hashes that the machine it was packed on put there, for itself.
+const MACHINES_OWN: [&[u8]; 3] = [b"security.selinux", b"security.ima", b"security.evm"];
 
 /// What one layer may hold.
 #[derive(Debug, Clone, Copy)]
@@ -34,9 +36,32 @@ impl Default for Limits {
     }
 }
 
+/// What a tar is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    /// Of an image: it can hide what lies below it.
+    Layer,
+    /// A whole root file system, as others pack it: with devices, which the runtime makes at launch, and attributes that
+    /// belong to the machine it was packed on.
+    Root,
+}
+
 pub(crate) fn extract(tar: impl Read, root: &OwnedFd, limits: Limits) -> Result<(), Problem> {
+    extract_as(Form::Layer, tar, root, limits).map(drop)
+}
+
+/// Unpacks a root file system into an empty folder, and gives the time of its youngest entry, in seconds.
+///
+/// # Errors
+/// It is not one that can be taken, or the folder can't be written. What was unpacked until then stays.
+pub fn unpack_root(tar: impl Read, root: &OwnedFd, limits: Limits) -> Result<i64, Problem> {
+    extract_as(Form::Root, tar, root, limits)
+}
+
+fn extract_as(form: Form, tar: impl Read, root: &OwnedFd, limits: Limits) -> Result<i64, Problem> {
     let mut reader = Reader::new(tar);
-    let mut tree = Tree { root, open: Vec::new(), times: Vec::new() };
+    let mut tree = Tree { form, root, open: Vec::new(), times: Vec::new() };
+    let mut newest = 0;
     let (mut entries, mut bytes) = (0, 0_u64);
     while let Some(entry) = reader.next_entry()? {
         entries += 1;
@@ -47,12 +72,15 @@ pub(crate) fn extract(tar: impl Read, root: &OwnedFd, limits: Limits) -> Result<
         if bytes > limits.bytes {
             return Err(Problem::refused(&entry.path, format!("more than {} bytes", limits.bytes)));
         }
+        newest = newest.max(entry.mtime);
         tree.put(&entry, &mut reader)?;
     }
-    tree.finish()
+    tree.finish()?;
+    Ok(newest)
 }
 
 struct Tree<'a> {
+    form: Form,
     root: &'a OwnedFd,
     /// The folders from below the root to the last entry's; entries come sorted, so most have the same as the one before.
     open: Vec<(Vec<u8>, OwnedFd)>,
@@ -72,6 +100,9 @@ impl Tree<'_> {
         let parent = self.open.last().map_or(self.root.as_fd(), |(_, fd)| fd.as_fd());
 
         if name.starts_with(WHITEOUT) {
+            if self.form == Form::Root {
+                return Err(refused("a whiteout, where nothing lies below"));
+            }
             if entry.kind != Kind::File || entry.size != 0 {
                 return Err(refused("a whiteout that is not an empty file"));
             }
@@ -134,6 +165,8 @@ impl Tree<'_> {
                 rfs::linkat(&folder, target, parent, name, AtFlags::empty())
                     .map_err(|errno| failed("make hard link", errno))?;
             }
+            Kind::CharDevice | Kind::BlockDevice
+                if self.form == Form::Root && entry.path.starts_with(b"dev/") => {}
             Kind::CharDevice | Kind::BlockDevice => return Err(refused("devices are not taken")),
         }
         Ok(())
@@ -146,6 +179,9 @@ impl Tree<'_> {
             .map_err(|errno| failed("set owner", errno))?;
         rfs::fchmod(fd, mode).map_err(|errno| failed("set mode", errno))?;
         for (name, value) in &entry.xattrs {
+            if self.form == Form::Root && MACHINES_OWN.contains(&name.as_slice()) {
+                continue;
+            }
             // No other: `trusted.overlay.*` of a lower would make overlayfs show what is not in this layer.
             if name != CAPABILITY && !name.starts_with(b"user.") {
                 return Err(Problem::refused(

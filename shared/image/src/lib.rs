@@ -18,7 +18,7 @@ pub mod tar;
 mod trees;
 
 pub use error::Error;
-pub use extract::Limits;
+pub use extract::{Limits, unpack_root};
 pub use manifest::{Image, Layer, NewImage};
 pub use pack::{Packed, Packer, Whiteouts};
 pub use signature::{KeyId, Thoroughness, read_signing_key, read_trusted_key};

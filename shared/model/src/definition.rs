@@ -26,6 +26,7 @@ pub use self::problem::{DefinitionErrors, Problem, Report};
 pub use self::schema::json_schema;
 pub use self::template::{TemplateError, render};
 use crate::check::Check;
+use crate::digest::Digest;
 use crate::name::ServerName;
 use crate::run::RunSpec;
 use crate::time::Millis;
@@ -60,10 +61,44 @@ pub enum Source {
         variant: DebianVariant,
         archives: Vec<ArchiveSpec>,
     },
+    /// A root file system as tar, plain or compressed by gzip, xz or zstd. `archives` as for `Debian`; without them those for
+    /// the suite that its os-release names.
+    Archive {
+        place: ArchivePlace,
+        archives: Vec<ArchiveSpec>,
+    },
     /// The newest image of another server.
     Server {
         name: ServerName,
     },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ArchivePlace {
+    /// Relative to the definition's folder.
+    File(String),
+    Url {
+        url: String,
+        sha256: Digest,
+    },
+}
+
+impl Source {
+    /// Files of the definition's folder that it names.
+    pub fn named_files(&self) -> Vec<&str> {
+        let (place, archives) = match self {
+            Self::Scratch | Self::Server { .. } => return Vec::new(),
+            Self::Debian { archives, .. } => (None, archives),
+            Self::Archive { place, archives } => (Some(place), archives),
+        };
+        let rings = archives.iter().map(|archive| archive.signed_by.as_str()).filter(|ring| !ring.is_empty());
+        let file = place.and_then(|place| match place {
+            ArchivePlace::File(path) => Some(path.as_str()),
+            ArchivePlace::Url { .. } => None,
+        });
+        file.into_iter().chain(rings).collect()
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

@@ -35,6 +35,12 @@ pub enum LockedBase {
         variant: String,
         packages: Vec<LockedPackage>,
     },
+    /// A root file system as tar, as it was packed.
+    Archive {
+        digest: Digest,
+        /// Of the file, in bytes.
+        size: u64,
+    },
     /// Another server's image.
     Server {
         image_digest: Digest,
@@ -99,7 +105,7 @@ impl Lock {
     pub fn packages(&self) -> PackageVersions {
         let base = match &self.base {
             LockedBase::Debian { packages, .. } => packages.as_slice(),
-            LockedBase::Scratch | LockedBase::Server { .. } => &[],
+            LockedBase::Scratch | LockedBase::Archive { .. } | LockedBase::Server { .. } => &[],
         };
         let steps = self.steps.iter().flat_map(|step| match step {
             LockedStep::Packages { packages, .. } => packages.as_slice(),

@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-use kiln_model::definition::{Definition, MAX_TEXT, WrongPath, parse, wrong_paths};
+use kiln_model::definition::{ArchivePlace, Definition, MAX_TEXT, Source, WrongPath, parse, wrong_paths};
 use proptest::prelude::*;
 use proptest::sample::Index;
 
@@ -57,6 +57,20 @@ fn a_definition_with_everything_is_taken() {
 fn a_definition_with_the_least_has_safe_defaults() {
     let definition = parse(good("least.yaml").as_bytes(), "server.yaml").expect("a good definition");
     insta::assert_json_snapshot!(definition);
+}
+
+#[test]
+fn an_image_can_begin_with_an_archive_of_a_root_file_system() {
+    let definition = parse(good("archive.yaml").as_bytes(), "server.yaml").expect("a good definition");
+    let Source::Archive { place: ArchivePlace::Url { url, sha256 }, .. } = &definition.image.from else {
+        panic!("{:?}", definition.image.from)
+    };
+    assert_eq!((url.as_str(), sha256.hex()), ("http://127.0.0.1:8000/root.tar.xz", "ab".repeat(32)));
+    assert_eq!(definition.image.from.named_files(), ["keys/archive.gpg"]);
+    let of_folder = good("archive.yaml").replace("http://127.0.0.1:8000/root.tar.xz", "./root/fs.tar");
+    let of_folder = of_folder.replace(&format!("    sha256: {}\n", "ab".repeat(32)), "");
+    let definition = parse(of_folder.as_bytes(), "server.yaml").expect("a good definition");
+    assert_eq!(definition.image.from.named_files(), ["root/fs.tar", "keys/archive.gpg"]);
 }
 
 #[test]

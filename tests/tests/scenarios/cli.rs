@@ -302,7 +302,8 @@ async fn what_does_not_work_says_so_with_its_exit_code() -> Result<()> {
         assert!(table.contains(part), "no {part:?} in\n{table}");
     }
     let report = std::fs::read_to_string(&junit)?;
-    for part in [r#"tests="3""#, r#"failures="1""#, r#"name="user root""#, "wanted /bin/zsh", "stdout: awake"] {
+    for part in [r#"tests="3""#, r#"failures="1""#, r#"name="user root""#, "wanted /bin/zsh", "stdout: awake"]
+    {
         assert!(report.contains(part), "no {part:?} in\n{report}");
     }
 

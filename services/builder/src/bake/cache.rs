@@ -111,6 +111,7 @@ pub(crate) fn keys(lock: &Lock) -> Result<Vec<Digest>, BakeError> {
     let base = match &lock.base {
         LockedBase::Scratch => json!("scratch"),
         LockedBase::Debian { packages, .. } => json!({"packages": packages}),
+        LockedBase::Archive { digest, .. } => json!({"archive": digest}),
         LockedBase::Server { image_digest } => json!({"image": image_digest}),
     };
     let mut keys =

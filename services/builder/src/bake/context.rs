@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{Read, Write as _};
+use std::io::{self, Read, Seek as _, SeekFrom, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
@@ -13,6 +13,7 @@ use kiln_model::lock::{LockedFile, LockedFileKind};
 use kiln_model::name::ServerName;
 use rustix::fs::{self as rfs, AtFlags, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
+use sha2::{Digest as _, Sha256};
 
 use super::error::BakeError;
 use super::tree::names_in;
@@ -41,6 +42,40 @@ impl Contents {
         File::open(&path).map_err(BakeError::io("open", &path))
     }
 
+    /// For what is written here before it gets its name.
+    pub(crate) fn folder(&self) -> Result<tempfile::TempDir, BakeError> {
+        tempfile::tempdir_in(&self.root).map_err(BakeError::io("make a folder in", &self.root))
+    }
+
+    /// Keeps a file of any size, read twice where it is not here yet.
+    pub(crate) fn put_file(&self, file: &File, limit: u64, shown: &str) -> Result<(Digest, u64), BakeError> {
+        let failed = || BakeError::io("read", shown);
+        let length = file.metadata().map_err(failed())?.len();
+        if length > limit {
+            return Err(wrong(shown, &format!("it is larger than {limit} bytes"), "make it smaller"));
+        }
+        let mut hashing = Hashing { inner: io::sink(), hasher: Sha256::new() };
+        let size = io::copy(&mut file.take(limit), &mut hashing).map_err(failed())?;
+        let digest = hashing.digest();
+        let path = self.root.join(digest.hex());
+        if fs::metadata(&path).is_ok_and(|found| found.len() == size) {
+            return Ok((digest, size));
+        }
+        let mut copy =
+            tempfile::NamedTempFile::new_in(&self.root).map_err(BakeError::io("make a file for", &path))?;
+        let mut file = file;
+        file.seek(SeekFrom::Start(0)).map_err(failed())?;
+        let mut copying = Hashing { inner: copy.as_file_mut(), hasher: Sha256::new() };
+        io::copy(&mut file.take(limit), &mut copying).map_err(BakeError::io("write", &path))?;
+        // It may have been changed in between.
+        if copying.digest() != digest {
+            return Err(wrong(shown, "it changes while it is read", "try again when it is whole"));
+        }
+        copy.as_file().sync_data().map_err(BakeError::io("write", &path))?;
+        copy.persist(&path).map_err(|e| BakeError::io("name", &path)(e.error))?;
+        Ok((digest, size))
+    }
+
     fn put(&self, content: &[u8]) -> Result<Digest, BakeError> {
         let digest = Digest::of(content);
         let path = self.root.join(digest.hex());
@@ -53,6 +88,29 @@ impl Contents {
             file.persist(&path).map_err(|e| BakeError::io("name", &path)(e.error))?;
         }
         Ok(digest)
+    }
+}
+
+struct Hashing<W> {
+    inner: W,
+    hasher: Sha256,
+}
+
+impl<W> Hashing<W> {
+    fn digest(self) -> Digest {
+        Digest::from_bytes(self.hasher.finalize().into())
+    }
+}
+
+impl<W: Write> Write for Hashing<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let n = self.inner.write(bytes)?;
+        self.hasher.update(&bytes[..n]);
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
     }
 }
 
@@ -266,6 +324,16 @@ fn read(fd: OwnedFd, limit: u64) -> Result<Vec<u8>, String> {
         return Err(format!("it is larger than {limit} bytes"));
     }
     Ok(content)
+}
+
+/// A file of a definition's folder.
+pub(crate) fn open_in(folder: &Path, path: &str) -> Result<File, BakeError> {
+    let fd = beneath(&open_folder(folder)?, path.as_bytes(), OFlags::RDONLY | OFlags::NONBLOCK)
+        .map_err(|errno| refused(path, errno))?;
+    if kind(&fd) != Some(FileType::RegularFile) {
+        return Err(wrong(path, "it is not a file", "name the file itself"));
+    }
+    Ok(File::from(fd))
 }
 
 /// Copies a key ring out of a definition's folder, to a place that is the same for the same keys: what apt keeps for an

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use kiln_image::tar::{Kind, Reader};
 use kiln_model::lock::LockedPackage;
 
+use super::compression::Compression;
 use super::deb822::{self, Paragraph};
 use super::error::BakeError;
 use super::opened;
@@ -33,14 +34,6 @@ struct Member {
     offset: u64,
     size: u64,
     compression: Compression,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Compression {
-    None,
-    Gzip,
-    Xz,
-    Zstd,
 }
 
 impl Deb {
@@ -139,12 +132,7 @@ fn open_member(file: &File, member: &Member) -> io::Result<Box<dyn Read + Send>>
     let mut file = file.try_clone()?;
     file.seek(SeekFrom::Start(member.offset))?;
     let raw = BufReader::with_capacity(1 << 16, file.take(member.size));
-    Ok(match member.compression {
-        Compression::None => Box::new(raw),
-        Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(raw)),
-        Compression::Xz => Box::new(liblzma::bufread::XzDecoder::new_multi_decoder(raw)),
-        Compression::Zstd => Box::new(zstd::Decoder::with_buffer(raw)?),
-    })
+    member.compression.open(raw)
 }
 
 /// The control and the data member: `debian-binary` first, then these two, others with a name that begins with `_` aside.

@@ -9,7 +9,7 @@ use kiln_service::machine::Finding;
 use rustix::mount::{MountFlags, mount};
 
 use super::error::BakeError;
-use super::packages::APT_HELPER;
+use super::fetch::APT_HELPER;
 use super::rights;
 use super::sources::{Archive, host_archives};
 use super::work::{clear, mount_overlay, mount_shifted};

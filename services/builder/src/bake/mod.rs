@@ -5,14 +5,17 @@
 
 mod ahead;
 mod apt;
+mod archive;
 mod cache;
 mod command;
+mod compression;
 mod context;
 mod deb;
 mod deb822;
 mod doctor;
 mod dpkg;
 mod error;
+mod fetch;
 mod files;
 #[cfg(test)]
 mod hostile;
@@ -29,6 +32,7 @@ mod seccomp;
 mod solutions;
 mod sources;
 mod steps;
+mod system;
 #[cfg(test)]
 mod tests;
 mod tree;
@@ -116,10 +120,11 @@ const LAYERS_KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Takes one line of a build's log, without its line end.
 pub type LogSink = Arc<dyn Fn(&str) + Send + Sync>;
 
-/// The Debian source at the root of a chain of parents: where packages on top of a parent's image come from.
+/// The system at the root of a chain of parents: where packages on top of a parent's image come from.
 #[derive(Debug, Clone)]
 pub struct DebianRoot {
-    pub suite: String,
+    /// None where the image itself says which it is.
+    pub suite: Option<String>,
     pub archives: Vec<ArchiveSpec>,
     /// Folder of the definition that names them; key rings are in it.
     pub context: PathBuf,

@@ -12,8 +12,7 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use kiln_model::digest::Digest;
 use kiln_model::lock::LockedPackage;
@@ -22,12 +21,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::LogSink;
 use super::apt::Solved;
-use super::command::{self, Stdout};
 use super::error::BakeError;
+use super::fetch::{Wanted, fetch};
 use super::whole;
 
-pub(crate) const APT_HELPER: &str = "/usr/lib/apt/apt-helper";
-const TIME_LIMIT: Duration = Duration::from_secs(1800);
 /// Of files in one call, so that its arguments fit.
 const AT_ONCE: usize = 400;
 
@@ -105,8 +102,7 @@ impl PackageStore {
         log: &LogSink,
         cancel: &CancellationToken,
     ) -> Result<(), BakeError> {
-        let mut command = Command::new(APT_HELPER);
-        command.env("LC_ALL", "C.UTF-8").args(["-q", "-o", "APT::Sandbox::User=root", "download-file"]);
+        let mut wanted = Vec::new();
         for package in missing {
             let path = self.root.join("where").join(package.sha256.hex());
             let url = fs::read_to_string(&path).map_err(|_| BakeError::Definition {
@@ -116,22 +112,15 @@ impl PackageStore {
                         .to_owned(),
                 remedy: "resolve the packages anew: build without pinning".to_owned(),
             })?;
-            // `file:` gives a link to the archive's own file, `copy:` a copy.
-            let url = url.strip_prefix("file:").map_or(url.clone(), |path| format!("copy:{path}"));
-            command
-                .arg(url)
-                .arg(folder.join(package.sha256.hex()))
-                .arg(format!("SHA256:{}", package.sha256.hex()));
+            wanted.push(Wanted { url, to: folder.join(package.sha256.hex()), sha256: package.sha256 });
         }
-        let outcome = command::run(&mut command, Stdout::Keep, log, cancel, TIME_LIMIT)?;
-        if !outcome.succeeded() {
-            return Err(BakeError::Archive {
-                archive: "of the lock's packages".to_owned(),
-                why: format!("{}: {}", outcome.why(TIME_LIMIT), outcome.last_lines.join("; ")),
-                remedy: "see that this machine reaches it; where the archive has newer packages by now, build without pinning"
+        fetch(&wanted, log, cancel)?.map_err(|why| BakeError::Archive {
+            archive: "of the lock's packages".to_owned(),
+            why,
+            remedy:
+                "see that this machine reaches it; where the archive has newer packages by now, build without pinning"
                     .to_owned(),
-            });
-        }
+        })?;
         for package in missing {
             self.put(&folder.join(package.sha256.hex()), package)?;
         }

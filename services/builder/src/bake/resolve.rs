@@ -1,16 +1,14 @@
 //! A definition's inputs, exactly: the lock.
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::num::NonZero;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Instant;
 
 use jiff::Timestamp;
-use kiln_image::ImageStore;
-use kiln_model::definition::{DebianVariant, Definition, Source, Step};
+use kiln_model::definition::{ArchivePlace, ArchiveSpec, DebianVariant, Definition, Source, Step};
 use kiln_model::digest::Digest;
 use kiln_model::lock::{BUILDER_FORMAT, Lock, LockedBase, LockedPackage, LockedStep};
 use tokio_util::sync::CancellationToken;
@@ -20,8 +18,8 @@ use super::context::{Contents, Context};
 use super::error::BakeError;
 use super::packages::PackageStore;
 use super::solutions::Solutions;
-use super::tree::Tree;
-use super::{BakeConfig, DebianRoot, LogSink, ParentImage, Resolution, dpkg, sources, whole};
+use super::system::System;
+use super::{BakeConfig, DebianRoot, LogSink, ParentImage, Resolution, archive, sources};
 
 pub(crate) struct Resolver<'a> {
     pub(crate) config: &'a BakeConfig,
@@ -43,10 +41,11 @@ struct Packages {
 impl Resolver<'_> {
     pub(crate) fn resolve(&self) -> Result<Resolution, BakeError> {
         let requested = self.requested()?;
-        let (packages, release_files) = match self.pinned_packages(&requested) {
+        let contents = Contents::open(self.config.home.join("files"))?;
+        let (packages, release_files) = match self.pinned_packages(&requested, &contents)? {
             Some(packages) => (packages, None),
             None => {
-                let (packages, release_files) = self.solve(&requested)?;
+                let (packages, release_files) = self.solve(&requested, &contents)?;
                 (packages, Some(release_files))
             }
         };
@@ -58,9 +57,12 @@ impl Resolver<'_> {
                 variant: variant_name(*variant).to_owned(),
                 packages: packages.base,
             },
+            Source::Archive { place, .. } => {
+                let (digest, size) = self.archive(place, &contents)?;
+                LockedBase::Archive { digest, size }
+            }
             Source::Server { name } => LockedBase::Server { image_digest: self.parent_image(name)?.digest },
         };
-        let contents = Contents::open(self.config.home.join("files"))?;
         let context = Context::open(self.context, &contents, &self.definition.name, &image.env)?;
         let mut added = packages.steps.into_iter();
         let steps = image
@@ -117,8 +119,12 @@ impl Resolver<'_> {
     }
 
     /// Those of the pinned lock, where base and lists are what they were, so that solving would begin at the same place.
-    fn pinned_packages(&self, requested: &[&Vec<String>]) -> Option<Packages> {
-        let pinned = self.pinned.filter(|lock| lock.format == BUILDER_FORMAT)?;
+    fn pinned_packages(
+        &self,
+        requested: &[&Vec<String>],
+        contents: &Contents,
+    ) -> Result<Option<Packages>, BakeError> {
+        let Some(pinned) = self.pinned.filter(|lock| lock.format == BUILDER_FORMAT) else { return Ok(None) };
         let base = match (&pinned.base, &self.definition.image.from) {
             (LockedBase::Scratch, Source::Scratch) => Vec::new(),
             (
@@ -131,7 +137,13 @@ impl Resolver<'_> {
             {
                 Vec::new()
             }
-            _ => return None,
+            // On another root file system too.
+            (LockedBase::Archive { digest, .. }, Source::Archive { place, .. })
+                if requested.is_empty() || *digest == self.archive(place, contents)?.0 =>
+            {
+                Vec::new()
+            }
+            _ => return Ok(None),
         };
         let locked: Vec<_> = pinned
             .steps
@@ -142,27 +154,31 @@ impl Resolver<'_> {
             })
             .collect();
         let same = locked.iter().map(|(list, _)| *list).eq(requested.iter().copied());
-        same.then(|| Packages {
+        Ok(same.then(|| Packages {
             base,
             steps: locked.into_iter().map(|(_, packages)| packages.clone()).collect(),
-        })
+        }))
     }
 
-    fn solve(&self, requested: &[&Vec<String>]) -> Result<(Packages, Vec<super::ReleaseFile>), BakeError> {
-        let (root, base_wanted, status) = match &self.definition.image.from {
+    fn archive(&self, place: &ArchivePlace, contents: &Contents) -> Result<(Digest, u64), BakeError> {
+        archive::take(place, self.context, contents, self.log, self.cancel)
+    }
+
+    fn solve(
+        &self,
+        requested: &[&Vec<String>],
+        contents: &Contents,
+    ) -> Result<(Packages, Vec<super::ReleaseFile>), BakeError> {
+        let (suite, root, base_wanted, status) = match &self.definition.image.from {
             Source::Scratch => return self.nothing_to_solve(requested, "the source is scratch"),
             Source::Debian { suite, variant, archives } => {
-                let root = DebianRoot {
-                    suite: suite.to_string(),
-                    archives: archives.clone(),
-                    context: self.context.to_owned(),
-                };
+                let root = self.own_root(archives);
                 let mut wanted = vec!["?essential".to_owned()];
                 if *variant == DebianVariant::Minbase {
                     // What debootstrap and mmdebstrap call minbase.
                     wanted.extend(["?priority(required)".to_owned(), "apt".to_owned()]);
                 }
-                (root, wanted, None)
+                (suite.clone(), root, wanted, None)
             }
             Source::Server { name } => {
                 let parent = self.parent_image(name)?;
@@ -172,11 +188,25 @@ impl Resolver<'_> {
                 if requested.is_empty() {
                     return self.nothing_to_solve(requested, "");
                 }
-                (root.clone(), Vec::new(), Some(self.parent_status(&parent.digest)?))
+                let what = format!("parent image {}", parent.digest.short());
+                let system = System::of_image(&parent.digest, &self.config.images)?;
+                let suite = root.suite.clone().map_or_else(|| system.suite(&what), Ok)?;
+                let status = system.keep_status(&what, &parent.digest, &self.config.home)?;
+                (suite, root.clone(), Vec::new(), Some(status))
+            }
+            Source::Archive { place, archives } => {
+                if requested.is_empty() {
+                    return self.nothing_to_solve(requested, "");
+                }
+                let (digest, _) = self.archive(place, contents)?;
+                let what = format!("archive {}", digest.short());
+                let system = archive::look(contents.get(&digest)?, &digest)?;
+                let status = system.keep_status(&what, &digest, &self.config.home)?;
+                (system.suite(&what)?, self.own_root(archives), Vec::new(), Some(status))
             }
         };
         let keys = self.config.home.join("apt/keys");
-        let archives = sources::archives(&root, &self.config.archives, &keys)?;
+        let archives = sources::archives(&suite, &root, &self.config.archives, &keys)?;
         let apt = Apt::open(&self.config.home, architecture()?, &archives, self.log, self.cancel)?;
         apt.update(self.cancel)?;
         let began = Instant::now();
@@ -210,32 +240,8 @@ impl Resolver<'_> {
         })
     }
 
-    /// dpkg's status in the parent's image, for apt to solve on top of.
-    fn parent_status(&self, digest: &Digest) -> Result<PathBuf, BakeError> {
-        let folder = self.config.home.join("apt/parents");
-        let path = folder.join(digest.hex());
-        if path.is_file() {
-            return Ok(path);
-        }
-        fs::create_dir_all(&folder).map_err(BakeError::io("make folder", &folder))?;
-        let store = ImageStore::open(&self.config.images)?;
-        let image = store.image(digest)?;
-        let mut status = None;
-        for layer in image.layers.iter().rev() {
-            let tree = store.layer_tree(&layer.diff_id)?;
-            let tree = Tree::open(&tree, 0).map_err(BakeError::io("open", &tree))?;
-            status = tree.read(dpkg::STATUS).map_err(BakeError::io("read dpkg's status in", tree.path()))?;
-            if status.is_some() {
-                break;
-            }
-        }
-        let status = status.ok_or_else(|| BakeError::Definition {
-            what: format!("parent image {}", digest.short()),
-            why: "it holds no dpkg database, so no packages can be added".to_owned(),
-            remedy: "take another parent, or leave the packages out".to_owned(),
-        })?;
-        whole::write(&path, &[&status]).map_err(BakeError::io("write", &path))?;
-        Ok(path)
+    fn own_root(&self, archives: &[ArchiveSpec]) -> DebianRoot {
+        DebianRoot { suite: None, archives: archives.to_vec(), context: self.context.to_owned() }
     }
 }
 

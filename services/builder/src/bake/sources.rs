@@ -33,6 +33,7 @@ const HOST_SOURCES_PARTS: &str = "/etc/apt/sources.list.d";
 /// The archives for a definition: its own, and those of the suite. Where one of its own is of the suite, that is all;
 /// else the configuration's for the suite, else the host's.
 pub(crate) fn archives(
+    suite: &str,
     root: &DebianRoot,
     configured: &[ConfiguredArchive],
     keys: &Path,
@@ -45,19 +46,19 @@ pub(crate) fn archives(
             checked(&archive.url, &archive.suite, &archive.components, signer)
         })
         .collect::<Result<Vec<_>, _>>()?;
-    if !all.iter().any(|archive| belongs(&archive.suite, &root.suite)) {
-        all.extend(suite_archives(root, configured, keys)?);
+    if !all.iter().any(|archive| belongs(&archive.suite, suite)) {
+        all.extend(suite_archives(suite, configured, keys)?);
     }
     Ok(all)
 }
 
 /// Where the suite itself comes from, when the definition does not say.
 fn suite_archives(
-    root: &DebianRoot,
+    suite: &str,
     configured: &[ConfiguredArchive],
     keys: &Path,
 ) -> Result<Vec<Archive>, BakeError> {
-    let of_suite: Vec<_> = configured.iter().filter(|c| belongs(&c.archive.suite, &root.suite)).collect();
+    let of_suite: Vec<_> = configured.iter().filter(|c| belongs(&c.archive.suite, suite)).collect();
     if !of_suite.is_empty() {
         return of_suite
             .into_iter()
@@ -73,10 +74,10 @@ fn suite_archives(
             .collect();
     }
     let host: BTreeSet<Archive> =
-        host_archives()?.into_iter().filter(|archive| belongs(&archive.suite, &root.suite)).collect();
+        host_archives()?.into_iter().filter(|archive| belongs(&archive.suite, suite)).collect();
     if host.is_empty() {
         return Err(BakeError::Definition {
-            what: format!("suite {}", root.suite),
+            what: format!("suite {suite}"),
             why: "neither the definition, nor the configuration, nor this machine's own apt sources have an archive for it"
                 .to_owned(),
             remedy: "write `archives` below `from` in server.yaml, each with url, suite, components and signed_by"

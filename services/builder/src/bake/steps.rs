@@ -22,12 +22,13 @@ use super::sandbox::{Job, PATH, Sandbox};
 use super::seal::seal;
 use super::tree::{SHIFT, Tree};
 use super::work::{Work, mount_overlay, mount_shifted, unmount_below};
-use super::{BakeConfig, BakeRun, BakedImage, BakedLayer, Progress, StepReport, files};
+use super::{BakeConfig, BakeRun, BakedImage, BakedLayer, Progress, StepReport, archive, files};
 
 /// One layer to come: the base, or a step.
 enum Step<'a> {
     Base(&'a [LockedPackage]),
-    Step(&'a LockedStep),
+    Archive(&'a Digest),
+    Locked(&'a LockedStep),
 }
 
 struct Plan<'a> {
@@ -40,8 +41,8 @@ impl<'a> Plan<'a> {
     fn packages(&self) -> &'a [LockedPackage] {
         match self.step {
             Step::Base(packages) => packages,
-            Step::Step(LockedStep::Packages { packages, .. }) => packages,
-            Step::Step(LockedStep::Files { .. } | LockedStep::Run { .. }) => &[],
+            Step::Locked(LockedStep::Packages { packages, .. }) => packages,
+            Step::Archive(_) | Step::Locked(LockedStep::Files { .. } | LockedStep::Run { .. }) => &[],
         }
     }
 }
@@ -97,7 +98,7 @@ pub(crate) fn bake(config: &BakeConfig, lock: &Lock, run: &BakeRun) -> Result<Ba
 fn parent_layers(lock: &Lock, store: &ImageStore) -> Result<Vec<Layer>, BakeError> {
     match &lock.base {
         LockedBase::Server { image_digest } => Ok(store.image(image_digest)?.layers),
-        LockedBase::Scratch | LockedBase::Debian { .. } => Ok(Vec::new()),
+        LockedBase::Scratch | LockedBase::Debian { .. } | LockedBase::Archive { .. } => Ok(Vec::new()),
     }
 }
 
@@ -105,8 +106,18 @@ fn plan(lock: &Lock) -> Result<Vec<Plan<'_>>, BakeError> {
     let mut keys = keys(lock)?.into_iter();
     let base_key = keys.next();
     let mut plans = Vec::new();
-    if let (LockedBase::Debian { suite, variant, packages }, Some(key)) = (&lock.base, base_key) {
-        plans.push(Plan { name: format!("debian {suite} {variant}"), key, step: Step::Base(packages) });
+    match (&lock.base, base_key) {
+        (LockedBase::Debian { suite, variant, packages }, Some(key)) => {
+            plans.push(Plan { name: format!("debian {suite} {variant}"), key, step: Step::Base(packages) });
+        }
+        (LockedBase::Archive { digest, .. }, Some(key)) => {
+            plans.push(Plan {
+                name: format!("archive {}", digest.short()),
+                key,
+                step: Step::Archive(digest),
+            });
+        }
+        _ => {}
     }
     for (step, key) in lock.steps.iter().zip(keys) {
         let name = match step {
@@ -118,7 +129,7 @@ fn plan(lock: &Lock) -> Result<Vec<Plan<'_>>, BakeError> {
             },
             LockedStep::Run { script } => format!("run {}", script.lines().next().unwrap_or_default()),
         };
-        plans.push(Plan { name, key, step: Step::Step(step) });
+        plans.push(Plan { name, key, step: Step::Locked(step) });
     }
     Ok(plans)
 }
@@ -295,7 +306,16 @@ impl Kitchen<'_> {
                 seal(&tree, stamp, true).map_err(BakeError::io("seal", &tree))?;
                 return Ok(Cooked { tree, lower, shift: 0, stamp });
             }
-            Step::Step(step) => step,
+            Step::Archive(digest) => {
+                let tree = work.folder(&format!("s{at}"), 0)?;
+                let lower = work.folder(&format!("r{at}"), SHIFT)?;
+                let file = Contents::open(self.config.home.join("files"))?.get(digest)?;
+                let stamp = archive::unpack(file, digest, &tree, self.config.limits.tree)?;
+                mount_shifted(&tree, &lower, true)?;
+                seal(&tree, stamp, true).map_err(BakeError::io("seal", &tree))?;
+                return Ok(Cooked { tree, lower, shift: 0, stamp });
+            }
+            Step::Locked(step) => step,
         };
         let overlay = Overlay::mount(work, lowers, &format!("s{at}"))?;
         let (stamp, with_content) = match step {

@@ -9,7 +9,7 @@ use std::sync::Mutex;
 use ed25519_dalek::SigningKey;
 use ed25519_dalek::pkcs8::EncodePrivateKey as _;
 use kiln_image::Thoroughness;
-use kiln_model::lock::LockedStep;
+use kiln_model::lock::{LockedBase, LockedStep};
 use kiln_service::config::SigningKey as KeyOf;
 
 use super::*;
@@ -50,6 +50,15 @@ impl Kitchen {
     }
 
     async fn lock(&self, image: &str, parent: Option<ParentImage>, pinned: Option<&Lock>) -> Resolution {
+        self.try_lock(image, parent, pinned).await.unwrap()
+    }
+
+    async fn try_lock(
+        &self,
+        image: &str,
+        parent: Option<ParentImage>,
+        pinned: Option<&Lock>,
+    ) -> Result<Resolution, BakeError> {
         let context = self.folder.path().join("context");
         fs::create_dir_all(context.join("site")).unwrap();
         fs::write(context.join("site/index.html"), "Hello").unwrap();
@@ -64,7 +73,7 @@ impl Kitchen {
             pinned,
             log: self.sink(),
         };
-        self.baker.resolve(request).await.unwrap()
+        self.baker.resolve(request).await
     }
 
     fn run(&self, number: u64) -> BakeRun {
@@ -154,6 +163,7 @@ async fn one_lock_is_one_image_on_two_empty_stores() {
     assert!(cached.steps.iter().all(|step| step.cached) && cached.digest == image.digest);
 
     a_child_adds_to_its_parent(&first, &image).await;
+    a_root_file_system_as_tar_is_begun_with(&first, &image).await;
     what_never_ends_is_ended(&first, &resolution.lock).await;
 }
 
@@ -181,6 +191,69 @@ fn other_tools_take_it(kitchen: &Kitchen, digest: &Digest) {
     assert!(!bundle.join("rootfs/usr/share/doc/nginx-common").exists());
 }
 
+async fn a_root_file_system_as_tar_is_begun_with(kitchen: &Kitchen, other: &BakedImage) {
+    let layer = other.layers[0].digest;
+    let tar = fs::read(kitchen.folder.path().join("images/blobs/sha256").join(layer.hex())).unwrap();
+    let packed = zstd::encode_all(tar.as_slice(), 1).unwrap();
+    let file = kitchen.folder.path().join("context/root.tar.zst");
+    fs::write(&file, &packed).unwrap();
+    let begun = "  from: { archive: root.tar.zst }\n  steps:\n    - packages: [ed]";
+    let resolution = kitchen.lock(begun, None, None).await;
+    let [LockedStep::Packages { packages, .. }] = resolution.lock.steps.as_slice() else { panic!() };
+    assert_eq!(packages.iter().map(|p| p.name.as_str()).collect::<Vec<_>>(), ["ed"]);
+    assert!(resolution.release_files.is_some_and(|files| !files.is_empty()), "of the suite that it is of");
+    let image = kitchen.bake(&resolution.lock, 4).await;
+    assert_eq!(image.layers.len(), 2);
+    assert_eq!(image.layers[0].digest, layer, "what was sealed is sealed");
+    assert!(kitchen.read(&image, "var/lib/dpkg/status").unwrap().contains("Package: ed\n"));
+    let pinned = kitchen.lock(begun, None, Some(&resolution.lock)).await;
+    assert_eq!((pinned.lock == resolution.lock, pinned.release_files), (true, None));
+    kitchen.assert_nothing_is_left();
+
+    // The same from an address, which is asked once.
+    let digest = Digest::of(&packed);
+    let (url, asked) = serve(packed);
+    let at = |sha256: &Digest| format!("  from: {{ archive: '{url}', sha256: {} }}", sha256.hex());
+    let wrong = kitchen.try_lock(&at(&Digest::of(b"another")), None, None).await.unwrap_err().to_string();
+    assert!(wrong.contains(&url) && wrong.contains("sha256"), "{wrong}");
+    fs::remove_file(kitchen.folder.path().join("builder/files").join(digest.hex())).unwrap();
+    for _ in 0..2 {
+        let LockedBase::Archive { digest: found, .. } =
+            kitchen.lock(&at(&digest), None, None).await.lock.base
+        else {
+            panic!()
+        };
+        assert_eq!(found, digest);
+    }
+    assert_eq!(asked.load(std::sync::atomic::Ordering::Relaxed), 2, "once for each hash");
+
+    fs::write(&file, b"no tar at all").unwrap();
+    let plain = kitchen.lock("  from: { archive: root.tar.zst }", None, None).await;
+    let wrong = kitchen.baker.bake(&plain.lock, kitchen.run(5)).await.unwrap_err().to_string();
+    assert!(wrong.contains("archive") && wrong.contains("tar"), "{wrong}");
+    kitchen.assert_nothing_is_left();
+}
+
+/// A server of one file, and how often it was asked for.
+fn serve(content: Vec<u8>) -> (String, Arc<std::sync::atomic::AtomicUsize>) {
+    use std::io::{BufRead as _, BufReader, Write as _};
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/root.tar.zst", listener.local_addr().unwrap());
+    let asked = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let count = Arc::clone(&asked);
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let head = BufReader::new(stream.try_clone().unwrap()).lines();
+            head.map_while(Result::ok).take_while(|line| !line.is_empty()).for_each(drop);
+            count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let head =
+                format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", content.len());
+            let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(&content));
+        }
+    });
+    (url, asked)
+}
+
 async fn a_child_adds_to_its_parent(kitchen: &Kitchen, parent: &BakedImage) {
     // An overridden mode makes the second packages step dpkg's own work.
     let child = "  from: { server: base }
@@ -189,7 +262,7 @@ async fn a_child_adds_to_its_parent(kitchen: &Kitchen, parent: &BakedImage) {
     - run: dpkg-statoverride --add root root 0600 /etc/motd
     - packages: [ed]";
     let debian = DebianRoot {
-        suite: "bookworm".to_owned(),
+        suite: Some("bookworm".to_owned()),
         archives: Vec::new(),
         context: kitchen.folder.path().to_owned(),
     };

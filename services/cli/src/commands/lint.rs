@@ -5,7 +5,7 @@ use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use kiln_model::definition::{self, Definition, Source, Step, WrongPath};
+use kiln_model::definition::{self, Definition, Step, WrongPath};
 use miette::{GraphicalReportHandler, GraphicalTheme};
 use serde::Serialize;
 use serde_json::json;
@@ -143,12 +143,7 @@ fn look(path: &Path) -> Outcome<Looked> {
 }
 
 fn check_folder(definition: &Definition, folder: &Path) -> Vec<WrongPath> {
-    let mut named = Vec::new();
-    if let Source::Debian { archives, .. } = &definition.image.from {
-        named.extend(
-            archives.iter().map(|archive| archive.signed_by.as_str()).filter(|path| !path.is_empty()),
-        );
-    }
+    let mut named = definition.image.from.named_files();
     for step in &definition.image.steps {
         if let Step::Files(files) = step {
             named.extend(files.iter().map(|file| file.src.as_str()));

@@ -223,3 +223,38 @@ fn folders_without_an_entry_are_made_and_later_entries_set_them() {
         |path: &str| fs::metadata(Path::new(&place.root()).join(path)).unwrap().permissions().mode() & 0o7777;
     assert_eq!((mode("a"), mode("a/b")), (0o755, 0o1750));
 }
+
+/// As mmdebstrap and docker export write them, and what neither does.
+#[test]
+fn a_root_file_system_is_taken_as_others_pack_it() {
+    let unpack = |members: &[Vec<u8>]| {
+        let place = Place::new();
+        let root = rfs::open(place.root(), OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).unwrap();
+        let result = unpack_root(tar(members).as_slice(), &root, Limits { entries: 50, bytes: 4096 });
+        place.outside_is_untouched();
+        (place, result)
+    };
+    let label = pax(&[("SCHILY.xattr.security.selinux", b"system_u:object_r:etc_t:s0")]);
+    let device = |name: &[u8]| member(name, b'3', b"", b"");
+    let (place, taken) = unpack(&[
+        member(b"./", b'5', b"", b""),
+        member(b"dev/", b'5', b"", b""),
+        device(b"dev/null"),
+        label,
+        file(b"etc/hostname"),
+    ]);
+    assert_eq!(taken.unwrap(), 0, "the time of its youngest entry");
+    assert_eq!(fs::read_dir(place.root().join("dev")).unwrap().count(), 0, "made at launch");
+    assert_eq!(fs::read(place.root().join("etc/hostname")).unwrap(), b"x");
+
+    let overlay = pax(&[("SCHILY.xattr.trusted.overlay.redirect", b"/etc")]);
+    for (what, members) in [
+        ("a device elsewhere", vec![device(b"etc/sda")]),
+        ("a whiteout", vec![file(b"etc/.wh.passwd")]),
+        ("an attribute of overlayfs", vec![overlay, member(b"a/", b'5', b"", b"")]),
+        ("twice", vec![file(b"a"), file(b"a")]),
+        ("up", vec![file(b"../outside/new")]),
+    ] {
+        assert!(unpack(&members).1.is_err(), "{what}");
+    }
+}

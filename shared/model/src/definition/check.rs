@@ -8,8 +8,8 @@ use super::problem::{Place, Problem};
 use super::raw;
 use super::read::At;
 use super::test::{command, http, tcp};
-use super::text::{AbsolutePath, Text};
-use super::{ArchiveSpec, Definition, FileSpec, ImageSpec, Source, Step, UpdatePolicy};
+use super::text::{AbsolutePath, FileOrUrl, Text};
+use super::{ArchivePlace, ArchiveSpec, Definition, FileSpec, ImageSpec, Source, Step, UpdatePolicy};
 use crate::name::ServerName;
 use crate::run::{HealthPolicy, Limits, Port, RolloutPolicy, RunSpec, Strategy};
 use crate::time::Millis;
@@ -105,27 +105,48 @@ impl Checker<'_> {
                 (Source::Server { name: parent.value.0 }, false)
             }
             raw::From::Debian { suite, variant, archives } => {
-                self.at_most(MAX_ARCHIVES, "archives", &archives);
-                if !archives.is_default() {
-                    self.not_empty(&archives, "the list of archives", "remove it to use the site's archives");
-                }
-                let archives = archives.value.into_iter().map(|archive| {
-                    self.not_empty(
-                        &archive.components,
-                        "the list of components",
-                        "wanted one such as [main]",
-                    );
-                    ArchiveSpec {
-                        url: archive.url.0,
-                        suite: archive.suite.0,
-                        components: archive.components.value.into_iter().map(|name| name.0).collect(),
-                        signed_by: archive.signed_by.0,
+                (Source::Debian { suite: suite.0, variant, archives: self.archives(archives) }, false)
+            }
+            raw::From::Archive { place, sha256, archives } => {
+                let at = self.place(&place);
+                let place = match (place.value.0, sha256) {
+                    (FileOrUrl::File(path), None) => ArchivePlace::File(path),
+                    (FileOrUrl::File(path), Some(sha256)) => {
+                        let message = "a file of the folder needs no hash";
+                        self.problem(
+                            self.place(&sha256),
+                            message,
+                            "remove it: the commit says what the file is",
+                        );
+                        ArchivePlace::File(path)
                     }
-                });
-                let archives = archives.collect();
-                (Source::Debian { suite: suite.0, variant, archives }, false)
+                    (FileOrUrl::Url(url), Some(sha256)) => ArchivePlace::Url { url, sha256: sha256.value.0 },
+                    (FileOrUrl::Url(url), None) => {
+                        let message = "what an address gives may change";
+                        self.problem(at, message, "wanted `sha256` beside it, as sha256sum gives it");
+                        ArchivePlace::File(url)
+                    }
+                };
+                (Source::Archive { place, archives: self.archives(archives) }, false)
             }
         }
+    }
+
+    fn archives(&mut self, archives: At<Vec<raw::Archive>>) -> Vec<ArchiveSpec> {
+        self.at_most(MAX_ARCHIVES, "archives", &archives);
+        if !archives.is_default() {
+            self.not_empty(&archives, "the list of archives", "remove it to use the site's archives");
+        }
+        let archives = archives.value.into_iter().map(|archive| {
+            self.not_empty(&archive.components, "the list of components", "wanted one such as [main]");
+            ArchiveSpec {
+                url: archive.url.0,
+                suite: archive.suite.0,
+                components: archive.components.value.into_iter().map(|name| name.0).collect(),
+                signed_by: archive.signed_by.0,
+            }
+        });
+        archives.collect()
     }
 
     fn steps(&mut self, steps: At<Vec<raw::Step>>, is_scratch: bool) -> Vec<Step> {

@@ -96,7 +96,12 @@ fn named_paths(node: &Node, named: &mut Vec<(String, usize)>) {
     match &node.value {
         Value::Map { entries, .. } => {
             for (key, value) in entries {
-                let is_path = matches!(key.text.as_str(), "src" | "signedBy");
+                let is_path = match key.text.as_str() {
+                    "src" | "signedBy" => true,
+                    // It may be an address.
+                    "archive" => value.text().is_some_and(|text| !text.contains("://")),
+                    _ => false,
+                };
                 match value.text().and_then(InnerPath::parse) {
                     Some(path) if is_path => named.push((path, value.id)),
                     _ => named_paths(value, named),

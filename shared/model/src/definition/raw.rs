@@ -12,8 +12,8 @@ use super::number::{Cpus, Memory, Port, Time, Whole};
 use super::read::At;
 use super::text::{
     AbsolutePath, Address, ArchiveUrl, Capability, ComponentName, EnvName, FileMode, InnerPath, Machine,
-    Name, Owner, PackageName, PackageVersion, ProgramName, Script, SuiteName, Text, UrlPath, User, UserName,
-    Wanted,
+    Name, Owner, PackageName, PackageVersion, ProgramName, RootPlace, Script, Sha256, SuiteName, Text,
+    UrlPath, User, UserName, Wanted,
 };
 use super::{DebianVariant, Mode};
 use crate::time::Millis;
@@ -85,22 +85,79 @@ fn root() -> Text<User> {
 pub(super) enum From {
     Scratch,
     Debian { suite: Text<SuiteName>, variant: DebianVariant, archives: At<Vec<Archive>> },
+    Archive { place: At<Text<RootPlace>>, sha256: Option<At<Text<Sha256>>>, archives: At<Vec<Archive>> },
     Server(At<Text<Name>>),
 }
 
-/// A Debian suite, or another server's image.
+/// A Debian suite, a root file system as tar, or another server's image.
 #[derive(Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct FromKeys {
     /// A Debian suite such as bookworm.
     debian: Option<Text<SuiteName>>,
+    /// A root file system as tar, plain or compressed by gzip, xz or zstd: a file of the definition's folder, or its address.
+    archive: Option<At<Text<RootPlace>>>,
+    /// For an archive's address: the hash of the file, 64 hexadecimal digits.
+    sha256: Option<At<Text<Sha256>>>,
     /// The name of another server: its newest image.
     server: Option<At<Text<Name>>>,
     /// For debian: which packages are there from the beginning.
     variant: Option<At<DebianVariant>>,
-    /// For debian: where packages come from. Without it the host's or the site's archives for the suite.
+    /// For debian and archive: where packages come from. Without it the host's or the site's archives for the suite.
     archives: Option<At<Vec<Archive>>>,
 }
+
+impl FromKeys {
+    /// The one thing that the image begins with, where nothing is said that goes with another.
+    fn checked(self) -> Result<From, String> {
+        let sources = [
+            ("debian", self.debian.is_some()),
+            ("archive", self.archive.is_some()),
+            ("server", self.server.is_some()),
+        ];
+        let mut said = sources.iter().filter(|(_, said)| *said).map(|(name, _)| *name);
+        let (first, second) = (said.next(), said.next());
+        if let (Some(first), Some(second)) = (first, second) {
+            return Err(format!(
+                "an image begins with one thing, found `{first}` and `{second}`\nremove one of the two"
+            ));
+        }
+        let more = [
+            (
+                "variant",
+                self.variant.is_some(),
+                &["debian"][..],
+                "it says which packages of Debian are there",
+            ),
+            (
+                "archives",
+                self.archives.is_some(),
+                &["debian", "archive"],
+                "they are those of the other server",
+            ),
+            ("sha256", self.sha256.is_some(), &["archive"], "it is the hash of an archive"),
+        ];
+        for (name, said, with, why) in more {
+            if let Some(source) = first.filter(|source| said && !with.contains(source)) {
+                return Err(format!("`{name}` does not go with `{source}`\n{why}"));
+            }
+        }
+        match self {
+            Self { debian: Some(suite), variant, archives, .. } => Ok(From::Debian {
+                suite,
+                variant: variant.map_or(DebianVariant::Minbase, |variant| variant.value),
+                archives: archives.unwrap_or_default(),
+            }),
+            Self { archive: Some(place), sha256, archives, .. } => {
+                Ok(From::Archive { place, sha256, archives: archives.unwrap_or_default() })
+            }
+            Self { server: Some(server), .. } => Ok(From::Server(server)),
+            _ => Err(format!("it is not said what the image begins with\nwanted {SOURCES}")),
+        }
+    }
+}
+
+const SOURCES: &str = "{ debian: SUITE }, { archive: FILE }, { server: NAME } or scratch";
 
 impl<'de> Deserialize<'de> for From {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -110,7 +167,7 @@ impl<'de> Deserialize<'de> for From {
             type Value = From;
 
             fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("{ debian: SUITE }, { server: NAME } or scratch")
+                f.write_str(SOURCES)
             }
 
             fn visit_str<E: Error>(self, text: &str) -> Result<From, E> {
@@ -121,26 +178,7 @@ impl<'de> Deserialize<'de> for From {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<From, A::Error> {
-                let keys = FromKeys::deserialize(MapAccessDeserializer::new(map))?;
-                match (keys.debian, keys.server) {
-                    (Some(suite), None) => Ok(From::Debian {
-                        suite,
-                        variant: keys.variant.map_or(DebianVariant::Minbase, |variant| variant.value),
-                        archives: keys.archives.unwrap_or_default(),
-                    }),
-                    (None, Some(server)) if keys.variant.is_none() && keys.archives.is_none() => {
-                        Ok(From::Server(server))
-                    }
-                    (None, Some(_)) => Err(A::Error::custom(
-                        "`variant` and `archives` do not go with `server`\nthey are those of the other server",
-                    )),
-                    (Some(_), Some(_)) => Err(A::Error::custom(
-                        "an image begins with one thing, found `debian` and `server`\nremove one of the two",
-                    )),
-                    (None, None) => Err(A::Error::custom(
-                        "it is not said what the image begins with\nwanted { debian: SUITE }, { server: NAME } or scratch",
-                    )),
-                }
+                FromKeys::deserialize(MapAccessDeserializer::new(map))?.checked().map_err(A::Error::custom)
             }
         }
 
@@ -158,12 +196,15 @@ impl JsonSchema for From {
         keys.insert(
             "oneOf".to_owned(),
             serde_json::json!([
-                { "required": ["debian"] },
-                { "required": ["server"], "not": { "anyOf": [{ "required": ["variant"] }, { "required": ["archives"] }] } },
+                { "required": ["debian"], "not": { "required": ["sha256"] } },
+                { "required": ["archive"], "not": { "required": ["variant"] } },
+                { "required": ["server"], "not": {
+                    "anyOf": [{ "required": ["variant"] }, { "required": ["archives"] }, { "required": ["sha256"] }]
+                } },
             ]),
         );
         json_schema!({
-            "description": "What the image begins with: a Debian suite, another server's image, or nothing.",
+            "description": "What the image begins with: a Debian suite, a root file system as tar, another server's image, or nothing.",
             "anyOf": [{ "const": "scratch", "description": "Nothing." }, keys]
         })
     }

@@ -10,6 +10,7 @@ use serde::de::{Error, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::node::quoted;
+use crate::digest::Digest;
 use crate::name::{NodeName, ServerName};
 use crate::run::GRANTABLE;
 
@@ -171,6 +172,45 @@ syntax!(
         whole(text, good && text.len() <= 2000)
     }
 );
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct RootPlace;
+
+/// A file of the definition's folder, or an address.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum FileOrUrl {
+    File(String),
+    Url(String),
+}
+
+impl Syntax for RootPlace {
+    type Value = FileOrUrl;
+    const WHAT: &'static str = "a root file system's archive";
+    const HELP: &'static str = "wanted a file in the definition's folder, such as rootfs.tar.xz, or an address that begins with http:// or https://";
+    const PATTERN: &'static str = "^[^/].*$";
+
+    fn parse(text: &str) -> Option<FileOrUrl> {
+        match ArchiveUrl::parse(text) {
+            Some(url) => Some(FileOrUrl::Url(url)),
+            None if text.contains("://") => None,
+            None => InnerPath::parse(text).map(FileOrUrl::File),
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Sha256;
+
+impl Syntax for Sha256 {
+    type Value = Digest;
+    const WHAT: &'static str = "a SHA-256 hash";
+    const HELP: &'static str = "wanted 64 digits out of 0-9 and a-f, as sha256sum gives them";
+    const PATTERN: &'static str = "^[0-9a-f]{64}$";
+
+    fn parse(text: &str) -> Option<Digest> {
+        format!("sha256:{text}").parse().ok()
+    }
+}
 
 syntax!(
     PackageName,

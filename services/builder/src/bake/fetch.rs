@@ -1,0 +1,42 @@
+//! Files from elsewhere, by apt's own transports: they know the machine's proxies, and compare the hash.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use kiln_model::digest::Digest;
+use tokio_util::sync::CancellationToken;
+
+use super::LogSink;
+use super::command::{self, Stdout};
+use super::error::BakeError;
+
+pub(crate) const APT_HELPER: &str = "/usr/lib/apt/apt-helper";
+const TIME_LIMIT: Duration = Duration::from_secs(1800);
+
+#[derive(Debug, Clone)]
+pub(crate) struct Wanted {
+    pub(crate) url: String,
+    pub(crate) to: PathBuf,
+    pub(crate) sha256: Digest,
+}
+
+/// All of them, or the reason why not. Their hashes are compared, which whoever keeps them does again.
+pub(crate) fn fetch(
+    wanted: &[Wanted],
+    log: &LogSink,
+    cancel: &CancellationToken,
+) -> Result<Result<(), String>, BakeError> {
+    let mut command = Command::new(APT_HELPER);
+    command.env("LC_ALL", "C.UTF-8").args(["-q", "-o", "APT::Sandbox::User=root", "download-file"]);
+    for Wanted { url, to, sha256 } in wanted {
+        // `file:` gives a link to the archive's own file, `copy:` a copy.
+        let url = url.strip_prefix("file:").map_or(url.clone(), |path| format!("copy:{path}"));
+        command.arg(url).arg(to).arg(format!("SHA256:{}", sha256.hex()));
+    }
+    let outcome = command::run(&mut command, Stdout::Keep, log, cancel, TIME_LIMIT)?;
+    Ok(match outcome.succeeded() {
+        true => Ok(()),
+        false => Err(format!("{}: {}", outcome.why(TIME_LIMIT), outcome.last_lines.join("; "))),
+    })
+}

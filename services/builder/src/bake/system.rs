@@ -1,0 +1,94 @@
+//! What is on a system that packages are added to, as apt has to know it.
+
+use std::path::{Path, PathBuf};
+
+use kiln_image::ImageStore;
+use kiln_model::digest::Digest;
+
+use super::error::BakeError;
+use super::tree::Tree;
+use super::{dpkg, whole};
+
+/// os-release(5): the first is mostly a link to the second.
+pub(crate) const OS_RELEASE: [&[u8]; 2] = [b"etc/os-release", b"usr/lib/os-release"];
+
+#[derive(Debug, Default)]
+pub(crate) struct System {
+    /// dpkg's database.
+    pub(crate) status: Option<Vec<u8>>,
+    pub(crate) os_release: Option<Vec<u8>>,
+}
+
+impl System {
+    /// Of an image whose layers are in the store.
+    pub(crate) fn of_image(digest: &Digest, images: &Path) -> Result<Self, BakeError> {
+        let store = ImageStore::open(images)?;
+        let image = store.image(digest)?;
+        let mut system = Self::default();
+        for layer in image.layers.iter().rev() {
+            let tree = store.layer_tree(&layer.diff_id)?;
+            let tree = Tree::open(&tree, 0).map_err(BakeError::io("open", &tree))?;
+            let read = |path: &[u8]| tree.read(path).map_err(BakeError::io("read a file in", tree.path()));
+            if system.status.is_none() {
+                system.status = read(dpkg::STATUS)?;
+            }
+            for path in OS_RELEASE {
+                if system.os_release.is_none() {
+                    system.os_release = read(path)?;
+                }
+            }
+        }
+        Ok(system)
+    }
+
+    /// The suite whose archives its packages come from.
+    pub(crate) fn suite(&self, what: &str) -> Result<String, BakeError> {
+        let text = String::from_utf8_lossy(self.os_release.as_deref().unwrap_or_default()).into_owned();
+        let codename = text.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
+        let codename = codename.map(|name| name.trim().trim_matches(['"', '\'']));
+        let plain = |name: &&str| {
+            name.starts_with(|first: char| first.is_ascii_lowercase())
+                && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+        };
+        codename.filter(plain).map(str::to_owned).ok_or_else(|| BakeError::Definition {
+            what: what.to_owned(),
+            why: "its os-release names no suite, so nobody knows which archives packages come from"
+                .to_owned(),
+            remedy: "take a root file system of Debian, or leave the packages out".to_owned(),
+        })
+    }
+
+    /// As a file, where apt reads it.
+    pub(crate) fn keep_status(&self, what: &str, digest: &Digest, home: &Path) -> Result<PathBuf, BakeError> {
+        let status = self.status.as_deref().ok_or_else(|| BakeError::Definition {
+            what: what.to_owned(),
+            why: "it holds no dpkg database, so no packages can be added".to_owned(),
+            remedy: "begin with another one, or leave the packages out".to_owned(),
+        })?;
+        let folder = home.join("apt/parents");
+        std::fs::create_dir_all(&folder).map_err(BakeError::io("make folder", &folder))?;
+        let path = folder.join(digest.hex());
+        if !path.is_file() {
+            whole::write(&path, &[status]).map_err(BakeError::io("write", &path))?;
+        }
+        Ok(path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_suite_is_the_one_that_os_release_names() {
+        let suite = |text: &str| {
+            let system = System { os_release: Some(text.as_bytes().to_vec()), status: None };
+            system.suite("it").ok()
+        };
+        assert_eq!(suite("ID=debian\nVERSION_CODENAME=bookworm\n"), Some("bookworm".to_owned()));
+        assert_eq!(suite("VERSION_CODENAME=\"trixie\"\n"), Some("trixie".to_owned()));
+        for wrong in ["", "VERSION_CODENAME=\n", "VERSION_CODENAME=../x\n", "VERSION_CODENAME=a b\n"] {
+            assert_eq!(suite(wrong), None, "{wrong}");
+        }
+    }
+}
