@@ -11,6 +11,7 @@ use kiln_builder::bake::{BakeError, BakeRun, BakedImage, Resolution, ResolveRequ
 use kiln_builder::bakery::Bakery;
 use kiln_builder::builder::Builder;
 use kiln_builder::context::Contexts;
+use kiln_builder::describe::Provenance;
 use kiln_builder::grpc::Api;
 use kiln_builder::image_tests::{TestFault, TestRun, Tester};
 use kiln_builder::logs::Logs;
@@ -75,7 +76,7 @@ impl Bakery for Pretender {
         Ok(BakedImage { digest, layers: Vec::new(), steps: Vec::new() })
     }
 
-    async fn sign(&self, _: Digest) -> std::result::Result<String, BakeError> {
+    async fn sign(&self, _: Digest, _: &Provenance) -> std::result::Result<String, BakeError> {
         Ok("key".to_owned())
     }
 

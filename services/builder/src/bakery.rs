@@ -5,6 +5,7 @@ use kiln_model::digest::Digest;
 use kiln_model::lock::Lock;
 
 use crate::bake::{BakeError, BakeRun, BakedImage, Baker, Resolution, ResolveRequest};
+use crate::describe::Provenance;
 
 #[async_trait]
 pub trait Bakery: Clone + Send + Sync + 'static {
@@ -14,8 +15,8 @@ pub trait Bakery: Clone + Send + Sync + 'static {
     /// An image out of a lock; the same lock gives the same digest.
     async fn bake(&self, lock: &Lock, run: BakeRun) -> Result<BakedImage, BakeError>;
 
-    /// Signs an image, and gives the key's id.
-    async fn sign(&self, image: Digest) -> Result<String, BakeError>;
+    /// Signs an image and where it comes from, and gives the key's id.
+    async fn sign(&self, image: Digest, made: &Provenance) -> Result<String, BakeError>;
 
     /// Puts a signed image where the nodes of other machines find it. True where the site has such a place.
     async fn share(&self, image: Digest) -> Result<bool, BakeError>;
@@ -31,8 +32,8 @@ impl Bakery for Baker {
         Self::bake(self, lock, run).await
     }
 
-    async fn sign(&self, image: Digest) -> Result<String, BakeError> {
-        Self::sign(self, image).await
+    async fn sign(&self, image: Digest, made: &Provenance) -> Result<String, BakeError> {
+        Self::sign(self, image, made).await
     }
 
     async fn share(&self, image: Digest) -> Result<bool, BakeError> {

@@ -2,6 +2,7 @@
 
 mod apply;
 mod builds;
+mod contents;
 mod exports;
 mod images;
 mod lists;
@@ -9,16 +10,18 @@ mod plans;
 mod told;
 
 use std::pin::Pin;
+use std::sync::Arc;
 
 use futures::Stream;
 use kiln_api::builder::builder_service_server::BuilderService;
 use kiln_api::builder::{
     ApplyRequest, ApplyResponse, BuildRequest, BuildResponse, CancelBuildRequest, CancelBuildResponse,
-    ExportImageRequest, ExportImageResponse, GetBuildRequest, GetBuildResponse, GetImageRequest,
-    GetImageResponse, GetServerRequest, GetServerResponse, HoldRequest, HoldResponse, InspectSourceRequest,
-    InspectSourceResponse, ListBuildsRequest, ListBuildsResponse, ListRevisionsRequest,
-    ListRevisionsResponse, ListServersRequest, ListServersResponse, ListSourcesRequest, ListSourcesResponse,
-    PlanRequest, PlanResponse, RemoveRequest, RemoveResponse, WatchBuildRequest, WatchBuildResponse,
+    CompareImagesRequest, CompareImagesResponse, ExportImageRequest, ExportImageResponse, GetBuildRequest,
+    GetBuildResponse, GetImageRequest, GetImageResponse, GetServerRequest, GetServerResponse, HoldRequest,
+    HoldResponse, InspectSourceRequest, InspectSourceResponse, ListBuildsRequest, ListBuildsResponse,
+    ListRevisionsRequest, ListRevisionsResponse, ListServersRequest, ListServersResponse, ListSourcesRequest,
+    ListSourcesResponse, PlanRequest, PlanResponse, ReadDocumentRequest, ReadDocumentResponse, RemoveRequest,
+    RemoveResponse, WatchBuildRequest, WatchBuildResponse,
 };
 use kiln_image::ImageStore;
 use kiln_model::name::ServerName;
@@ -27,6 +30,7 @@ use kiln_service::clock::Clock;
 use kiln_service::config::Signing;
 use kiln_service::error::ApiError;
 use kiln_store::Store;
+use tokio::sync::Semaphore;
 use tonic::{Request, Response, Status};
 
 use self::exports::Exports;
@@ -42,11 +46,14 @@ pub struct Api<S, K, C> {
     /// Whose signatures count.
     signing: Signing,
     exports: Exports,
+    /// Comparisons that are under way: each reads two images, and keeps where they differ.
+    comparing: Arc<Semaphore>,
 }
 
 impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
     pub fn new(builder: Builder<S, K, C>, images: ImageStore, signing: Signing) -> Self {
-        Self { builder, images, signing, exports: Exports::default() }
+        let comparing = Arc::new(Semaphore::new(contents::AT_ONCE));
+        Self { builder, images, signing, exports: Exports::default(), comparing }
     }
 
     async fn server(&self, name: &str) -> Result<Read<kiln_builder_core::server::Server>, ApiError> {
@@ -200,6 +207,24 @@ impl<S: Store, K: Bakery, C: Clock> BuilderService for Api<S, K, C> {
         request: Request<ExportImageRequest>,
     ) -> Result<Response<Self::ExportImageStream>, Status> {
         answer(self.export(&request.into_inner()).await)
+    }
+
+    type ReadDocumentStream = Streamed<ReadDocumentResponse>;
+
+    async fn read_document(
+        &self,
+        request: Request<ReadDocumentRequest>,
+    ) -> Result<Response<Self::ReadDocumentStream>, Status> {
+        answer(self.document(&request.into_inner()).await)
+    }
+
+    type CompareImagesStream = Streamed<CompareImagesResponse>;
+
+    async fn compare_images(
+        &self,
+        request: Request<CompareImagesRequest>,
+    ) -> Result<Response<Self::CompareImagesStream>, Status> {
+        answer(self.compare(&request.into_inner()).await)
     }
 
     async fn hold(&self, request: Request<HoldRequest>) -> Result<Response<HoldResponse>, Status> {

@@ -6,6 +6,7 @@ pub mod bakery;
 pub mod builder;
 pub mod collect;
 pub mod context;
+pub mod describe;
 pub mod differences;
 pub mod events;
 pub mod git;

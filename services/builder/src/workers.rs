@@ -22,6 +22,7 @@ use tracing::Instrument as _;
 use crate::bake::{BakeError, BakeRun, Progress as BakeProgress};
 use crate::bakery::Bakery;
 use crate::builder::{Builder, Error};
+use crate::describe::Provenance;
 use crate::image_tests::{TestRun, Tester};
 use crate::logs::Writer;
 use crate::reconcile::{monotonic, readable};
@@ -301,11 +302,22 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
         let definition = definition.ok_or_else(|| lost("its definition"))?.definition;
         self.log.line(&format!("{} (attempt {}): lock {}", build.id, build.attempts, build.lock_key.short()));
 
+        let begun = self.builder.clock.now().wall;
         let image = self.bake(&lock, !build.verify).await?;
+        let made = Provenance {
+            build: build.id.clone(),
+            lock,
+            lock_key: build.lock_key,
+            definition: build.definition,
+            commit: self.commit().await.map_err(stored)?,
+            cause: build.cause.clone(),
+            begun,
+            ended: self.builder.clock.now().wall,
+        };
         if build.verify {
             return match self.first_image().await.map_err(stored)? {
                 Some(first) if first == image => {
-                    Ok(Baked { image, key_id: self.sign(image).await?, tests: Vec::new() })
+                    Ok(Baked { image, key_id: self.sign(image, &made).await?, tests: Vec::new() })
                 }
                 Some(first) => {
                     let problem = format!("the same lock gave {first} the first time and {image} now");
@@ -322,7 +334,7 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
             };
         }
         // Signed before its tests: nothing runs an image whose signature it can't verify.
-        let key_id = self.sign(image).await?;
+        let key_id = self.sign(image, &made).await?;
         self.share(image).await?;
         let run = TestRun {
             build: &build.id,
@@ -393,8 +405,16 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
         Ok(baked.digest)
     }
 
-    async fn sign(&self, image: Digest) -> Result<String, Fell> {
-        self.builder.bakery.sign(image).await.map_err(|error| self.bake_fell(&error))
+    async fn sign(&self, image: Digest, made: &Provenance) -> Result<String, Fell> {
+        self.builder.bakery.sign(image, made).await.map_err(|error| self.bake_fell(&error))
+    }
+
+    /// Git's name for what the definition was taken from; empty for a folder, and where nobody waits for the build any more.
+    async fn commit(&self) -> Result<String, kiln_store::Error> {
+        let server = self.builder.documents.server(self.build.server()).await?;
+        let building = server.and_then(|server| server.value.building);
+        let ours = building.filter(|building| building.build == self.build.id);
+        Ok(ours.map(|building| building.definition.commit).unwrap_or_default())
     }
 
     async fn share(&self, image: Digest) -> Result<(), Fell> {

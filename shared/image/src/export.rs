@@ -50,19 +50,19 @@ impl ImageStore {
         tar.finish().and_then(|mut writer| writer.flush()).map_err(failed())
     }
 
-    /// Removes an image with its signatures, and the layers that no other image has. The caller knows that nobody uses it.
+    /// Removes an image with what refers to it, and the layers that no other image has. The caller knows that nobody uses it.
     ///
     /// # Errors
     /// The image is not in the store, or something can't be removed; what was named in the index is gone from it then.
     pub fn delete(&self, digest: &Digest) -> Result<(), Error> {
         let image = self.image(digest)?;
-        let signatures = self.signatures_of(digest)?;
+        let referrers: Vec<Digest> = self.referrers_of(digest)?.into_iter().map(|it| it.digest).collect();
         let mut doomed: BTreeSet<Digest> = BTreeSet::from([*digest, image.config_digest]);
-        for signature in &signatures {
-            doomed.extend(self.signature_blobs(signature)?);
+        for referrer in &referrers {
+            doomed.extend(self.referrer_blobs(referrer)?);
         }
         self.change_index(|entries| {
-            entries.retain(|e| e.digest != *digest && !signatures.contains(&e.digest));
+            entries.retain(|e| e.digest != *digest && !referrers.contains(&e.digest));
         })?;
         let mut kept = BTreeSet::new();
         for other in self.images()? {

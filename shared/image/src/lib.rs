@@ -3,6 +3,9 @@
 //!
 //! Everything that is read from it is checked like hostile input: another process, or a copy from elsewhere, wrote it.
 
+mod contents;
+mod cosign;
+mod dsse;
 mod error;
 mod export;
 mod extract;
@@ -10,17 +13,23 @@ mod index;
 mod lock;
 mod manifest;
 mod pack;
+mod referrers;
 mod relay;
 mod signature;
 mod signer;
+mod stack;
 mod store;
 pub mod tar;
 mod trees;
 
+pub use contents::{Contents, Difference, Node, NodeKind};
+pub use cosign::COSIGN_SIGNATURE;
 pub use error::Error;
 pub use extract::{Limits, unpack_root};
 pub use manifest::{Image, Layer, NewImage};
 pub use pack::{Packed, Packer, Whiteouts};
-pub use signature::{KeyId, Thoroughness, read_signing_key, read_trusted_key};
+pub use referrers::{ARTIFACT_LIMIT, Part, Referrer};
+pub use signature::{KeyId, SIGNATURE, Thoroughness, read_signing_key, read_trusted_key};
 pub use signer::Signer;
+pub use stack::Stack;
 pub use store::{BlobWriter, ImageStore};

@@ -221,7 +221,7 @@ fn whiteout(path: Vec<u8>, mtime: i64) -> Entry {
     }
 }
 
-fn join(folder: &[u8], name: &[u8]) -> Vec<u8> {
+pub(crate) fn join(folder: &[u8], name: &[u8]) -> Vec<u8> {
     if folder.is_empty() { name.to_vec() } else { [folder, b"/", name].concat() }
 }
 
@@ -248,7 +248,7 @@ fn attributes(fd: &impl AsFd) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
     Ok(found)
 }
 
-fn attribute(fd: &impl AsFd, name: &OsStr) -> io::Result<Option<Vec<u8>>> {
+pub(crate) fn attribute(fd: &impl AsFd, name: &OsStr) -> io::Result<Option<Vec<u8>>> {
     let mut value = vec![0; 1 << 16];
     match rfs::fgetxattr(fd, name, &mut value[..]) {
         Ok(length) => {

@@ -1,29 +1,29 @@
 //! Signatures: a DSSE envelope over the image's digest, stored as an OCI artifact that refers to the image.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::Path;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD as BASE64;
 use ed25519_dalek::pkcs8::{DecodePrivateKey as _, DecodePublicKey as _};
-use ed25519_dalek::{Signature, SigningKey, VerifyingKey};
+use ed25519_dalek::{SigningKey, VerifyingKey};
 use kiln_model::digest::Digest;
-use oci_spec::image::ImageManifest;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use zeroize::Zeroizing;
 
+use crate::dsse;
 use crate::error::Error;
-use crate::index::{Entry, Index, MANIFEST_TYPE, SUBJECT};
+use crate::index::{Index, MANIFEST_TYPE, SUBJECT};
 use crate::manifest::{MANIFEST_LIMIT, image_entry, parse_digest, parse_manifest};
+use crate::referrers::{ARTIFACT_LIMIT, Part, referrer_entry, subject_of};
 use crate::signer::Signer;
 use crate::store::ImageStore;
 
-const ARTIFACT_TYPE: &str = "application/vnd.kiln.signature.v1";
+/// The artifact type of signatures.
+pub const SIGNATURE: &str = "application/vnd.kiln.signature.v1";
 const PAYLOAD_TYPE: &str = "application/vnd.kiln.image.v1+json";
-const ENVELOPE_TYPE: &str = "application/vnd.dsse.envelope.v1+json";
-const EMPTY_TYPE: &str = "application/vnd.oci.empty.v1+json";
+/// Source: in-toto's attestation framework, "Envelope".
+const STATEMENT_TYPE: &str = "application/vnd.in-toto+json";
 const ENVELOPE_LIMIT: u64 = 64 << 10;
 /// Of one image. Whoever can write the store must not be able to make verification long.
 const SIGNATURES_LIMIT: usize = 64;
@@ -53,20 +53,6 @@ pub enum Thoroughness {
     Blobs,
 }
 
-#[derive(Serialize, Deserialize)]
-struct Envelope {
-    #[serde(rename = "payloadType")]
-    payload_type: String,
-    payload: String,
-    signatures: Vec<EnvelopeSignature>,
-}
-
-#[derive(Serialize, Deserialize)]
-struct EnvelopeSignature {
-    keyid: String,
-    sig: String,
-}
-
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Payload {
@@ -76,13 +62,6 @@ struct Payload {
     size: u64,
 }
 
-/// What is signed: type and payload with their lengths, so that neither can be taken for the other.
-fn pre_authentication_encoding(payload: &[u8]) -> Vec<u8> {
-    let mut bytes = format!("DSSEv1 {} {PAYLOAD_TYPE} {} ", PAYLOAD_TYPE.len(), payload.len()).into_bytes();
-    bytes.extend_from_slice(payload);
-    bytes
-}
-
 impl ImageStore {
     /// Signs an image. Signing it again with the same key changes nothing.
     ///
@@ -90,27 +69,50 @@ impl ImageStore {
     /// The image is not in the store, or is not well-formed.
     pub fn sign(&self, digest: &Digest, signer: &Signer) -> Result<KeyId, Error> {
         let image = self.image(digest)?;
-        let id = signer.id();
         let payload = json!({"image": digest, "mediaType": MANIFEST_TYPE, "size": image.size}).to_string();
-        let signature = signer.sign(&pre_authentication_encoding(payload.as_bytes()))?;
-        let envelope = json!({
-            "payloadType": PAYLOAD_TYPE,
-            "payload": BASE64.encode(&payload),
-            "signatures": [{"keyid": id.to_string(), "sig": BASE64.encode(signature.to_bytes())}],
-        });
-        let (envelope_digest, envelope_size) = self.put_json(&envelope)?;
-        let (empty_digest, empty_size) = self.put_json(&json!({}))?;
-        let manifest = json!({
-            "schemaVersion": 2,
-            "mediaType": MANIFEST_TYPE,
-            "artifactType": ARTIFACT_TYPE,
-            "config": {"mediaType": EMPTY_TYPE, "digest": empty_digest, "size": empty_size},
-            "layers": [{"mediaType": ENVELOPE_TYPE, "digest": envelope_digest, "size": envelope_size}],
-            "subject": {"mediaType": MANIFEST_TYPE, "digest": digest, "size": image.size},
-        });
-        let (manifest_digest, size) = self.put_json(&manifest)?;
-        self.add_entries(vec![signature_entry(digest, manifest_digest, size)])?;
-        Ok(id)
+        let envelope = dsse::seal(PAYLOAD_TYPE, &payload, std::slice::from_ref(signer))?;
+        let part = Part { media_type: dsse::MEDIA_TYPE, content: envelope.as_bytes(), ..Part::default() };
+        // Last: whoever finds this one takes it that all was signed.
+        self.sign_for_cosign(digest, signer)?;
+        self.attach(digest, SIGNATURE, &part)?;
+        Ok(signer.id())
+    }
+
+    /// Attaches an in-toto statement about an image, signed by each of the signers.
+    ///
+    /// # Errors
+    /// The image is not in the store, or a signer does not sign.
+    pub fn attest(
+        &self,
+        image: &Digest,
+        artifact_type: &str,
+        statement: &str,
+        signers: &[Signer],
+    ) -> Result<(), Error> {
+        let envelope = dsse::seal(STATEMENT_TYPE, statement, signers)?;
+        let part = Part { media_type: artifact_type, content: envelope.as_bytes(), ..Part::default() };
+        self.attach(image, artifact_type, &part).map(drop)
+    }
+
+    /// Attaches the newest statement of a type again, signed by these signers, where one of the trusted keys has signed it.
+    ///
+    /// # Errors
+    /// It is not well-formed, or a signer does not sign.
+    pub fn attest_again(
+        &self,
+        image: &Digest,
+        artifact_type: &str,
+        trusted: &[VerifyingKey],
+        signers: &[Signer],
+    ) -> Result<(), Error> {
+        let Some(envelope) = self.attached(image, artifact_type, ARTIFACT_LIMIT)? else { return Ok(()) };
+        let malformed = |why: String| Error::malformed(format!("{artifact_type} of image {image}"), why);
+        let opened = dsse::read(&envelope, STATEMENT_TYPE).map_err(malformed)?;
+        if opened.signers(trusted).is_empty() {
+            return Ok(());
+        }
+        let statement = String::from_utf8(opened.payload).map_err(|error| malformed(error.to_string()))?;
+        self.attest(image, artifact_type, &statement, signers)
     }
 
     /// Names an image that was brought here from elsewhere, once its blobs and those of its signatures are in the store.
@@ -127,7 +129,7 @@ impl ImageStore {
                 let why = format!("it is not about image {digest}");
                 return Err(Error::malformed(format!("signature {signature}"), why));
             }
-            entries.push(signature_entry(digest, *signature, content.len() as u64));
+            entries.push(referrer_entry(digest, SIGNATURE, *signature, content.len() as u64));
         }
         self.add_entries(entries)
     }
@@ -200,28 +202,12 @@ impl ImageStore {
     /// # Errors
     /// The index can't be read.
     pub fn signatures_of(&self, digest: &Digest) -> Result<Vec<Digest>, Error> {
-        let subject = digest.to_string();
-        let index = self.index()?;
-        Ok(index
-            .manifests
-            .iter()
-            .filter(|e| e.artifact_type.as_deref() == Some(ARTIFACT_TYPE))
-            .filter(|e| e.annotations.get(SUBJECT) == Some(&subject))
-            .map(|e| e.digest)
-            .collect())
+        let mut referrers = self.referrers_of(digest)?;
+        referrers.retain(|referrer| referrer.artifact_type == SIGNATURE);
+        Ok(referrers.into_iter().map(|referrer| referrer.digest).collect())
     }
 
-    /// The digests of what a signature is made of, to remove it by.
-    pub(crate) fn signature_blobs(&self, manifest: &Digest) -> Result<Vec<Digest>, Error> {
-        let parsed = parse_manifest(manifest, &self.manifest(manifest)?)?;
-        let mut blobs = vec![*manifest];
-        for layer in parsed.layers() {
-            blobs.push(parse_digest(layer.digest().as_ref())?);
-        }
-        Ok(blobs)
-    }
-
-    /// Every blob that an image and its signatures are made of, each once.
+    /// Every blob that an image and what refers to it are made of, each once.
     ///
     /// # Errors
     /// It is not in the store, or is not well-formed.
@@ -229,10 +215,10 @@ impl ImageStore {
         let image = self.image(digest)?;
         let mut blobs = vec![*digest, image.config_digest];
         blobs.extend(image.layers.iter().map(|layer| layer.diff_id));
-        for signature in self.signatures_of(digest)? {
-            blobs.extend(self.signature_blobs(&signature)?);
+        for referrer in self.referrers_of(digest)? {
+            blobs.extend(self.referrer_blobs(&referrer.digest)?);
         }
-        // What a signature has in the place of a configuration.
+        // What an artifact has in the place of a configuration.
         blobs.extend(Some(Digest::of(b"{}")).filter(|empty| self.has_blob(empty)));
         blobs.sort_unstable();
         blobs.dedup();
@@ -273,32 +259,9 @@ impl ImageStore {
         wanted: &Payload,
         trusted: &[VerifyingKey],
     ) -> Result<BTreeSet<KeyId>, String> {
-        let content = self.manifest(manifest).map_err(|e| e.to_string())?;
-        let parsed = parse_manifest(manifest, &content).map_err(|e| e.to_string())?;
-        if subject_of(&parsed) != Some(wanted.image.to_string()) {
-            return Err(format!("signature {manifest} is about another image"));
-        }
-        let [layer] = parsed.layers().as_slice() else {
-            return Err(format!("signature {manifest} does not hold exactly one envelope"));
-        };
-        let envelope = parse_digest(layer.digest().as_ref()).map_err(|e| e.to_string())?;
-        let content = self.small_blob(&envelope, ENVELOPE_LIMIT).map_err(|e| e.to_string())?;
+        let content =
+            self.referring(manifest, &wanted.image, ENVELOPE_LIMIT).map_err(|error| error.to_string())?;
         check_envelope(&content, wanted, trusted)
-    }
-}
-
-/// Of a signature's manifest: the digest of what it is about.
-fn subject_of(manifest: &ImageManifest) -> Option<String> {
-    manifest.subject().as_ref().map(|subject| subject.digest().to_string())
-}
-
-fn signature_entry(image: &Digest, manifest: Digest, size: u64) -> Entry {
-    Entry {
-        media_type: MANIFEST_TYPE.to_owned(),
-        digest: manifest,
-        size,
-        artifact_type: Some(ARTIFACT_TYPE.to_owned()),
-        annotations: BTreeMap::from([(SUBJECT.to_owned(), image.to_string())]),
     }
 }
 
@@ -308,25 +271,13 @@ fn check_envelope(
     wanted: &Payload,
     trusted: &[VerifyingKey],
 ) -> Result<BTreeSet<KeyId>, String> {
-    let envelope: Envelope = serde_json::from_slice(content).map_err(|e| format!("envelope: {e}"))?;
-    if envelope.payload_type != PAYLOAD_TYPE {
-        return Err(format!("the envelope's payload type is not {PAYLOAD_TYPE}"));
-    }
-    let payload = BASE64.decode(&envelope.payload).map_err(|e| format!("payload: {e}"))?;
-    let signed = pre_authentication_encoding(&payload);
+    let envelope = dsse::read(content, PAYLOAD_TYPE)?;
     // The signature goes first: nothing in the payload is looked at before it is known who wrote it.
-    let found = envelope.signatures.iter().take(SIGNATURES_LIMIT).filter_map(|signature| {
-        let bytes = BASE64.decode(&signature.sig).ok()?;
-        let parsed = Signature::from_slice(&bytes).ok()?;
-        trusted.iter().find(|key| key.verify_strict(&signed, &parsed).is_ok()).map(KeyId::of)
-    });
-    let signers: BTreeSet<KeyId> = found.collect();
+    let signers = envelope.signers(trusted);
     if signers.is_empty() {
-        let named = envelope.signatures.iter().take(4);
-        let keys: Vec<_> = named.map(|it| it.keyid.chars().take(64).collect::<String>()).collect();
-        return Err(format!("signed by {}", keys.join(", ")));
+        return Err(format!("signed by {}", envelope.said_signers()));
     }
-    let payload: Payload = serde_json::from_slice(&payload).map_err(|e| format!("payload: {e}"))?;
+    let payload: Payload = serde_json::from_slice(&envelope.payload).map_err(|e| format!("payload: {e}"))?;
     if payload != *wanted {
         return Err("a good signature, but of another image".to_owned());
     }

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _};
-use kiln_image::ImageStore;
+use kiln_image::{ImageStore, Referrer};
 use kiln_model::digest::Digest;
 use kiln_service::config;
 use kiln_service::error::chain;
@@ -110,13 +110,13 @@ impl Registry {
         Reference::with_digest(self.settings.host.clone(), self.settings.path.clone(), digest.to_string())
     }
 
-    /// Of the index that names an image's signatures.
-    fn signatures_tag(&self, image: &Digest) -> Reference {
+    /// Of the index that names what refers to an image: where a registry that has no API for it keeps it.
+    fn referrers_tag(&self, image: &Digest) -> Reference {
         let tag = format!("sha256-{}", image.hex());
         Reference::with_tag(self.settings.host.clone(), self.settings.path.clone(), tag)
     }
 
-    /// Puts an image and its signatures into the registry. What is there already is not sent again.
+    /// Puts an image and what refers to it into the registry. What is there already is not sent again.
     ///
     /// # Errors
     /// The image is not in the store, or the registry does not take it.
@@ -166,8 +166,8 @@ impl Registry {
     async fn push_once(&self, images: &ImageStore, image: &Digest) -> Result<(), Error> {
         let failed = |error| self.transfer("push", image, &error);
         self.client.store_auth_if_needed(&self.settings.host, self.auth.expose()).await;
-        let signatures = images.signatures_of(image)?;
-        for manifest in [image].into_iter().chain(&signatures) {
+        let referrers = images.referrers_of(image)?;
+        for manifest in [image].into_iter().chain(referrers.iter().map(|referrer| &referrer.digest)) {
             let place = self.by_digest(manifest);
             for (blob, _) in images.parts_of(manifest)? {
                 let name = blob.to_string();
@@ -184,8 +184,8 @@ impl Registry {
                 .await
                 .map_err(failed)?;
         }
-        let index = self.index(images, &signatures)?.to_string();
-        let place = self.signatures_tag(image);
+        let index = self.index(images, &referrers)?.to_string();
+        let place = self.referrers_tag(image);
         self.push_manifest(&place, index.into(), OCI_IMAGE_INDEX_MEDIA_TYPE).await.map_err(failed)
     }
 
@@ -199,13 +199,14 @@ impl Registry {
         self.client.push_manifest_raw(place, content, media_type).await.map(drop)
     }
 
-    fn index(&self, images: &ImageStore, signatures: &[Digest]) -> Result<Value, Error> {
+    fn index(&self, images: &ImageStore, referrers: &[Referrer]) -> Result<Value, Error> {
         let mut manifests = Vec::new();
-        for signature in signatures {
-            let (_, size) = images.open_blob(signature)?;
+        for referrer in referrers {
+            let (_, size) = images.open_blob(&referrer.digest)?;
             manifests.push(json!({
                 "mediaType": OCI_IMAGE_MEDIA_TYPE,
-                "digest": signature,
+                "artifactType": referrer.artifact_type,
+                "digest": referrer.digest,
                 "size": size,
             }));
         }
@@ -215,7 +216,7 @@ impl Registry {
     async fn pull_once(&self, images: &ImageStore, image: &Digest) -> Result<(), Error> {
         self.client.store_auth_if_needed(&self.settings.host, self.auth.expose()).await;
         self.pull_manifest(images, image, image).await?;
-        let tag = self.signatures_tag(image);
+        let tag = self.referrers_tag(image);
         let accepted = [OCI_IMAGE_INDEX_MEDIA_TYPE];
         let (index, _) = self
             .client
@@ -288,11 +289,14 @@ impl Registry {
     }
 }
 
-/// The signatures that an index names.
+/// The signatures that an index names. An entry of before there was anything else has no type.
 fn parse_index(content: &[u8]) -> Result<Vec<Digest>, String> {
     let index: Value = serde_json::from_slice(content).map_err(|error| error.to_string())?;
     let manifests = index.get("manifests").and_then(Value::as_array).ok_or("the index has no `manifests`")?;
-    let digests = manifests.iter().take(SIGNATURES).map(|entry| {
+    let signatures = manifests
+        .iter()
+        .filter(|entry| entry.get("artifactType").is_none_or(|of| of == kiln_image::SIGNATURE));
+    let digests = signatures.take(SIGNATURES).map(|entry| {
         let digest = entry.get("digest").and_then(Value::as_str).ok_or("an entry has no digest")?;
         digest.parse().map_err(|_| format!("`{}` is no digest", digest.chars().take(80).collect::<String>()))
     });
@@ -322,6 +326,10 @@ mod tests {
     fn an_index_of_signatures_is_read_or_refused() {
         let digest = Digest::of(b"x");
         let index = json!({ "manifests": [{ "digest": digest, "size": 3 }] }).to_string();
+        assert_eq!(parse_index(index.as_bytes()), Ok(vec![digest]));
+        let other = json!({ "digest": Digest::of(b"y"), "size": 3, "artifactType": "application/spdx+json" });
+        let signature = json!({ "digest": digest, "size": 3, "artifactType": kiln_image::SIGNATURE });
+        let index = json!({ "manifests": [other, signature] }).to_string();
         assert_eq!(parse_index(index.as_bytes()), Ok(vec![digest]));
         for wrong in [
             "{",

@@ -5,6 +5,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use kiln_builder::bake::{BakeError, BakeRun, BakedImage, ReleaseFile, Resolution, ResolveRequest};
 use kiln_builder::bakery::Bakery;
+use kiln_builder::describe::Provenance;
 use kiln_model::digest::Digest;
 use kiln_model::lock::{BUILDER_FORMAT, Lock, LockedBase, LockedPackage};
 
@@ -98,7 +99,7 @@ impl Bakery for SimBakery {
         Ok(BakedImage { digest, layers: Vec::new(), steps: Vec::new() })
     }
 
-    async fn sign(&self, image: Digest) -> Result<String, BakeError> {
+    async fn sign(&self, image: Digest, _: &Provenance) -> Result<String, BakeError> {
         self.life.here().await;
         self.outside.sign(image);
         Ok("key".to_owned())

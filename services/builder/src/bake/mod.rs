@@ -11,7 +11,7 @@ mod command;
 mod compression;
 mod context;
 mod deb;
-mod deb822;
+pub(crate) mod deb822;
 mod doctor;
 mod dpkg;
 mod error;
@@ -32,7 +32,7 @@ mod seccomp;
 mod solutions;
 mod sources;
 mod steps;
-mod system;
+pub(crate) mod system;
 #[cfg(test)]
 mod tests;
 mod tree;
@@ -55,6 +55,8 @@ use kiln_service::config::{SigningKey, Trust};
 use kiln_service::machine::Leftover;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
+
+use crate::describe::{self, Provenance};
 
 pub use doctor::examine;
 pub use error::BakeError;
@@ -300,16 +302,18 @@ impl Baker {
         result
     }
 
-    /// Signs an image with each of the site's keys, and gives the keys' ids.
+    /// Signs an image and where it comes from with each of the site's keys, and gives the keys' ids.
     ///
     /// # Errors
     /// The image is not in the store, or a key can't be had.
-    pub async fn sign(&self, image: Digest) -> Result<String, BakeError> {
-        let config = Arc::clone(&self.config);
+    pub async fn sign(&self, image: Digest, made: &Provenance) -> Result<String, BakeError> {
+        let (config, made) = (Arc::clone(&self.config), made.clone());
         blocking(move || {
             let images = ImageStore::open(&config.images)?;
-            let ids = signers(&config)?.iter().map(|signer| images.sign(&image, signer)).collect::<Vec<_>>();
-            let ids = ids.into_iter().map(|id| id.map(|id| id.to_string())).collect::<Result<Vec<_>, _>>()?;
+            let signers = signers(&config)?;
+            let ids = signers.iter().map(|signer| Ok(images.sign(&image, signer)?.to_string()));
+            let ids = ids.collect::<Result<Vec<_>, BakeError>>()?;
+            describe::attest_provenance(&images, &image, &made, &signers)?;
             Ok(ids.join(", "))
         })
         .await

@@ -8,6 +8,7 @@ use std::thread;
 use std::time::Instant;
 
 use jiff::Timestamp;
+use kiln_image::ImageStore;
 use kiln_model::definition::{ArchivePlace, ArchiveSpec, DebianVariant, Definition, Source, Step};
 use kiln_model::digest::Digest;
 use kiln_model::lock::{BUILDER_FORMAT, Lock, LockedBase, LockedPackage, LockedStep};
@@ -189,7 +190,8 @@ impl Resolver<'_> {
                     return self.nothing_to_solve(requested, "");
                 }
                 let what = format!("parent image {}", parent.digest.short());
-                let system = System::of_image(&parent.digest, &self.config.images)?;
+                let system =
+                    System::of_stack(&ImageStore::open(&self.config.images)?.stack(&parent.digest)?)?;
                 let suite = root.suite.clone().map_or_else(|| system.suite(&what), Ok)?;
                 let status = system.keep_status(&what, &parent.digest, &self.config.home)?;
                 (suite, root.clone(), Vec::new(), Some(status))

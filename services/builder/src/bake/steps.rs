@@ -23,6 +23,7 @@ use super::seal::seal;
 use super::tree::{SHIFT, Tree};
 use super::work::{Work, mount_overlay, mount_shifted, unmount_below};
 use super::{BakeConfig, BakeRun, BakedImage, BakedLayer, Progress, StepReport, archive, files};
+use crate::describe;
 
 /// One layer to come: the base, or a step.
 enum Step<'a> {
@@ -88,6 +89,7 @@ pub(crate) fn bake(config: &BakeConfig, lock: &Lock, run: &BakeRun) -> Result<Ba
         kitchen.make(missing, &mut below, stamp, &mut reports)?;
     }
     let digest = store.put_image(&new_image(lock, &below)?)?;
+    describe::attach_sbom(&store, &digest)?;
     let layers = below
         .into_iter()
         .map(|layer| BakedLayer { digest: layer.diff_id, size: layer.size, created_by: layer.created_by })

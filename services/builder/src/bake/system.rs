@@ -2,15 +2,18 @@
 
 use std::path::{Path, PathBuf};
 
-use kiln_image::ImageStore;
+use kiln_image::Stack;
 use kiln_model::digest::Digest;
 
 use super::error::BakeError;
-use super::tree::Tree;
 use super::{dpkg, whole};
 
 /// os-release(5): the first is mostly a link to the second.
 pub(crate) const OS_RELEASE: [&[u8]; 2] = [b"etc/os-release", b"usr/lib/os-release"];
+
+/// A hundred thousand packages.
+const STATUS_LIMIT: u64 = 128 << 20;
+const OS_RELEASE_LIMIT: u64 = 64 << 10;
 
 #[derive(Debug, Default)]
 pub(crate) struct System {
@@ -20,37 +23,27 @@ pub(crate) struct System {
 }
 
 impl System {
-    /// Of an image whose layers are in the store.
-    pub(crate) fn of_image(digest: &Digest, images: &Path) -> Result<Self, BakeError> {
-        let store = ImageStore::open(images)?;
-        let image = store.image(digest)?;
-        let mut system = Self::default();
-        for layer in image.layers.iter().rev() {
-            let tree = store.layer_tree(&layer.diff_id)?;
-            let tree = Tree::open(&tree, 0).map_err(BakeError::io("open", &tree))?;
-            let read = |path: &[u8]| tree.read(path).map_err(BakeError::io("read a file in", tree.path()));
-            if system.status.is_none() {
-                system.status = read(dpkg::STATUS)?;
-            }
-            for path in OS_RELEASE {
-                if system.os_release.is_none() {
-                    system.os_release = read(path)?;
-                }
-            }
-        }
-        Ok(system)
+    /// Of an image.
+    pub(crate) fn of_stack(stack: &Stack) -> Result<Self, BakeError> {
+        let status = stack.read(dpkg::STATUS, STATUS_LIMIT)?;
+        let os_release = stack.read_through_links(OS_RELEASE[0], OS_RELEASE_LIMIT)?;
+        Ok(Self { status, os_release })
+    }
+
+    /// What os-release(5) says of something.
+    pub(crate) fn os_value(&self, name: &str) -> Option<String> {
+        let text = String::from_utf8_lossy(self.os_release.as_deref().unwrap_or_default()).into_owned();
+        let mut values = text.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+        values.next().map(|value| value.trim().trim_matches(['"', '\'']).to_owned())
     }
 
     /// The suite whose archives its packages come from.
     pub(crate) fn suite(&self, what: &str) -> Result<String, BakeError> {
-        let text = String::from_utf8_lossy(self.os_release.as_deref().unwrap_or_default()).into_owned();
-        let codename = text.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
-        let codename = codename.map(|name| name.trim().trim_matches(['"', '\'']));
-        let plain = |name: &&str| {
+        let plain = |name: &String| {
             name.starts_with(|first: char| first.is_ascii_lowercase())
                 && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
         };
-        codename.filter(plain).map(str::to_owned).ok_or_else(|| BakeError::Definition {
+        self.os_value("VERSION_CODENAME").filter(plain).ok_or_else(|| BakeError::Definition {
             what: what.to_owned(),
             why: "its os-release names no suite, so nobody knows which archives packages come from"
                 .to_owned(),

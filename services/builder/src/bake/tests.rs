@@ -14,6 +14,8 @@ use kiln_service::config::SigningKey as KeyOf;
 
 use super::*;
 
+mod described;
+
 struct Kitchen {
     folder: tempfile::TempDir,
     baker: Baker,
@@ -150,10 +152,7 @@ async fn one_lock_is_one_image_on_two_empty_stores() {
         installed.iter().filter_map(|p| p.get("Package").map(str::to_owned)).collect();
     assert_eq!(installed, resolution.lock.packages().into_keys().collect());
 
-    let id = first.baker.sign(image.digest).await.unwrap();
-    let trusted = SigningKey::from_bytes(&[7; 32]).verifying_key();
-    let verified = first.store().verify(&image.digest, &[trusted], 1, Thoroughness::Blobs).unwrap();
-    assert_eq!(verified.first().unwrap().to_string(), id);
+    described::others_check_what_is_said_of_it(&first, &image, &resolution.lock).await;
     other_tools_take_it(&first, &image.digest);
 
     // Nothing has changed, and nobody is asked.

@@ -6,8 +6,10 @@ use kiln_api::builder::{
     ExportImageRequest, ExportImageResponse, GetImageRequest, GetImageResponse, HoldRequest, HoldResponse,
     Image, Layer,
 };
+use kiln_builder_core::build::State;
 use kiln_image::{Thoroughness, read_trusted_key};
 use kiln_model::digest::Digest;
+use kiln_model::name::BuildId;
 use kiln_service::clock::Clock;
 use kiln_service::config::Trust;
 use kiln_service::error::ApiError;
@@ -22,10 +24,20 @@ use crate::store::{Edit, HOLD_KIND, StoredHold};
 const MAX_HELD: usize = 100_000;
 
 impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
-    /// A digest, or a server's newest image.
-    async fn image_digest(&self, image: &str) -> Result<Digest, ApiError> {
+    /// A digest, a build's image, or a server's newest one.
+    pub(super) async fn image_digest(&self, image: &str) -> Result<Digest, ApiError> {
         if let Ok(digest) = image.parse() {
             return Ok(digest);
+        }
+        if let Ok(id) = image.parse::<BuildId>() {
+            let read = self.builder.documents.build(&id).await?;
+            if let Some(build) = read.map(|read| read.value) {
+                let State::Succeeded { image } = build.state else {
+                    let todo = format!("see `kiln why {id}`");
+                    return Err(ApiError::precondition(format!("build {id} made no image"), todo));
+                };
+                return Ok(image);
+            }
         }
         let read = self.server(image).await?;
         read.value.in_force.map(|in_force| in_force.image).ok_or_else(|| {

@@ -39,6 +39,7 @@ use crate::bake::{BakeError, BakeRun, BakedImage, ReleaseFile, Resolution, Resol
 use crate::bakery::Bakery;
 use crate::builder::Builder;
 use crate::context::Contexts;
+use crate::describe::Provenance;
 use crate::events::Resync;
 use crate::grpc::Api;
 use crate::image_tests::{TestFault, TestRun, Tester};
@@ -183,7 +184,7 @@ impl Bakery for FakeBakery {
         }
     }
 
-    async fn sign(&self, _image: Digest) -> Result<String, BakeError> {
+    async fn sign(&self, _image: Digest, _made: &Provenance) -> Result<String, BakeError> {
         Ok("key".to_owned())
     }
 

@@ -7,7 +7,9 @@ use std::io::{IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
-use kiln_api::builder::{ExportImageRequest, GetImageRequest, Image as ImageMessage};
+use kiln_api::builder::{
+    Document, ExportImageRequest, GetImageRequest, Image as ImageMessage, ReadDocumentRequest,
+};
 use serde_json::json;
 
 use crate::clients::Services;
@@ -28,8 +30,8 @@ pub(crate) struct Image {
 enum ImageCommand {
     /// Show what an image is made of
     Inspect {
-        /// An image's digest, or a server for its newest image
-        #[arg(value_name = "SERVER|DIGEST")]
+        /// An image's digest, a build, or a server for its newest image
+        #[arg(value_name = "SERVER|BUILD|DIGEST")]
         image: String,
     },
     /// Show what the tests of an image came to, also of one that did not pass them
@@ -41,10 +43,28 @@ enum ImageCommand {
         #[arg(long, value_name = "FILE")]
         junit: Option<PathBuf>,
     },
+    /// Show the packages in an image with their licences, as CycloneDX
+    Sbom {
+        /// An image's digest, a build, or a server for its newest image
+        #[arg(value_name = "SERVER|BUILD|DIGEST")]
+        image: String,
+        /// Write it there
+        #[arg(short = 'f', long, value_name = "FILE")]
+        file: Option<PathBuf>,
+    },
+    /// Show where an image comes from, as SLSA provenance signed with DSSE
+    Provenance {
+        /// An image's digest, a build, or a server for its newest image
+        #[arg(value_name = "SERVER|BUILD|DIGEST")]
+        image: String,
+        /// Write it there
+        #[arg(short = 'f', long, value_name = "FILE")]
+        file: Option<PathBuf>,
+    },
     /// Write an image as an OCI layout in a tar
     Export {
-        /// An image's digest, or a server for its newest image
-        #[arg(value_name = "SERVER|DIGEST")]
+        /// An image's digest, a build, or a server for its newest image
+        #[arg(value_name = "SERVER|BUILD|DIGEST")]
         image: String,
         /// Where to write it; `-` for standard output [default: <image>.oci.tar]
         #[arg(short = 'f', long, value_name = "FILE")]
@@ -56,6 +76,18 @@ pub(crate) async fn run(it: &Image, services: &Services, screen: Screen) -> Outc
     match &it.command {
         ImageCommand::Inspect { image } => inspect(image, services, screen).await,
         ImageCommand::Tests { build, junit } => tested::run(build, junit.as_deref(), services, screen).await,
+        ImageCommand::Sbom { image, file } => {
+            let wanted = Wanted { document: Document::Sbom, name: "SBOM", is: "a CycloneDX SBOM" };
+            document(&wanted, image, file.as_deref(), services, screen).await
+        }
+        ImageCommand::Provenance { image, file } => {
+            let wanted = Wanted {
+                document: Document::Provenance,
+                name: "provenance",
+                is: "the signed SLSA provenance",
+            };
+            document(&wanted, image, file.as_deref(), services, screen).await
+        }
         ImageCommand::Export { image, file } => export(image, file.as_deref(), services, screen).await,
     }
 }
@@ -92,6 +124,37 @@ async fn inspect(name: &str, services: &Services, screen: Screen) -> Outcome {
         screen.table(&["PACKAGE", "VERSION"], rows)?;
     }
     screen.next(&[format!("kiln image export {name}"), format!("kiln image inspect {name} -o json")])
+}
+
+/// A document on an image, as people call it.
+struct Wanted {
+    document: Document,
+    name: &'static str,
+    is: &'static str,
+}
+
+async fn document(
+    wanted: &Wanted,
+    name: &str,
+    file: Option<&Path>,
+    services: &Services,
+    screen: Screen,
+) -> Outcome {
+    let what = format!("reading the {} of {name}", wanted.name);
+    let request = ReadDocumentRequest { image: name.to_owned(), document: wanted.document.into() };
+    let mut stream = services.builder().read_document(request).await.during(&what)?.into_inner();
+    let mut content = Vec::new();
+    while let Some(part) = stream.message().await.during(&what)? {
+        content.extend_from_slice(&part.data);
+    }
+    let Some(path) = file else {
+        content.push(b'\n');
+        return write_all(&content);
+    };
+    std::fs::write(path, &content).during(format_args!("writing {}", path.display()))?;
+    screen.json(&json!({ "image": name, "file": path.display().to_string(), "bytes": content.len() }))?;
+    let bytes = size(content.len() as u64);
+    screen.line(format_args!("{} is {} of {name}: {bytes}", path.display(), wanted.is))
 }
 
 async fn export(name: &str, file: Option<&Path>, services: &Services, screen: Screen) -> Outcome {

@@ -5,6 +5,7 @@ mod audit;
 mod backup;
 mod build;
 mod completions;
+mod diff;
 mod doctor;
 mod down;
 mod events;
@@ -77,6 +78,8 @@ pub(crate) enum Command {
     Restore(backup::Restore),
     /// Look into images, and export them
     Image(image::Image),
+    /// Show where two images differ: packages, configuration, files
+    Diff(diff::Diff),
     /// Make and renew the certificates by which services and people know each other
     Pki(pki::Pki),
     /// Make and revoke the tokens of people
@@ -116,6 +119,7 @@ pub(crate) async fn run(command: Command, home: &Home, screen: Screen) -> Outcom
         Command::Backup(it) => backup::run(&it, home, screen).await,
         Command::Restore(it) => backup::restore(&it, home, screen).await,
         Command::Image(it) => image::run(&it, &services()?, screen).await,
+        Command::Diff(it) => diff::run(&it, &services()?, screen).await,
         Command::Pki(it) => pki::run(it, home, screen),
         Command::Token(it) => token::run(it, home, screen),
         Command::Login(it) => login::run(&it, home, screen).await,

@@ -437,7 +437,7 @@ pub struct ListRevisionsResponse {
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetImageRequest {
-    /// A digest, or a server's name for its newest image.
+    /// A digest, a build, or a server's name for its newest image.
     #[prost(string, tag = "1")]
     pub image: ::prost::alloc::string::String,
 }
@@ -489,6 +489,89 @@ pub struct ExportImageRequest {
 pub struct ExportImageResponse {
     #[prost(bytes = "vec", tag = "1")]
     pub data: ::prost::alloc::vec::Vec<u8>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReadDocumentRequest {
+    /// A digest, a build, or a server's name for its newest image.
+    #[prost(string, tag = "1")]
+    pub image: ::prost::alloc::string::String,
+    #[prost(enumeration = "Document", tag = "2")]
+    pub document: i32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReadDocumentResponse {
+    #[prost(bytes = "vec", tag = "1")]
+    pub data: ::prost::alloc::vec::Vec<u8>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CompareImagesRequest {
+    /// Each a digest, a build, or a server's name for its newest image.
+    #[prost(string, tag = "1")]
+    pub before: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub after: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FileState {
+    #[prost(enumeration = "FileKind", tag = "1")]
+    pub kind: i32,
+    /// Permission bits.
+    #[prost(uint32, tag = "2")]
+    pub mode: u32,
+    #[prost(uint32, tag = "3")]
+    pub uid: u32,
+    #[prost(uint32, tag = "4")]
+    pub gid: u32,
+    /// In bytes; 0 for what is no regular file.
+    #[prost(uint64, tag = "5")]
+    pub size: u64,
+    /// Of a link.
+    #[prost(string, tag = "6")]
+    pub target: ::prost::alloc::string::String,
+    /// File capabilities, as the kernel keeps them, in hexadecimal digits; empty where there are none.
+    #[prost(string, tag = "7")]
+    pub capabilities: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FileChange {
+    /// From the image's root, with a `/` in front. What is no UTF-8 is escaped.
+    #[prost(string, tag = "1")]
+    pub path: ::prost::alloc::string::String,
+    /// Unset where it is new.
+    #[prost(message, optional, tag = "2")]
+    pub before: ::core::option::Option<FileState>,
+    /// Unset where it goes.
+    #[prost(message, optional, tag = "3")]
+    pub after: ::core::option::Option<FileState>,
+    /// Both are regular files, with other bytes.
+    #[prost(bool, tag = "4")]
+    pub content: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ConfigurationChange {
+    /// `command`, `user`, `env LANG`.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Empty where it is new.
+    #[prost(string, tag = "2")]
+    pub before: ::prost::alloc::string::String,
+    /// Empty where it goes.
+    #[prost(string, tag = "3")]
+    pub after: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct CompareImagesResponse {
+    /// The digests, in the first piece.
+    #[prost(string, tag = "1")]
+    pub before: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub after: ::prost::alloc::string::String,
+    #[prost(message, repeated, tag = "3")]
+    pub packages: ::prost::alloc::vec::Vec<PackageChange>,
+    #[prost(message, repeated, tag = "4")]
+    pub configuration: ::prost::alloc::vec::Vec<ConfigurationChange>,
+    #[prost(message, repeated, tag = "5")]
+    pub files: ::prost::alloc::vec::Vec<FileChange>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HoldRequest {
@@ -567,6 +650,72 @@ impl BuildState {
             "BUILD_STATE_SUCCEEDED" => Some(Self::Succeeded),
             "BUILD_STATE_FAILED" => Some(Self::Failed),
             "BUILD_STATE_CANCELLED" => Some(Self::Cancelled),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Document {
+    Unspecified = 0,
+    /// The packages in the image, with their licences: CycloneDX as JSON.
+    Sbom = 1,
+    /// Where the image comes from, signed: SLSA provenance in an in-toto statement, in a DSSE envelope.
+    Provenance = 2,
+}
+impl Document {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "DOCUMENT_UNSPECIFIED",
+            Self::Sbom => "DOCUMENT_SBOM",
+            Self::Provenance => "DOCUMENT_PROVENANCE",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "DOCUMENT_UNSPECIFIED" => Some(Self::Unspecified),
+            "DOCUMENT_SBOM" => Some(Self::Sbom),
+            "DOCUMENT_PROVENANCE" => Some(Self::Provenance),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum FileKind {
+    Unspecified = 0,
+    Regular = 1,
+    Directory = 2,
+    Symlink = 3,
+    Fifo = 4,
+}
+impl FileKind {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "FILE_KIND_UNSPECIFIED",
+            Self::Regular => "FILE_KIND_REGULAR",
+            Self::Directory => "FILE_KIND_DIRECTORY",
+            Self::Symlink => "FILE_KIND_SYMLINK",
+            Self::Fifo => "FILE_KIND_FIFO",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "FILE_KIND_UNSPECIFIED" => Some(Self::Unspecified),
+            "FILE_KIND_REGULAR" => Some(Self::Regular),
+            "FILE_KIND_DIRECTORY" => Some(Self::Directory),
+            "FILE_KIND_SYMLINK" => Some(Self::Symlink),
+            "FILE_KIND_FIFO" => Some(Self::Fifo),
             _ => None,
         }
     }
@@ -1026,6 +1175,60 @@ pub mod builder_service_client {
                 );
             self.inner.server_streaming(req, path, codec).await
         }
+        /// What is written about an image, piece by piece.
+        pub async fn read_document(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ReadDocumentRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::ReadDocumentResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/kiln.builder.v1.BuilderService/ReadDocument",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("kiln.builder.v1.BuilderService", "ReadDocument"),
+                );
+            self.inner.server_streaming(req, path, codec).await
+        }
+        /// Where two images differ, piece by piece; the first one says which they are.
+        pub async fn compare_images(
+            &mut self,
+            request: impl tonic::IntoRequest<super::CompareImagesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::CompareImagesResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/kiln.builder.v1.BuilderService/CompareImages",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(
+                    GrpcMethod::new("kiln.builder.v1.BuilderService", "CompareImages"),
+                );
+            self.inner.server_streaming(req, path, codec).await
+        }
         /// Keeps images from being collected; replaces what the same holder held before.
         pub async fn hold(
             &mut self,
@@ -1183,6 +1386,34 @@ pub mod builder_service_server {
             request: tonic::Request<super::ExportImageRequest>,
         ) -> std::result::Result<
             tonic::Response<Self::ExportImageStream>,
+            tonic::Status,
+        >;
+        /// Server streaming response type for the ReadDocument method.
+        type ReadDocumentStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::ReadDocumentResponse, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// What is written about an image, piece by piece.
+        async fn read_document(
+            &self,
+            request: tonic::Request<super::ReadDocumentRequest>,
+        ) -> std::result::Result<
+            tonic::Response<Self::ReadDocumentStream>,
+            tonic::Status,
+        >;
+        /// Server streaming response type for the CompareImages method.
+        type CompareImagesStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::CompareImagesResponse, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Where two images differ, piece by piece; the first one says which they are.
+        async fn compare_images(
+            &self,
+            request: tonic::Request<super::CompareImagesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<Self::CompareImagesStream>,
             tonic::Status,
         >;
         /// Keeps images from being collected; replaces what the same holder held before.
@@ -1931,6 +2162,98 @@ pub mod builder_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = ExportImageSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/kiln.builder.v1.BuilderService/ReadDocument" => {
+                    #[allow(non_camel_case_types)]
+                    struct ReadDocumentSvc<T: BuilderService>(pub Arc<T>);
+                    impl<
+                        T: BuilderService,
+                    > tonic::server::ServerStreamingService<super::ReadDocumentRequest>
+                    for ReadDocumentSvc<T> {
+                        type Response = super::ReadDocumentResponse;
+                        type ResponseStream = T::ReadDocumentStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ReadDocumentRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as BuilderService>::read_document(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ReadDocumentSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/kiln.builder.v1.BuilderService/CompareImages" => {
+                    #[allow(non_camel_case_types)]
+                    struct CompareImagesSvc<T: BuilderService>(pub Arc<T>);
+                    impl<
+                        T: BuilderService,
+                    > tonic::server::ServerStreamingService<super::CompareImagesRequest>
+                    for CompareImagesSvc<T> {
+                        type Response = super::CompareImagesResponse;
+                        type ResponseStream = T::CompareImagesStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::CompareImagesRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as BuilderService>::compare_images(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = CompareImagesSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

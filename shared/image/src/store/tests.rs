@@ -7,7 +7,7 @@ use rustix::fs::{self as rfs, AtFlags, FileType, Mode, XattrFlags};
 
 use super::*;
 use crate::index::Index;
-use crate::{Error, Layer, NewImage, Packer, Signer, Thoroughness, Whiteouts};
+use crate::{COSIGN_SIGNATURE, Error, Layer, NewImage, Packer, Part, Signer, Thoroughness, Whiteouts};
 
 pub(crate) fn key(seed: u8) -> SigningKey {
     SigningKey::from_bytes(&[seed; 32])
@@ -37,6 +37,10 @@ fn layer(store: &ImageStore, content: &str) -> Layer {
 }
 
 pub(crate) fn image(store: &ImageStore, contents: &[&str]) -> Digest {
+    of_layers(store, contents.iter().map(|content| layer(store, content)).collect())
+}
+
+pub(crate) fn of_layers(store: &ImageStore, layers: Vec<Layer>) -> Digest {
     store
         .put_image(&NewImage {
             architecture: "amd64".to_owned(),
@@ -45,7 +49,7 @@ pub(crate) fn image(store: &ImageStore, contents: &[&str]) -> Digest {
             user: "0".to_owned(),
             command: vec!["true".to_owned()],
             labels: BTreeMap::from([("one".to_owned(), "1".to_owned()), ("two".to_owned(), "2".to_owned())]),
-            layers: contents.iter().map(|content| layer(store, content)).collect(),
+            layers,
         })
         .unwrap()
 }
@@ -207,10 +211,16 @@ fn a_command_signs_and_what_it_prints_is_checked() {
     let (folder, store) = store();
     let digest = image(&store, &["good"]);
     let signed = store.sign(&digest, &key(1).into()).unwrap();
-    let envelope = store.signature_blobs(&store.signatures_of(&digest).unwrap()[0]).unwrap()[1];
+    let envelope = store.referrer_blobs(&store.signatures_of(&digest).unwrap()[0]).unwrap()[1];
     let envelope = store.small_blob(&envelope, 1 << 16).unwrap();
     let envelope: serde_json::Value = serde_json::from_slice(&envelope).unwrap();
     let signature = envelope["signatures"][0]["sig"].as_str().unwrap();
+    let referrers = store.referrers_of(&digest).unwrap();
+    let for_cosign = referrers.iter().find(|it| it.artifact_type == COSIGN_SIGNATURE).unwrap();
+    let for_cosign: serde_json::Value =
+        serde_json::from_slice(&store.manifest(&for_cosign.digest).unwrap()).unwrap();
+    let annotations = for_cosign["layers"][0]["annotations"].as_object().unwrap();
+    let for_cosign = annotations.values().next().unwrap().as_str().unwrap();
     let public = |seed| {
         use ed25519_dalek::pkcs8::EncodePublicKey as _;
         let path = folder.path().join(format!("{seed}.pub"));
@@ -224,7 +234,9 @@ fn a_command_signs_and_what_it_prints_is_checked() {
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
         Signer::command(vec![path.display().to_string()], &public(seed)).unwrap()
     };
-    let good = command("good", &format!("cat > /dev/null; echo {signature}"), 1);
+    // Asked to sign twice: in each form.
+    let answer = format!("case \"$(cat)\" in DSSEv1*) echo {signature};; *) echo {for_cosign};; esac");
+    let good = command("good", &answer, 1);
     assert_eq!(store.sign(&digest, &good).unwrap(), signed);
     for (name, does, seed, said) in [
         ("another", format!("echo {signature}"), 2, "not one of the public key"),
@@ -448,4 +460,31 @@ fn an_export_is_a_layout_with_just_this_image() {
     }
     assert_eq!(names.iter().filter(|name| name.starts_with("blobs/")).count(), 4);
     drop(folder);
+}
+
+#[test]
+fn what_is_attached_to_an_image_is_found_by_its_type_and_goes_with_it() {
+    let (_folder, store) = store();
+    let (one, two) = (image(&store, &["one"]), image(&store, &["two"]));
+    store.sign(&one, &key(1).into()).unwrap();
+    let attach = |image, content: &str| {
+        let part = Part { media_type: "text/plain", content: content.as_bytes(), ..Part::default() };
+        store.attach(image, "a/type", &part).unwrap()
+    };
+    let first = attach(&one, "first");
+    assert_eq!(attach(&one, "first"), first);
+    attach(&two, "of another");
+    let second = attach(&one, "second");
+    let types: Vec<_> = store.referrers_of(&one).unwrap().into_iter().map(|it| it.artifact_type).collect();
+    assert_eq!(types, [crate::COSIGN_SIGNATURE, crate::SIGNATURE, "a/type", "a/type"]);
+    assert_eq!(store.signatures_of(&one).unwrap().len(), 1);
+    assert_eq!(store.attached(&one, "a/type", 6).unwrap().unwrap(), b"second");
+    assert!(store.attached(&one, "a/type", 5).is_err());
+    assert_eq!(store.attached(&one, "another/type", 6).unwrap(), None);
+    assert!(store.referring(&second, &two, 6).unwrap_err().to_string().contains("is not about image"));
+    let parts = store.parts_of(&second).unwrap();
+    assert!(parts.iter().all(|(part, _)| store.blobs_of(&one).unwrap().contains(part)));
+    store.delete(&one).unwrap();
+    assert!(!store.has_blob(&first) && !store.has_blob(&second) && !store.has_blob(&Digest::of(b"second")));
+    assert_eq!(store.attached(&two, "a/type", 20).unwrap().unwrap(), b"of another");
 }

@@ -145,7 +145,8 @@ const ADMIN: [&str; 10] = [
 /// Methods whose names say that they change nothing.
 fn only_looks(method: &str) -> bool {
     let name = method.rsplit('/').next().unwrap_or_default();
-    let looks = ["Get", "List", "Watch", "Export"].iter().any(|word| name.starts_with(word));
+    let looks =
+        ["Get", "List", "Watch", "Export", "Read", "Compare"].iter().any(|word| name.starts_with(word));
     looks || ["engine/Logs", "audit/CheckSeals"].contains(&method)
 }
 
