@@ -11,7 +11,7 @@ use kiln_builder::bake::{BakeError, BakeRun, BakedImage, Resolution, ResolveRequ
 use kiln_builder::bakery::Bakery;
 use kiln_builder::builder::Builder;
 use kiln_builder::context::Contexts;
-use kiln_builder::describe::Provenance;
+use kiln_builder::describe::{About, Provenance};
 use kiln_builder::grpc::Api;
 use kiln_builder::image_tests::{TestFault, TestRun, Tester};
 use kiln_builder::logs::Logs;
@@ -78,6 +78,10 @@ impl Bakery for Pretender {
 
     async fn sign(&self, _: Digest, _: &Provenance) -> std::result::Result<String, BakeError> {
         Ok("key".to_owned())
+    }
+
+    async fn describe(&self, _: Digest, _: &About) -> std::result::Result<(), BakeError> {
+        Ok(())
     }
 
     async fn share(&self, _: Digest) -> std::result::Result<bool, BakeError> {

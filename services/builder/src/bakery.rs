@@ -5,7 +5,7 @@ use kiln_model::digest::Digest;
 use kiln_model::lock::Lock;
 
 use crate::bake::{BakeError, BakeRun, BakedImage, Baker, Resolution, ResolveRequest};
-use crate::describe::Provenance;
+use crate::describe::{About, Provenance};
 
 #[async_trait]
 pub trait Bakery: Clone + Send + Sync + 'static {
@@ -17,6 +17,9 @@ pub trait Bakery: Clone + Send + Sync + 'static {
 
     /// Signs an image and where it comes from, and gives the key's id.
     async fn sign(&self, image: Digest, made: &Provenance) -> Result<String, BakeError>;
+
+    /// Attaches a page for people to an image that has passed its tests.
+    async fn describe(&self, image: Digest, about: &About) -> Result<(), BakeError>;
 
     /// Puts a signed image where the nodes of other machines find it. True where the site has such a place.
     async fn share(&self, image: Digest) -> Result<bool, BakeError>;
@@ -34,6 +37,10 @@ impl Bakery for Baker {
 
     async fn sign(&self, image: Digest, made: &Provenance) -> Result<String, BakeError> {
         Self::sign(self, image, made).await
+    }
+
+    async fn describe(&self, image: Digest, about: &About) -> Result<(), BakeError> {
+        Self::describe(self, image, about).await
     }
 
     async fn share(&self, image: Digest) -> Result<bool, BakeError> {

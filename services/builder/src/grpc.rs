@@ -47,13 +47,13 @@ pub struct Api<S, K, C> {
     signing: Signing,
     exports: Exports,
     /// Comparisons that are under way: each reads two images, and keeps where they differ.
-    comparing: Arc<Semaphore>,
+    looking: Arc<Semaphore>,
 }
 
 impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
     pub fn new(builder: Builder<S, K, C>, images: ImageStore, signing: Signing) -> Self {
-        let comparing = Arc::new(Semaphore::new(contents::AT_ONCE));
-        Self { builder, images, signing, exports: Exports::default(), comparing }
+        let looking = Arc::new(Semaphore::new(contents::AT_ONCE));
+        Self { builder, images, signing, exports: Exports::default(), looking }
     }
 
     async fn server(&self, name: &str) -> Result<Read<kiln_builder_core::server::Server>, ApiError> {

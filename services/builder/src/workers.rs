@@ -22,7 +22,7 @@ use tracing::Instrument as _;
 use crate::bake::{BakeError, BakeRun, Progress as BakeProgress};
 use crate::bakery::Bakery;
 use crate::builder::{Builder, Error};
-use crate::describe::Provenance;
+use crate::describe::{About, Provenance};
 use crate::image_tests::{TestRun, Tester};
 use crate::logs::Writer;
 use crate::reconcile::{monotonic, readable};
@@ -359,7 +359,15 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
             fell.image = Some((image, key_id));
             return Err(fell);
         }
-        Ok(Baked { image, key_id, tests })
+        let server = self.builder.documents.server(build.server()).await.map_err(stored)?;
+        let before = server.and_then(|server| server.value.in_force).map(|in_force| in_force.image);
+        let about = About { made, definition, tests, before };
+        if let Err(error) = self.builder.bakery.describe(image, &about).await {
+            // It has passed its tests: what people would read about it is no reason to keep it back.
+            self.log.line(&format!("it has no datasheet: {error}"));
+        }
+        self.share(image).await?;
+        Ok(Baked { image, key_id, tests: about.tests })
     }
 
     /// What this build's lock gave the first time: the image in force, which has no slot where a later build of the same

@@ -5,7 +5,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use kiln_builder::bake::{BakeError, BakeRun, BakedImage, ReleaseFile, Resolution, ResolveRequest};
 use kiln_builder::bakery::Bakery;
-use kiln_builder::describe::Provenance;
+use kiln_builder::describe::{About, Provenance};
 use kiln_model::digest::Digest;
 use kiln_model::lock::{BUILDER_FORMAT, Lock, LockedBase, LockedPackage};
 
@@ -103,6 +103,10 @@ impl Bakery for SimBakery {
         self.life.here().await;
         self.outside.sign(image);
         Ok("key".to_owned())
+    }
+
+    async fn describe(&self, _: Digest, _: &About) -> Result<(), BakeError> {
+        Ok(())
     }
 
     async fn share(&self, _: Digest) -> Result<bool, BakeError> {

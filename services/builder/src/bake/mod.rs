@@ -56,7 +56,7 @@ use kiln_service::machine::Leftover;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-use crate::describe::{self, Provenance};
+use crate::describe::{self, About, Provenance};
 
 pub use doctor::examine;
 pub use error::BakeError;
@@ -319,6 +319,15 @@ impl Baker {
         .await
     }
 
+    /// Attaches a page for people to an image.
+    ///
+    /// # Errors
+    /// The image is not in the store, or can't be read.
+    pub async fn describe(&self, image: Digest, about: &About) -> Result<(), BakeError> {
+        let (config, about) = (Arc::clone(&self.config), about.clone());
+        blocking(move || describe::attach_datasheet(&ImageStore::open(&config.images)?, &image, &about)).await
+    }
+
     /// Pushes an image to the registry, if the site has one.
     ///
     /// # Errors
@@ -351,6 +360,7 @@ impl Baker {
             let trusted = trusted.collect::<Result<Vec<_>, _>>()?;
             // What nobody vouches for now gets nobody's word.
             images.verify(&image, &trusted, trust.threshold, Thoroughness::Blobs)?;
+            images.attest_again(&image, describe::PROVENANCE, &trusted, &signers(&config)?)?;
             for signer in &missing {
                 images.sign(&image, signer)?;
             }

@@ -13,16 +13,15 @@ pub(crate) struct Installed {
     pub(crate) source_version: String,
 }
 
-/// Those that dpkg has fully installed, by name.
+/// Those whose files are there, configured or not, by name.
 ///
 /// # Errors
 /// It is not made of paragraphs, or a package has no name or version.
 pub(crate) fn parse(status: &str) -> Result<Vec<Installed>, String> {
     let paragraphs = deb822::parse(status).map_err(|why| format!("dpkg's status: {why}"))?;
     let is_installed = |paragraph: &&Paragraph| {
-        paragraph
-            .get("Status")
-            .is_some_and(|status| status.split_ascii_whitespace().nth(2) == Some("installed"))
+        let state = paragraph.get("Status").and_then(|status| status.split_ascii_whitespace().nth(2));
+        state.is_some_and(|state| !matches!(state, "not-installed" | "config-files"))
     };
     let mut all = paragraphs.iter().filter(is_installed).map(one).collect::<Result<Vec<_>, _>>()?;
     all.sort();
@@ -31,8 +30,9 @@ pub(crate) fn parse(status: &str) -> Result<Vec<Installed>, String> {
 
 fn one(paragraph: &Paragraph) -> Result<Installed, String> {
     let name = paragraph.get("Package").ok_or("dpkg's status: a package without a name")?;
-    let is_plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"+.-".contains(&byte);
-    if !name.bytes().all(is_plain) || name.starts_with(['.', '-', '+']) {
+    // As dpkg takes them; names of files are made of it.
+    let is_inner = |c: char| c.is_ascii_alphanumeric() || matches!(c, '+' | '.' | '-' | '_');
+    if !name.starts_with(|c: char| c.is_ascii_alphanumeric()) || !name.chars().all(is_inner) {
         return Err(format!("dpkg's status: `{}` is no package's name", name.escape_debug()));
     }
     let version = paragraph.get("Version").ok_or_else(|| format!("dpkg's status: {name} has no version"))?;
@@ -60,7 +60,8 @@ mod tests {
         let status = "Package: zlib1g\nStatus: install ok installed\nArchitecture: amd64\nSource: zlib\nVersion: 1:1.2\n\n\
                       Package: gone\nStatus: deinstall ok config-files\nVersion: 1\n\n\
                       Package: libc-bin\nStatus: hold ok installed\nArchitecture: amd64\nSource: glibc (2.36-9)\nVersion: 2.36-9+b1\n\n\
-                      Package: tzdata\nStatus: install ok installed\nVersion: 2024a\n";
+                      Package: tzdata\nStatus: install ok triggers-pending\nVersion: 2024a\n\n\
+                      Package: Old_Name\nStatus: purge ok not-installed\nVersion: 1\n";
         let found = parse(status).unwrap();
         let short: Vec<_> = found
             .iter()

@@ -4,7 +4,7 @@
 use jiff::Timestamp;
 use kiln_model::cause::Cause;
 use kiln_model::digest::Digest;
-use kiln_model::lock::{Lock, LockedBase, LockedFileKind, LockedPackage, LockedStep};
+use kiln_model::lock::{Lock, LockedBase, LockedFile, LockedFileKind, LockedPackage, LockedStep};
 use kiln_model::name::BuildId;
 use serde_json::{Value, json};
 
@@ -75,20 +75,22 @@ fn dependencies(lock: &Lock, commit: &str) -> Vec<Value> {
     for step in &lock.steps {
         match step {
             LockedStep::Packages { packages, .. } => all.extend(packages.iter().map(package)),
-            LockedStep::Files { files } => {
-                all.extend(files.iter().filter_map(|file| match &file.kind {
-                    LockedFileKind::Regular { digest, .. } => {
-                        Some(json!({"name": file.dest, "digest": sha256(digest)}))
-                    }
-                    LockedFileKind::Directory | LockedFileKind::Symlink { .. } => None,
-                }));
-            }
+            LockedStep::Files { files } => all.extend(files.iter().filter_map(|file| content(file, ""))),
             LockedStep::Run { script } => {
                 all.push(json!({"name": "script", "digest": sha256(&Digest::of(script.as_bytes()))}));
             }
         }
     }
     all
+}
+
+fn content(file: &LockedFile, below: &str) -> Option<Value> {
+    match &file.kind {
+        LockedFileKind::Regular { digest, .. } => {
+            Some(json!({"name": format!("{below}{}", file.dest), "digest": sha256(digest)}))
+        }
+        LockedFileKind::Directory | LockedFileKind::Symlink { .. } => None,
+    }
 }
 
 fn package(package: &LockedPackage) -> Value {

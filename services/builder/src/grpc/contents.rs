@@ -8,7 +8,7 @@ use kiln_api::builder::{
     CompareImagesRequest, CompareImagesResponse, ConfigurationChange, Document, FileChange, FileKind,
     FileState, PackageChange, ReadDocumentRequest, ReadDocumentResponse,
 };
-use kiln_image::{Difference, Image, ImageStore, Node, NodeKind};
+use kiln_image::{ARTIFACT_LIMIT, Difference, Image, ImageStore, Node, NodeKind};
 use kiln_model::digest::Digest;
 use kiln_service::clock::Clock;
 use kiln_service::error::ApiError;
@@ -21,8 +21,6 @@ use crate::bakery::Bakery;
 use crate::describe;
 
 pub(super) const AT_ONCE: usize = 4;
-/// Of one document.
-const DOCUMENT_LIMIT: u64 = 16 << 20;
 /// One message of a document.
 const CHUNK: usize = 256 << 10;
 /// Files in one message.
@@ -36,28 +34,46 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
         let (name, artifact_type) = match request.document() {
             Document::Sbom => ("SBOM", describe::SBOM),
             Document::Provenance => ("provenance", describe::PROVENANCE),
+            Document::Datasheet => ("datasheet", describe::DATASHEET),
             Document::Unspecified => {
                 return Err(ApiError::invalid(
                     "document",
                     "is none that is known",
-                    "ask for the SBOM or the provenance",
+                    "ask for the SBOM, the provenance or the datasheet",
                 ));
             }
         };
         let digest = self.image_digest(&request.image).await?;
         let images = self.images.clone();
-        let read = tokio::task::spawn_blocking(move || {
+        let read = self.look(move || {
             images.image(&digest)?;
-            images.attached(&digest, artifact_type, DOCUMENT_LIMIT)
+            images.attached(&digest, artifact_type, ARTIFACT_LIMIT)
         });
-        let read = read.await.map_err(|error| ApiError::internal(&error))?;
-        let content = read.map_err(|error| image_error(&error, &digest))?.ok_or_else(|| {
-            let todo = "build it again: what is made from now on has one".to_owned();
+        let content = read.await?.map_err(|error| image_error(&error, &digest))?.ok_or_else(|| {
+            let todo = "it was made before there were any: its next build has one".to_owned();
             ApiError::precondition(format!("image {digest} has no {name}"), todo)
         })?;
         let chunks: Vec<_> =
             content.chunks(CHUNK).map(|part| Ok(ReadDocumentResponse { data: part.to_vec() })).collect();
         Ok(stream::iter(chunks).boxed())
+    }
+
+    /// Reads images, a few at a time. It goes on where whoever asked has gone, and keeps its place until then.
+    async fn look<T: Send + 'static>(
+        &self,
+        look: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let Ok(place) = Arc::clone(&self.looking).try_acquire_owned() else {
+            return Err(ApiError::Exhausted {
+                reason: format!("{AT_ONCE} images are being looked into, as many as may be at once"),
+                what_to_do: "ask again when one of these is done".to_owned(),
+            });
+        };
+        let looked = tokio::task::spawn_blocking(move || {
+            let _place = place;
+            look()
+        });
+        looked.await.map_err(|error| ApiError::internal(&error))
     }
 
     pub(super) async fn compare(
@@ -66,19 +82,11 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
     ) -> Result<Streamed<CompareImagesResponse>, ApiError> {
         let before = self.image_digest(&request.before).await?;
         let after = self.image_digest(&request.after).await?;
-        let Ok(place) = Arc::clone(&self.comparing).try_acquire_owned() else {
-            return Err(ApiError::Exhausted {
-                reason: format!("{AT_ONCE} comparisons are under way, as many as may be at once"),
-                what_to_do: "compare them when one of these is done".to_owned(),
-            });
-        };
         let images = self.images.clone();
-        let compared = tokio::task::spawn_blocking(move || compare(&images, &before, &after));
-        let (first, files) = compared.await.map_err(|error| ApiError::internal(&error))??;
+        let compared = self.look(move || compare(&images, &before, &after)).await?;
+        let (first, files) = compared?;
         let mut files = files.into_iter();
         let rest = std::iter::from_fn(move || {
-            // As long as there is more to be read.
-            let _place = &place;
             let some: Vec<_> = files.by_ref().take(FILES).map(file).collect();
             (!some.is_empty()).then(|| Ok(CompareImagesResponse { files: some, ..Default::default() }))
         });

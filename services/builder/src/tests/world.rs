@@ -39,7 +39,7 @@ use crate::bake::{BakeError, BakeRun, BakedImage, ReleaseFile, Resolution, Resol
 use crate::bakery::Bakery;
 use crate::builder::Builder;
 use crate::context::Contexts;
-use crate::describe::Provenance;
+use crate::describe::{About, Provenance};
 use crate::events::Resync;
 use crate::grpc::Api;
 use crate::image_tests::{TestFault, TestRun, Tester};
@@ -186,6 +186,10 @@ impl Bakery for FakeBakery {
 
     async fn sign(&self, _image: Digest, _made: &Provenance) -> Result<String, BakeError> {
         Ok("key".to_owned())
+    }
+
+    async fn describe(&self, _image: Digest, _about: &About) -> Result<(), BakeError> {
+        Ok(())
     }
 
     async fn share(&self, image: Digest) -> Result<bool, BakeError> {

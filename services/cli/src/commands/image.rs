@@ -10,6 +10,7 @@ use clap::{Args, Subcommand};
 use kiln_api::builder::{
     Document, ExportImageRequest, GetImageRequest, Image as ImageMessage, ReadDocumentRequest,
 };
+use pulldown_cmark::{Event, Options, Parser};
 use serde_json::json;
 
 use crate::clients::Services;
@@ -61,6 +62,18 @@ enum ImageCommand {
         #[arg(short = 'f', long, value_name = "FILE")]
         file: Option<PathBuf>,
     },
+    /// Show a page about an image: what it is, what is in it, what changed and why
+    Datasheet {
+        /// An image's digest, a build, or a server for its newest image
+        #[arg(value_name = "SERVER|BUILD|DIGEST")]
+        image: String,
+        /// As HTML in the place of Markdown
+        #[arg(long)]
+        html: bool,
+        /// Write it there
+        #[arg(short = 'f', long, value_name = "FILE")]
+        file: Option<PathBuf>,
+    },
     /// Write an image as an OCI layout in a tar
     Export {
         /// An image's digest, a build, or a server for its newest image
@@ -78,7 +91,8 @@ pub(crate) async fn run(it: &Image, services: &Services, screen: Screen) -> Outc
         ImageCommand::Tests { build, junit } => tested::run(build, junit.as_deref(), services, screen).await,
         ImageCommand::Sbom { image, file } => {
             let wanted = Wanted { document: Document::Sbom, name: "SBOM", is: "a CycloneDX SBOM" };
-            document(&wanted, image, file.as_deref(), services, screen).await
+            let content = wanted.read(image, services).await?;
+            wanted.give(content, image, file.as_deref(), screen)
         }
         ImageCommand::Provenance { image, file } => {
             let wanted = Wanted {
@@ -86,7 +100,16 @@ pub(crate) async fn run(it: &Image, services: &Services, screen: Screen) -> Outc
                 name: "provenance",
                 is: "the signed SLSA provenance",
             };
-            document(&wanted, image, file.as_deref(), services, screen).await
+            let content = wanted.read(image, services).await?;
+            wanted.give(content, image, file.as_deref(), screen)
+        }
+        ImageCommand::Datasheet { image, html, file } => {
+            let wanted = Wanted { document: Document::Datasheet, name: "datasheet", is: "the datasheet" };
+            let mut content = wanted.read(image, services).await?;
+            if *html {
+                content = page(image, &String::from_utf8_lossy(&content)).into_bytes();
+            }
+            wanted.give(content, image, file.as_deref(), screen)
         }
         ImageCommand::Export { image, file } => export(image, file.as_deref(), services, screen).await,
     }
@@ -133,28 +156,50 @@ struct Wanted {
     is: &'static str,
 }
 
-async fn document(
-    wanted: &Wanted,
-    name: &str,
-    file: Option<&Path>,
-    services: &Services,
-    screen: Screen,
-) -> Outcome {
-    let what = format!("reading the {} of {name}", wanted.name);
-    let request = ReadDocumentRequest { image: name.to_owned(), document: wanted.document.into() };
-    let mut stream = services.builder().read_document(request).await.during(&what)?.into_inner();
-    let mut content = Vec::new();
-    while let Some(part) = stream.message().await.during(&what)? {
-        content.extend_from_slice(&part.data);
+impl Wanted {
+    async fn read(&self, image: &str, services: &Services) -> Outcome<Vec<u8>> {
+        let what = format!("reading the {} of {image}", self.name);
+        let request = ReadDocumentRequest { image: image.to_owned(), document: self.document.into() };
+        let mut stream = services.builder().read_document(request).await.during(&what)?.into_inner();
+        let mut content = Vec::new();
+        while let Some(part) = stream.message().await.during(&what)? {
+            content.extend_from_slice(&part.data);
+        }
+        Ok(content)
     }
-    let Some(path) = file else {
-        content.push(b'\n');
-        return write_all(&content);
-    };
-    std::fs::write(path, &content).during(format_args!("writing {}", path.display()))?;
-    screen.json(&json!({ "image": name, "file": path.display().to_string(), "bytes": content.len() }))?;
-    let bytes = size(content.len() as u64);
-    screen.line(format_args!("{} is {} of {name}: {bytes}", path.display(), wanted.is))
+
+    /// To a file, or to standard output.
+    fn give(&self, mut content: Vec<u8>, image: &str, file: Option<&Path>, screen: Screen) -> Outcome {
+        let Some(path) = file else {
+            content.push(b'\n');
+            return write_all(&content);
+        };
+        std::fs::write(path, &content).during(format_args!("writing {}", path.display()))?;
+        screen
+            .json(&json!({ "image": image, "file": path.display().to_string(), "bytes": content.len() }))?;
+        let bytes = size(content.len() as u64);
+        screen.line(format_args!("{} is {} of {image}: {bytes}", path.display(), self.is))
+    }
+}
+
+/// A whole page of HTML. What the datasheet holds of the image is escaped in it already, and HTML in Markdown is shown as text.
+fn page(title: &str, markdown: &str) -> String {
+    let events = Parser::new_ext(markdown, Options::ENABLE_TABLES).map(|event| match event {
+        Event::Html(text) | Event::InlineHtml(text) => Event::Text(text),
+        other => other,
+    });
+    let mut body = String::new();
+    pulldown_cmark::html::push_html(&mut body, events);
+    let mut escaped = String::new();
+    // Writing to a String does not fail.
+    let _ = pulldown_cmark_escape::escape_html(&mut escaped, title);
+    format!(
+        "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<title>{escaped}</title>\n<style>\n\
+         body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}\n\
+         table {{ border-collapse: collapse; }}\n\
+         td, th {{ border: 1px solid #ccc; padding: 0.2rem 0.6rem; text-align: left; overflow-wrap: anywhere; }}\n\
+         </style>\n</head>\n<body>\n{body}</body>\n</html>"
+    )
 }
 
 async fn export(name: &str, file: Option<&Path>, services: &Services, screen: Screen) -> Outcome {

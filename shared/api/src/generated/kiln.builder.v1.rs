@@ -662,6 +662,8 @@ pub enum Document {
     Sbom = 1,
     /// Where the image comes from, signed: SLSA provenance in an in-toto statement, in a DSSE envelope.
     Provenance = 2,
+    /// A page for people, as Markdown with tables: what it is, what is in it, what changed and why.
+    Datasheet = 3,
 }
 impl Document {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -673,6 +675,7 @@ impl Document {
             Self::Unspecified => "DOCUMENT_UNSPECIFIED",
             Self::Sbom => "DOCUMENT_SBOM",
             Self::Provenance => "DOCUMENT_PROVENANCE",
+            Self::Datasheet => "DOCUMENT_DATASHEET",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -681,6 +684,7 @@ impl Document {
             "DOCUMENT_UNSPECIFIED" => Some(Self::Unspecified),
             "DOCUMENT_SBOM" => Some(Self::Sbom),
             "DOCUMENT_PROVENANCE" => Some(Self::Provenance),
+            "DOCUMENT_DATASHEET" => Some(Self::Datasheet),
             _ => None,
         }
     }

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use kiln_api::builder::{Build, GetBuildRequest, TestResult};
+use kiln_model::name::BuildId;
 use quick_junit::{NonSuccessKind, Report, TestCase, TestCaseStatus, TestSuite};
 use serde_json::json;
 
@@ -41,12 +42,14 @@ pub(super) async fn run(name: &str, junit: Option<&Path>, services: &Services, s
 /// The build of that name; of a server its last one.
 async fn find(name: &str, services: &Services) -> Outcome<Build> {
     let missing = || Failure::new(Code::NotFound, format!("there is no build {name}"), "");
-    let is_build = name.rsplit_once("-b").is_some_and(|(_, number)| number.parse::<u64>().is_ok());
-    if is_build {
+    if name.parse::<BuildId>().is_ok() {
         let request = GetBuildRequest { build: name.to_owned() };
         let what = format!("looking up the build {name}");
-        let answer = services.builder().get_build(request).await;
-        return answer.during(what)?.into_inner().build.ok_or_else(missing);
+        match services.builder().get_build(request).await {
+            // A server can be called like one.
+            Err(status) if status.code() == tonic::Code::NotFound => {}
+            answer => return answer.during(what)?.into_inner().build.ok_or_else(missing),
+        }
     }
     services.builds(name).await?.pop().ok_or_else(missing)
 }
