@@ -230,7 +230,10 @@ impl Instance {
             run.definition.run.health.as_ref().map_or(START, |health| health.start.as_duration().max(START));
         let deadline = Instant::now() + start;
         let mut results = Vec::new();
-        for check in &run.definition.image.tests {
+        // What must not be in the log is looked for when the others have had the instance do something.
+        let (last, first): (Vec<_>, Vec<_>) =
+            run.definition.image.tests.iter().partition(|check| check.is_of_the_whole_log());
+        for check in first.into_iter().chain(last) {
             let name = name(check);
             let began = Instant::now();
             let result = self.check(check, deadline).await?;

@@ -25,14 +25,15 @@ impl Check {
     /// Whether an instance that is still coming up may answer otherwise a moment later. What an image holds stays as it is.
     pub fn comes_up(&self) -> bool {
         match self {
-            Self::Http(_)
-            | Self::Tcp(_)
-            | Self::Command(_)
-            | Self::Port(_)
-            | Self::Process(_)
-            | Self::Log(_) => true,
+            Self::Http(_) | Self::Tcp(_) | Self::Command(_) | Self::Port(_) | Self::Process(_) => true,
+            Self::Log(_) => !self.is_of_the_whole_log(),
             Self::File(_) | Self::Package(_) | Self::User(_) => false,
         }
+    }
+
+    /// Whether it is about something that must never have been logged: what was stays logged.
+    pub fn is_of_the_whole_log(&self) -> bool {
+        matches!(self, Self::Log(log) if log.absent)
     }
 }
 

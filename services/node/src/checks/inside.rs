@@ -126,11 +126,11 @@ pub(super) fn log(path: &Path, check: &LogCheck) -> Result<Verdict, Failure> {
     while searched < MAX_LOG {
         let lines = reader.next().during(what)?;
         if lines.is_empty() || lines.iter().any(|line| search.line(&line.text)) {
-            break;
+            return Ok(search.verdict());
         }
         searched += lines.iter().map(|line| line.text.len()).sum::<usize>();
     }
-    Ok(search.verdict())
+    Ok(Verdict::failed(format!("the log has more than the {MAX_LOG} bytes that are searched")))
 }
 
 /// None where the process has ended.

@@ -40,7 +40,8 @@ impl Checker<'_> {
             raw::Check::Port(check) => (port(check), None),
             raw::Check::Process(check) => {
                 let what = format!("the process {}", quoted(&check.name.0));
-                let wrong = (check.absent && check.count.is_some()).then_some((what, "count"));
+                let more = check.count.is_some() || check.user.is_some();
+                let wrong = (check.absent && more).then_some((what, "user and count"));
                 (process(check), wrong)
             }
         };
