@@ -181,7 +181,6 @@ impl<'de> Deserialize<'de> for Cpus {
             }
 
             fn visit_f64<E: Error>(self, cpus: f64) -> Result<Cpus, E> {
-                // Neither NaN nor infinity is in the range.
                 if (0.01..=1024.0).contains(&cpus) {
                     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
                     return Ok(Cpus((cpus * 1000.0).round() as u32));

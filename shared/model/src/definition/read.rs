@@ -260,6 +260,10 @@ impl<'de> Deserializer<'de> for &'de Node {
                 (_, Ok(value)) => visitor.visit_i64(value),
                 _ => visitor.visit_i128(*value),
             },
+            // JSON, in which definitions are kept, would make nothing of it.
+            Value::Float(value) if !value.is_finite() => {
+                Err(Fault::custom(format!("`{value}` can't be used\nwanted a number that is finite")))
+            }
             Value::Float(value) => visitor.visit_f64(*value),
             Value::Text(value) => visitor.visit_borrowed_str(value),
             Value::List(items) => visitor.visit_seq(Items(items.iter())),
