@@ -119,7 +119,7 @@ impl Second {
         std::fs::write(home.path().join("site.toml"), file.to_text()?)?;
         run(Command::new("cp").arg("-r").arg(site.home().join("keys")).arg(home.path()))?;
         std::fs::create_dir(home.path().join("builder"))?;
-        for shared in ["images", "builder/contexts", "builder/files"] {
+        for shared in ["images", "builder/contexts", "builder/files", "builder/snapshots"] {
             std::fs::create_dir_all(site.home().join(shared))?;
             std::os::unix::fs::symlink(site.home().join(shared), home.path().join(shared))?;
         }

@@ -11,7 +11,7 @@ use kiln_builder_core::plan::{self, Comparison, Made, Planned, Slot};
 use kiln_builder_core::server::{ReleaseFile, Server};
 use kiln_builder_core::{Illegal, Told};
 use kiln_model::cause::Cause;
-use kiln_model::definition::Source;
+use kiln_model::definition::{Definition, Source, Step};
 use kiln_model::digest::Digest;
 use kiln_model::lock::Lock;
 use kiln_model::name::{BuildId, ServerName};
@@ -21,7 +21,7 @@ use kiln_store::Store;
 use tracing::Instrument as _;
 
 use crate::audit::standing;
-use crate::bake::{BakeError, DebianRoot, LogSink, ParentImage as BakeParent, ResolveRequest};
+use crate::bake::{BakeError, Current, DebianRoot, LogSink, ParentImage as BakeParent, ResolveRequest};
 use crate::bakery::Bakery;
 use crate::logs::Logs;
 use crate::sources::Sources;
@@ -143,6 +143,7 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
             parent: bake_parent,
             timestamp: context.first_applied,
             pinned,
+            current: self.current(server, &stored.definition).await?,
             log: Arc::new(move |line: &str| {
                 tracing::debug!(server = %name, line, "resolving");
                 if let Some(listener) = &listener {
@@ -174,6 +175,14 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
         let log = std::mem::take(&mut *said.lock().unwrap_or_else(PoisonError::into_inner));
         let lock = resolution.lock;
         Ok(Resolved { stored, definition, lock, key, parent_image, packages, release_files, log })
+    }
+
+    /// What is in force, where a step of the definition is to be run again only for newer packages.
+    async fn current(&self, server: &Server, definition: &Definition) -> Result<Option<Current>, Error> {
+        let provisions = definition.image.steps.iter().any(|step| matches!(step, Step::Provision(_)));
+        let Some(in_force) = server.in_force.as_ref().filter(|_| provisions) else { return Ok(None) };
+        let lock = self.documents.lock(&in_force.lock_key).await?;
+        Ok(lock.map(|lock| Current { lock, image: in_force.image }))
     }
 
     /// The archives that a parent's image was made from.

@@ -208,7 +208,7 @@ fn named_files(part: &Tree, definition: &Definition) -> (Tree, Vec<(String, Stri
     let mut missing = Vec::new();
     let mut taken = BTreeSet::from([FILE.to_owned()]);
     let mut wanted: Vec<(String, String)> =
-        named(&definition.image).into_iter().map(|path| (path.clone(), path)).collect();
+        definition.image.named_files().into_iter().map(|path| (path.to_owned(), path.to_owned())).collect();
     // `asked` is the name in the text that led here: a link of a link is told by the first one.
     while let Some((asked, path)) = wanted.pop() {
         let path = normal(&path);
@@ -249,14 +249,6 @@ fn named_files(part: &Tree, definition: &Definition) -> (Tree, Vec<(String, Stri
     missing.sort();
     missing.dedup();
     (files, missing)
-}
-
-fn named(image: &ImageSpec) -> Vec<String> {
-    let files = image.steps.iter().flat_map(|step| match step {
-        Step::Files(files) => files.as_slice(),
-        _ => &[],
-    });
-    files.map(|file| file.src.as_str()).chain(image.from.named_files()).map(str::to_owned).collect()
 }
 
 /// `site/` and `./site` are `site`.

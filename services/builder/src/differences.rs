@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use kiln_model::lock::{Lock, LockedBase, LockedFile, LockedStep};
+use kiln_model::lock::{Lock, LockedBase, LockedFile, LockedStep, Provision};
 
 /// More lines than this are summed up.
 const MAX_LINES: usize = 50;
@@ -43,6 +43,7 @@ pub fn differences(from: &Lock, to: &Lock) -> Vec<String> {
     if scripts(from) != scripts(to) {
         lines.push("run: steps changed".to_owned());
     }
+    lines.extend(provisions(from, to));
     if lines.is_empty() && from.timestamp != to.timestamp {
         lines.push("files: stamped with another time".to_owned());
     }
@@ -60,6 +61,35 @@ fn files(lock: &Lock) -> BTreeMap<&str, &LockedFile> {
         _ => &[],
     });
     steps.map(|file| (file.dest.as_str(), file)).collect()
+}
+
+/// Of each playbook or manifest, what makes it run anew.
+fn provisions(from: &Lock, to: &Lock) -> Vec<String> {
+    let (before, after) = (provisions_of(from), provisions_of(to));
+    if before.len() != after.len() {
+        return vec!["provision: steps changed".to_owned()];
+    }
+    let mut lines = Vec::new();
+    for (before, after) in before.iter().zip(&after) {
+        let changes = [
+            ("is another one", before.file != after.file),
+            ("is run in another way", before.by != after.by || before.idempotent != after.idempotent),
+            ("files changed", before.files != after.files),
+            ("is run by other packages", before.tools != after.tools),
+            ("installs from archives that have changed", before.snapshot != after.snapshot),
+        ];
+        let changes = changes.iter().filter(|(_, so)| *so);
+        lines.extend(changes.map(|(what, _)| format!("{} {}: {what}", after.by.as_str(), after.file)));
+    }
+    lines
+}
+
+fn provisions_of(lock: &Lock) -> Vec<&Provision> {
+    let steps = lock.steps.iter().filter_map(|step| match step {
+        LockedStep::Provision(provision) => Some(provision),
+        _ => None,
+    });
+    steps.collect()
 }
 
 fn scripts(lock: &Lock) -> Vec<&str> {

@@ -59,6 +59,8 @@ use crate::workers::WorkerOptions;
 const CONSUMER: &str = "builder";
 /// Between two looks whether the registry has what may be launched.
 const SHARE: Duration = Duration::from_secs(3600);
+/// Between two looks for what no bake uses any more.
+const FORGET: Duration = Duration::from_secs(3600);
 
 /// Runs the builder of a site until it is told to stop.
 ///
@@ -103,6 +105,13 @@ pub async fn run(start: Start) -> Result<(), Failure> {
             resync::every(SHARE, stop, Arc::default(), || share_needed(&builder, &images)).await;
         }
     };
+    let forgetting = {
+        let (baker, stop) = (builder.bakery.clone(), stop.clone());
+        async move {
+            let forget = || async { baker.forget_unused().await.map_err(|error| error.to_string()) };
+            resync::every(FORGET, stop, Arc::default(), forget).await;
+        }
+    };
     let api = Api::new(builder.clone(), images.clone(), site.signing.clone());
     let service = BuilderServiceServer::new(api)
         .max_decoding_message_size(APPLY_LIMIT)
@@ -120,7 +129,7 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     let serving = serve(options, Routes::new(service).add_service(records), stop.clone());
     let beside = async {
         let staying = members::stay(heart, stop.clone());
-        tokio::join!(Box::pin(loops.run(bus, stop.clone())), staying, recording, sharing);
+        tokio::join!(Box::pin(loops.run(bus, stop.clone())), staying, recording, sharing, forgetting);
         Ok(())
     };
     // A server that can't serve ends the others too.

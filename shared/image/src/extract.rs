@@ -22,6 +22,9 @@ pub(crate) const CAPABILITY: &[u8] = b"security.capability";
 /// Labels and hashes that the machine it was packed on put there, for itself.
 const MACHINES_OWN: [&[u8]; 3] = [b"security.selinux", b"security.ima", b"security.evm"];
 
+/// As many as a user namespace maps.
+const IDS: u32 = 65_536;
+
 /// What one layer may hold.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
@@ -73,10 +76,22 @@ fn extract_as(form: Form, tar: impl Read, root: &OwnedFd, limits: Limits) -> Res
             return Err(Problem::refused(&entry.path, format!("more than {} bytes", limits.bytes)));
         }
         newest = newest.max(entry.mtime);
+        let entry = if form == Form::Root { of_root(entry)? } else { entry };
         tree.put(&entry, &mut reader)?;
     }
     tree.finish()?;
     Ok(newest)
+}
+
+/// Without what belongs to the machine that it was packed on.
+fn of_root(mut entry: Entry) -> Result<Entry, Problem> {
+    if entry.uid >= IDS || entry.gid >= IDS {
+        let why =
+            format!("it belongs to {}:{}, and an image has {IDS} users and groups", entry.uid, entry.gid);
+        return Err(Problem::refused(&entry.path, why));
+    }
+    entry.xattrs.retain(|name, _| !MACHINES_OWN.contains(&name.as_slice()));
+    Ok(entry)
 }
 
 struct Tree<'a> {
@@ -179,9 +194,6 @@ impl Tree<'_> {
             .map_err(|errno| failed("set owner", errno))?;
         rfs::fchmod(fd, mode).map_err(|errno| failed("set mode", errno))?;
         for (name, value) in &entry.xattrs {
-            if self.form == Form::Root && MACHINES_OWN.contains(&name.as_slice()) {
-                continue;
-            }
             // No other: `trusted.overlay.*` of a lower would make overlayfs show what is not in this layer.
             if name != CAPABILITY && !name.starts_with(b"user.") {
                 return Err(Problem::refused(

@@ -6,6 +6,7 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use kiln_model::digest::Digest;
 use rustix::fs::{self as rfs, AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat};
@@ -29,7 +30,7 @@ pub(crate) struct LayerTree {
 /// The trees of an image's layers. Paths are relative to the image's root, without a `/` in front; no link is followed.
 pub struct Stack {
     /// The lowest first.
-    pub(crate) layers: Vec<LayerTree>,
+    pub(crate) layers: Vec<Arc<LayerTree>>,
 }
 
 /// What one layer says of a path.
@@ -51,13 +52,24 @@ impl ImageStore {
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             let root = rfs::open(&path, flags, Mode::empty());
             let root = root.map_err(|errno| Error::io("open", &path)(errno.into()))?;
-            Ok(LayerTree { diff_id: layer.diff_id, path, root })
+            Ok(Arc::new(LayerTree { diff_id: layer.diff_id, path, root }))
         });
         Ok(Stack { layers: layers.collect::<Result<_, Error>>()? })
     }
 }
 
 impl Stack {
+    /// How many layers it has.
+    pub fn layers(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// What the lowest of its layers show without those above them.
+    #[must_use]
+    pub fn lowest(&self, count: usize) -> Self {
+        Self { layers: self.layers.iter().take(count).map(Arc::clone).collect() }
+    }
+
     /// A regular file's bytes; none where there is no such file.
     ///
     /// # Errors

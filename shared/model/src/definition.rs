@@ -18,6 +18,7 @@ use std::collections::BTreeMap;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 pub use self::context::{ContextEntry, EntryKind, context_digest};
 pub use self::parents::{Cycle, order_by_parent};
@@ -126,6 +127,56 @@ pub enum Step {
     Packages(Vec<String>),
     Files(Vec<FileSpec>),
     Run(String),
+    Provision(ProvisionSpec),
+}
+
+impl ImageSpec {
+    /// Files and folders of the definition's folder that it names.
+    pub fn named_files(&self) -> Vec<&str> {
+        let by_steps = self.steps.iter().flat_map(|step| match step {
+            Step::Files(files) => files.iter().map(|file| file.src.as_str()).collect(),
+            Step::Provision(spec) => vec![spec.file.as_str(), spec.folder()],
+            Step::Packages(_) | Step::Run(_) => Vec::new(),
+        });
+        by_steps.chain(self.from.named_files()).collect()
+    }
+}
+
+/// A playbook or a manifest, with all that lies in its folder: roles, modules, templates, variables.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProvisionSpec {
+    pub by: Provisioner,
+    /// Relative to the definition's folder.
+    pub file: String,
+    /// Run twice; the second run must change nothing.
+    pub idempotent: bool,
+}
+
+impl ProvisionSpec {
+    /// The folder that the file lies in, relative to the definition's.
+    pub fn folder(&self) -> &str {
+        self.file.rsplit_once('/').map_or(".", |(folder, _)| folder)
+    }
+}
+
+/// What runs a playbook or a manifest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Provisioner {
+    Ansible {
+        /// They override all others.
+        vars: BTreeMap<String, Value>,
+    },
+    Puppet,
+}
+
+impl Provisioner {
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            Self::Ansible { .. } => "ansible",
+            Self::Puppet => "puppet",
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::definition::Provisioner;
 use crate::digest::Digest;
 use crate::revision::PackageVersions;
 
@@ -61,6 +62,24 @@ pub enum LockedStep {
     Run {
         script: String,
     },
+    Provision(Provision),
+}
+
+/// A playbook or a manifest, with everything that it is run with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Provision {
+    pub by: Provisioner,
+    /// The playbook or manifest, among `files`.
+    pub file: String,
+    /// Of its folder: `dest` is the path inside it, with a `/` in front.
+    pub files: Vec<LockedFile>,
+    pub idempotent: bool,
+    /// What the host is called in it: the server's name.
+    pub host: String,
+    /// What runs it, with all that this needs; none of it stays in the image.
+    pub tools: Vec<LockedPackage>,
+    /// Names what the archives held that it can install from.
+    pub snapshot: Digest,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -109,7 +128,7 @@ impl Lock {
         };
         let steps = self.steps.iter().flat_map(|step| match step {
             LockedStep::Packages { packages, .. } => packages.as_slice(),
-            LockedStep::Files { .. } | LockedStep::Run { .. } => &[],
+            LockedStep::Files { .. } | LockedStep::Run { .. } | LockedStep::Provision(_) => &[],
         });
         base.iter().chain(steps).map(|package| (package.name.clone(), package.version.clone())).collect()
     }

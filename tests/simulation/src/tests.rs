@@ -286,6 +286,12 @@ fn what_is_heard_again_ends_no_soak() {
     holds_now(5820);
 }
 
+/// It was never asked twice in a row while it did not answer, and was well for most of an hour.
+#[test]
+fn an_instance_that_answers_every_second_time_is_replaced() {
+    holds_now(406);
+}
+
 /// Its builder was killed five times for reasons of its own, and the packages that it was for never came.
 #[test]
 fn a_build_that_was_interrupted_too_often_is_tried_again() {

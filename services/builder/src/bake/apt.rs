@@ -40,6 +40,21 @@ pub(crate) struct Solved {
     pub(crate) url: String,
 }
 
+/// A list of packages as apt keeps it.
+#[derive(Debug, Clone)]
+pub(crate) struct PackageList {
+    /// The address that its packages' file names are relative to.
+    pub(crate) repository: String,
+    /// The address of its suite.
+    pub(crate) base: String,
+    /// Its path below the suite: `main/binary-amd64/Packages`.
+    pub(crate) key: String,
+    pub(crate) file: PathBuf,
+    /// `InRelease`; `Release` where the archive has no other.
+    pub(crate) release_name: &'static str,
+    pub(crate) release: PathBuf,
+}
+
 /// The state for one set of archives. While it is open no other bake uses it.
 pub(crate) struct Apt<'a> {
     folder: PathBuf,
@@ -141,8 +156,18 @@ impl<'a> Apt<'a> {
         status: Option<&Path>,
         cancel: &CancellationToken,
     ) -> Result<Vec<Solved>, BakeError> {
+        self.print(&["-q", "-y", "--print-uris", "--no-remove", "install", "--"], wanted, status, cancel)
+    }
+
+    fn print(
+        &self,
+        words: &[&str],
+        wanted: &[String],
+        status: Option<&Path>,
+        cancel: &CancellationToken,
+    ) -> Result<Vec<Solved>, BakeError> {
         let mut command = self.command("apt-get", status);
-        command.args(["-q", "-y", "--print-uris", "--no-remove", "install", "--"]).args(wanted);
+        command.args(words).args(wanted);
         let outcome = command::run(&mut command, Stdout::Keep, self.log, cancel, TIME_LIMIT)?;
         let stdout = String::from_utf8_lossy(&outcome.stdout);
         if !outcome.succeeded() {
@@ -151,56 +176,81 @@ impl<'a> Apt<'a> {
         stdout.lines().filter(|line| line.starts_with('\'')).map(parse_uri).collect()
     }
 
+    /// What has a newer version than what `status` says is installed, with what that needs.
+    pub(crate) fn upgrades(
+        &self,
+        status: &Path,
+        cancel: &CancellationToken,
+    ) -> Result<Vec<Solved>, BakeError> {
+        let words = ["-q", "-y", "--print-uris", "--no-remove", "--with-new-pkgs", "upgrade"];
+        self.print(&words, &[], Some(status), cancel)
+    }
+
     /// The release files that the lists were made from.
     pub(crate) fn release_files(&self, cancel: &CancellationToken) -> Result<Vec<ReleaseFile>, BakeError> {
+        let mut files = BTreeMap::new();
+        for list in self.package_lists(cancel)? {
+            let content = fs::read(&list.release).map_err(BakeError::io("read", &list.release))?;
+            files.insert(format!("{}{}", list.base, list.release_name), Digest::of(&content));
+        }
+        Ok(files.into_iter().map(|(url, digest)| ReleaseFile { url, digest }).collect())
+    }
+
+    /// Every list of packages, with the release file that says what is in it.
+    pub(crate) fn package_lists(&self, cancel: &CancellationToken) -> Result<Vec<PackageList>, BakeError> {
         let mut command = self.command("apt-get", None);
         command.args([
             "indextargets",
             "--format",
-            "$(BASE_URI)|$(FILENAME)|$(METAKEY)",
+            "$(REPO_URI)|$(BASE_URI)|$(FILENAME)|$(METAKEY)",
             "Created-By: Packages",
         ]);
         let outcome = command::run(&mut command, Stdout::Keep, self.log, cancel, TIME_LIMIT)?;
         if !outcome.succeeded() {
             return Err(self.archive_error(&outcome));
         }
-        let mut files = BTreeMap::new();
+        let mut lists = Vec::new();
         for line in String::from_utf8_lossy(&outcome.stdout).lines() {
-            let mut parts = line.split('|');
-            let (Some(base), Some(list), Some(key)) = (parts.next(), parts.next(), parts.next()) else {
-                continue;
-            };
+            let parts: Vec<_> = line.split('|').collect();
+            let [repository, base, list, key] = parts.as_slice() else { continue };
             // The release file of the same suite begins alike.
             let release = list.rsplit_once(&list_name(key)).and_then(|(prefix, _)| {
-                ["InRelease", "Release"].into_iter().find_map(|name| {
-                    Some((format!("{base}{name}"), fs::read(format!("{prefix}{name}")).ok()?))
-                })
+                let files =
+                    ["InRelease", "Release"].map(|name| (name, PathBuf::from(format!("{prefix}{name}"))));
+                files.into_iter().find(|(_, path)| path.is_file())
             });
             // Without it nobody would see that the archive moves on.
-            let Some((url, content)) = release else {
+            let Some((release_name, release)) = release else {
                 return Err(BakeError::Archive {
-                    archive: base.to_owned(),
+                    archive: (*base).to_owned(),
                     why: format!("apt kept no release file beside its list {list}"),
                     remedy: "see that the archive has an InRelease or a Release file for this suite"
                         .to_owned(),
                 });
             };
-            files.insert(url, Digest::of(&content));
+            lists.push(PackageList {
+                repository: (*repository).to_owned(),
+                base: (*base).to_owned(),
+                key: (*key).to_owned(),
+                file: PathBuf::from(list),
+                release_name,
+                release,
+            });
         }
-        if files.is_empty() {
+        if lists.is_empty() {
             return Err(BakeError::Archive {
                 archive: self.archives.first().map(|archive| archive.url.clone()).unwrap_or_default(),
                 why: "it has no package list for this architecture".to_owned(),
                 remedy: "see that suite and components are those that the archive has".to_owned(),
             });
         }
-        Ok(files.into_iter().map(|(url, digest)| ReleaseFile { url, digest }).collect())
+        Ok(lists)
     }
 }
 
 /// How apt names a list after the part of its address below the suite: what is special to it or not printable in hex, and
 /// `_` for `/`. It is `URItoFileName` of its `strutl.cc`.
-fn list_name(key: &str) -> String {
+pub(crate) fn list_name(key: &str) -> String {
     let mut name = String::new();
     for byte in key.bytes() {
         match byte {

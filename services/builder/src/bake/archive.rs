@@ -1,7 +1,7 @@
 //! A root file system that somebody else has packed as tar: taken, looked into, unpacked.
 
 use std::fs::File;
-use std::io::{BufRead as _, BufReader, Read};
+use std::io::{self, BufRead as _, BufReader, Read};
 use std::path::Path;
 
 use kiln_image::tar::{Kind, Problem, Reader};
@@ -17,13 +17,12 @@ use super::context::{Contents, open_in};
 use super::dpkg;
 use super::error::BakeError;
 use super::fetch::{Wanted, fetch};
-use super::system::{OS_RELEASE, System};
+use super::system::{OS_RELEASE, OS_RELEASE_LIMIT, STATUS_LIMIT, System};
 
 /// Compressed or not.
 const FILE_LIMIT: u64 = 16 << 30;
-/// Of what is looked at without being unpacked.
-const LOOKED_AT_LIMIT: u64 = 64 << 20;
-const ENTRIES: u64 = 2_000_000;
+/// All of the tar.
+const UNPACKED_LIMIT: u64 = 64 << 30;
 const BLOCK: usize = 1 << 18;
 
 /// The archive among the contents, with its size in bytes.
@@ -42,7 +41,7 @@ pub(crate) fn take(
             }
             let folder = contents.folder()?;
             let to = folder.path().join("archive");
-            let wanted = [Wanted { url: url.clone(), to: to.clone(), sha256: *sha256 }];
+            let wanted = [Wanted { url: url.clone(), to: to.clone(), sha256: *sha256, largest: FILE_LIMIT }];
             fetch(&wanted, log, cancel)?.map_err(|why| BakeError::Archive {
                 archive: url.clone(),
                 why,
@@ -50,55 +49,83 @@ pub(crate) fn take(
                     .to_owned(),
             })?;
             let file = File::open(&to).map_err(BakeError::io("open", &to))?;
-            let (found, size) = contents.put_file(&file, FILE_LIMIT, url)?;
-            if found == *sha256 {
-                return Ok((found, size));
-            }
-            Err(BakeError::Archive {
-                archive: url.clone(),
-                why: format!("it gives {found}, wanted {sha256}"),
-                remedy: "correct `sha256`, if it is what you want".to_owned(),
-            })
+            contents.put_file(&file, FILE_LIMIT, url)
         }
     }
 }
 
 /// What apt has to know of it to add packages.
-pub(crate) fn look(file: File, digest: &Digest) -> Result<System, BakeError> {
-    let mut reader = Reader::new(open(file, digest)?);
+pub(crate) fn look(file: File, digest: &Digest, cancel: &CancellationToken) -> Result<System, BakeError> {
+    let mut reader = Reader::new(open(file, digest, UNPACKED_LIMIT, cancel)?);
     let mut system = System::default();
+    let mut release = [const { None }; OS_RELEASE.len()];
     let refused = |problem: Problem| malformed(digest, &problem);
     while let Some(entry) = reader.next_entry().map_err(refused)? {
-        let is_status = entry.path == dpkg::STATUS;
-        let is_release = OS_RELEASE.contains(&entry.path.as_slice());
-        if entry.kind == Kind::File && (is_status || is_release) {
-            let mut content = Vec::new();
-            let read = reader.by_ref().take(LOOKED_AT_LIMIT).read_to_end(&mut content);
-            read.map_err(|error| refused(error.into()))?;
-            if is_status {
-                system.status = Some(content);
-            } else {
-                system.os_release = Some(content);
+        let (into, limit) = match OS_RELEASE.iter().position(|path| entry.path == *path) {
+            Some(at) => (&mut release[at], OS_RELEASE_LIMIT),
+            None if entry.path == dpkg::STATUS => (&mut system.status, STATUS_LIMIT),
+            None => continue,
+        };
+        if entry.kind == Kind::File {
+            if entry.size > limit {
+                let why = format!("it has more than the {limit} bytes that are read of it");
+                return Err(refused(Problem::refused(&entry.path, why)));
             }
+            let mut content = Vec::new();
+            reader.by_ref().read_to_end(&mut content).map_err(|error| refused(error.into()))?;
+            *into = Some(content);
         }
     }
+    system.os_release = release.into_iter().flatten().next();
     Ok(system)
 }
 
 /// Into an empty folder; gives the time of its youngest file, in seconds.
-pub(crate) fn unpack(file: File, digest: &Digest, to: &Path, bytes: u64) -> Result<i64, BakeError> {
+pub(crate) fn unpack(
+    file: File,
+    digest: &Digest,
+    to: &Path,
+    bytes: u64,
+    cancel: &CancellationToken,
+) -> Result<i64, BakeError> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let root = rustix::fs::open(to, flags, Mode::empty());
     let root = root.map_err(|errno| BakeError::io("open", to)(errno.into()))?;
-    let limits = Limits { entries: ENTRIES, bytes };
-    unpack_root(open(file, digest)?, &root, limits).map_err(|problem| malformed(digest, &problem))
+    let limits = Limits { bytes, ..Limits::default() };
+    let tar = open(file, digest, UNPACKED_LIMIT, cancel)?;
+    unpack_root(tar, &root, limits).map_err(|problem| malformed(digest, &problem))
 }
 
-fn open(file: File, digest: &Digest) -> Result<BufReader<Box<dyn Read + Send>>, BakeError> {
+fn open(
+    file: File,
+    digest: &Digest,
+    bytes: u64,
+    cancel: &CancellationToken,
+) -> Result<BufReader<Bounded>, BakeError> {
     let failed = |error| malformed(digest, &Problem::Io(error));
     let mut raw = BufReader::with_capacity(BLOCK, file);
     let compression = Compression::of(raw.fill_buf().map_err(failed)?);
-    Ok(BufReader::with_capacity(BLOCK, compression.open(raw).map_err(failed)?))
+    let inner = compression.open(raw).map_err(failed)?;
+    Ok(BufReader::with_capacity(BLOCK, Bounded { inner, left: bytes, cancel: cancel.clone() }))
+}
+
+/// A stream that ends with an error where it is longer than it may be, or where nobody waits for it any more.
+struct Bounded {
+    inner: Box<dyn Read + Send>,
+    left: u64,
+    cancel: CancellationToken,
+}
+
+impl Read for Bounded {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.cancel.is_cancelled() {
+            return Err(io::Error::other("the build was cancelled"));
+        }
+        let read = self.inner.read(buffer)?;
+        self.left = (self.left.checked_sub(read as u64))
+            .ok_or_else(|| io::Error::other(format!("it unpacks to more than {UNPACKED_LIMIT} bytes")))?;
+        Ok(read)
+    }
 }
 
 fn length(file: &File) -> Result<u64, BakeError> {

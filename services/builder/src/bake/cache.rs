@@ -122,6 +122,9 @@ pub(crate) fn keys(lock: &Lock) -> Result<Vec<Digest>, BakeError> {
             LockedStep::Packages { packages, .. } => json!({"packages": packages}),
             LockedStep::Files { files } => json!({"files": files, "timestamp": lock.timestamp}),
             LockedStep::Run { script } => json!({"run": script, "env": lock.env}),
+            LockedStep::Provision(provision) => {
+                json!({"provision": provision, "env": lock.env, "timestamp": lock.timestamp})
+            }
         };
         let above = keys.last().copied();
         keys.push(digest(json!({"below": above, "step": content}))?);

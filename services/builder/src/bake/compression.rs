@@ -2,6 +2,12 @@
 
 use std::io::{self, BufRead, Read};
 
+use liblzma::bufread::XzDecoder;
+use liblzma::stream::{CONCATENATED, Stream};
+
+/// `xz -9` needs 65 MiB; a header can ask for gigabytes.
+const XZ_MEMORY: u64 = 128 << 20;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Compression {
     None,
@@ -26,7 +32,10 @@ impl Compression {
         Ok(match self {
             Self::None => Box::new(raw),
             Self::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(raw)),
-            Self::Xz => Box::new(liblzma::bufread::XzDecoder::new_multi_decoder(raw)),
+            Self::Xz => {
+                let stream = Stream::new_stream_decoder(XZ_MEMORY, CONCATENATED)?;
+                Box::new(XzDecoder::new_stream(raw, stream))
+            }
             Self::Zstd => Box::new(zstd::Decoder::with_buffer(raw)?),
         })
     }

@@ -17,7 +17,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::error::BakeError;
 use super::tree::names_in;
-use super::whole;
+use super::{kept, whole};
 
 const DEPTH_LIMIT: usize = 64;
 const FILES_LIMIT: usize = 100_000;
@@ -31,15 +31,23 @@ pub(crate) struct Contents {
     root: PathBuf,
 }
 
+/// Those of a builder.
+pub(crate) fn all(home: &Path) -> PathBuf {
+    home.join("files")
+}
+
 impl Contents {
-    pub(crate) fn open(root: PathBuf) -> Result<Self, BakeError> {
+    pub(crate) fn open(home: &Path) -> Result<Self, BakeError> {
+        let root = all(home);
         fs::create_dir_all(&root).map_err(BakeError::io("make folder", &root))?;
         Ok(Self { root })
     }
 
     pub(crate) fn get(&self, digest: &Digest) -> Result<File, BakeError> {
         let path = self.root.join(digest.hex());
-        File::open(&path).map_err(BakeError::io("open", &path))
+        let file = File::open(&path).map_err(BakeError::io("open", &path))?;
+        kept::touch(&path)?;
+        Ok(file)
     }
 
     /// For what is written here before it gets its name.
@@ -59,6 +67,7 @@ impl Contents {
         let digest = hashing.digest();
         let path = self.root.join(digest.hex());
         if fs::metadata(&path).is_ok_and(|found| found.len() == size) {
+            kept::touch(&path)?;
             return Ok((digest, size));
         }
         let mut copy =
@@ -79,7 +88,9 @@ impl Contents {
     fn put(&self, content: &[u8]) -> Result<Digest, BakeError> {
         let digest = Digest::of(content);
         let path = self.root.join(digest.hex());
-        if !path.is_file() {
+        if path.is_file() {
+            kept::touch(&path)?;
+        } else {
             let mut file = tempfile::NamedTempFile::new_in(&self.root)
                 .map_err(BakeError::io("make a file for", &path))?;
             file.write_all(content)
@@ -339,12 +350,7 @@ pub(crate) fn open_in(folder: &Path, path: &str) -> Result<File, BakeError> {
 /// Copies a key ring out of a definition's folder, to a place that is the same for the same keys: what apt keeps for an
 /// archive hangs on it.
 pub(crate) fn key_ring(folder: &Path, path: &str, keys: &Path) -> Result<PathBuf, BakeError> {
-    let fd = beneath(&open_folder(folder)?, path.as_bytes(), OFlags::RDONLY | OFlags::NONBLOCK)
-        .map_err(|errno| refused(path, errno))?;
-    if kind(&fd) != Some(FileType::RegularFile) {
-        return Err(wrong(path, "it is not a file", "name the file with the archive's public keys"));
-    }
-    let content = read(fd, KEY_LIMIT)
+    let content = read(open_in(folder, path)?.into(), KEY_LIMIT)
         .map_err(|why| wrong(path, &why, "name the file with the archive's public keys"))?;
     // apt goes by the ending.
     let extension = if content.starts_with(b"-----BEGIN PGP") { "asc" } else { "gpg" };

@@ -19,6 +19,8 @@ pub(crate) struct Wanted {
     pub(crate) url: String,
     pub(crate) to: PathBuf,
     pub(crate) sha256: Digest,
+    /// Bytes that it may have; what has more is cut, and so is not what is wanted.
+    pub(crate) largest: u64,
 }
 
 /// All of them, or the reason why not. Their hashes are compared, which whoever keeps them does again.
@@ -27,9 +29,12 @@ pub(crate) fn fetch(
     log: &LogSink,
     cancel: &CancellationToken,
 ) -> Result<Result<(), String>, BakeError> {
-    let mut command = Command::new(APT_HELPER);
+    // apt's transports take what comes, without end.
+    let largest = wanted.iter().map(|it| it.largest).max().unwrap_or_default();
+    let mut command = Command::new("prlimit");
+    command.arg(format!("--fsize={largest}")).arg(APT_HELPER);
     command.env("LC_ALL", "C.UTF-8").args(["-q", "-o", "APT::Sandbox::User=root", "download-file"]);
-    for Wanted { url, to, sha256 } in wanted {
+    for Wanted { url, to, sha256, .. } in wanted {
         // `file:` gives a link to the archive's own file, `copy:` a copy.
         let url = url.strip_prefix("file:").map_or(url.clone(), |path| format!("copy:{path}"));
         command.arg(url).arg(to).arg(format!("SHA256:{}", sha256.hex()));

@@ -14,7 +14,7 @@ use super::dpkg::Database;
 use super::error::BakeError;
 use super::owners;
 use super::packages::PackageStore;
-use super::sandbox::{Job, PATH, Sandbox};
+use super::sandbox::{Access, Folder, Job, PATH, Sandbox};
 use super::tree::{SHIFT, Tree};
 use super::unpack::{Trouble, Unpacked, unpack};
 use super::work::mount_shifted;
@@ -42,17 +42,8 @@ impl Installer<'_> {
         root: &Path,
     ) -> Result<i64, BakeError> {
         let tree = Tree::open(tree_path, 0).map_err(BakeError::io("open", tree_path))?;
-        self.merge_usr(&tree)?;
         let debs = self.open(packages)?;
-        let began = Instant::now();
-        let unpacked = unpack(&debs, &tree, self.sandbox.cancel).map_err(|trouble| match trouble {
-            Trouble::Failed(error) => error,
-            Trouble::Taken { package, path } => BakeError::Package {
-                package,
-                why: format!("it brings {path}, which another package of the base brings too"),
-            },
-        })?;
-        self.tell("unpacked", debs.len(), began);
+        let unpacked = self.unpack(&debs, &tree)?;
         let database = Database::default();
         database.add(&tree, &debs, &unpacked, self.architecture)?;
         mount_shifted(tree_path, root, false)?;
@@ -122,9 +113,30 @@ impl Installer<'_> {
         }
         // They come in an order that apt found good; what a package needs before it is unpacked may still be unconfigured.
         let script = format!("{DPKG} --force-depends --unpack {DEBS}/*.deb\n{DPKG} --configure -a\n");
-        self.run(step, &tree, root, &script, newest, Some(&folder))?;
+        let seen = [Folder { outside: folder.clone(), inside: DEBS, access: Access::Read }];
+        self.run(step, &tree, root, &script, newest, &seen)?;
         fs::remove_dir_all(&folder).map_err(BakeError::io("remove", &folder))?;
         Ok(newest)
+    }
+
+    /// The files of packages into an empty folder, and nothing more: no package is configured, and none is known to be there.
+    pub(crate) fn unpack_alone(&self, packages: &[LockedPackage], to: &Path) -> Result<(), BakeError> {
+        let tree = Tree::open(to, 0).map_err(BakeError::io("open", to))?;
+        self.unpack(&self.open(packages)?, &tree).map(drop)
+    }
+
+    fn unpack(&self, debs: &[Deb], tree: &Tree) -> Result<Vec<Unpacked>, BakeError> {
+        self.merge_usr(tree)?;
+        let began = Instant::now();
+        let unpacked = unpack(debs, tree, self.sandbox.cancel).map_err(|trouble| match trouble {
+            Trouble::Failed(error) => error,
+            Trouble::Taken { package, path } => BakeError::Package {
+                package,
+                why: format!("it brings {path}, which another one of these packages brings too"),
+            },
+        })?;
+        self.tell("unpacked", debs.len(), began);
+        Ok(unpacked)
     }
 
     fn open(&self, packages: &[LockedPackage]) -> Result<Vec<Deb>, BakeError> {
@@ -177,7 +189,7 @@ impl Installer<'_> {
         }
         let _ = writeln!(script, "{DPKG} --configure -a");
         let began = Instant::now();
-        self.run(step, tree, root, &script, stamp, None)?;
+        self.run(step, tree, root, &script, stamp, &[])?;
         self.tell("configured", debs.len(), began);
         Ok(())
     }
@@ -193,7 +205,7 @@ impl Installer<'_> {
         root: &Path,
         script: &str,
         stamp: i64,
-        folder: Option<&Path>,
+        folders: &[Folder],
     ) -> Result<(), BakeError> {
         forbid_services(tree)?;
         let env: BTreeMap<String, String> = [
@@ -215,8 +227,9 @@ impl Installer<'_> {
             root,
             script,
             env: &env,
-            folder: folder.map(|folder| (folder, DEBS)),
+            folders,
             hide_ischroot: hides_ischroot(tree)?,
+            own_run: false,
         })
     }
 }

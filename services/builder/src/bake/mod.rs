@@ -4,6 +4,7 @@
 //! the lock names and the package store lacks.
 
 mod ahead;
+mod ansible;
 mod apt;
 mod archive;
 mod cache;
@@ -20,26 +21,33 @@ mod files;
 #[cfg(test)]
 mod hostile;
 mod install;
+mod kept;
 mod leftovers;
+mod offered;
 mod opened;
 mod owners;
 mod packages;
+mod provision;
+mod puppet;
 mod resolve;
 mod rights;
 mod sandbox;
 mod seal;
 mod seccomp;
+mod snapshot;
 mod solutions;
 mod sources;
 mod steps;
 pub(crate) mod system;
 #[cfg(test)]
 mod tests;
+mod tools;
 mod tree;
 mod unpack;
 mod whole;
 mod work;
 
+use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -116,8 +124,8 @@ impl Default for BakeLimits {
 /// Locks that are resolved at once. Solving is one process's work on one core, and mostly waits for another of the same
 /// archives.
 const RESOLVES: usize = 4;
-/// How long a layer that no image has any more is kept for another bake.
-const LAYERS_KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
+/// How long what no bake uses is kept for another one: layers that no image has, tools, what archives held.
+const UNUSED_KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// Takes one line of a build's log, without its line end.
 pub type LogSink = Arc<dyn Fn(&str) + Send + Sync>;
@@ -151,7 +159,17 @@ pub struct ResolveRequest<'a> {
     /// Keep this lock's packages while base and package lists are what they were: then no archive is asked, and apt is not
     /// called.
     pub pinned: Option<&'a Lock>,
+    /// What is in force, where there is anything: as long as no package in it has a newer version, playbooks and manifests go
+    /// on with the archives as they were.
+    pub current: Option<Current>,
     pub log: LogSink,
+}
+
+/// A lock, and the image that was made from it.
+#[derive(Debug, Clone)]
+pub struct Current {
+    pub lock: Lock,
+    pub image: Digest,
 }
 
 /// An archive's release file as it was when the packages were resolved.
@@ -257,7 +275,7 @@ impl Baker {
     /// What the definition asks for can't be had; an archive is not reachable or not to be trusted.
     pub async fn resolve(&self, request: ResolveRequest<'_>) -> Result<Resolution, BakeError> {
         let config = Arc::clone(&self.config);
-        let ResolveRequest { definition, context, parent, timestamp, pinned, log } = request;
+        let ResolveRequest { definition, context, parent, timestamp, pinned, current, log } = request;
         let (definition, context) = (definition.clone(), context.to_owned());
         let pinned = pinned.cloned();
         let cancel = CancellationToken::new();
@@ -280,8 +298,11 @@ impl Baker {
                 parent: parent.as_ref(),
                 timestamp,
                 pinned: pinned.as_ref(),
+                current: current.as_ref(),
                 log: &log,
                 cancel: &cancel,
+                contents: context::Contents::open(&config.home)?,
+                archive: OnceCell::new(),
             }
             .resolve()
         })
@@ -369,7 +390,7 @@ impl Baker {
         .await
     }
 
-    /// Removes what bakes of this site left over: containers, mounts, cgroups, work trees, and layers that nobody has used
+    /// Removes what bakes of this site left over: containers, mounts, cgroups, work trees, and layers that no image has had
     /// for a week. To be called at boot, before the first bake.
     ///
     /// # Errors
@@ -378,7 +399,23 @@ impl Baker {
         let config = Arc::clone(&self.config);
         blocking(move || {
             leftovers::sweep(&config)?;
-            cache::LayerCache::open(&config.layer_cache)?.forget(LAYERS_KEPT)
+            cache::LayerCache::open(&config.layer_cache)?.forget(UNUSED_KEPT)
+        })
+        .await
+    }
+
+    /// Removes what bakes keep for later ones, and what no bake has used for a week.
+    ///
+    /// # Errors
+    /// Something can't be removed.
+    pub async fn forget_unused(&self) -> Result<(), BakeError> {
+        let config = Arc::clone(&self.config);
+        blocking(move || {
+            let home = &config.home;
+            for kept in [tools::all(home), snapshot::all(home), context::all(home), system::all(home)] {
+                kept::forget(&kept, UNUSED_KEPT)?;
+            }
+            Ok(())
         })
         .await
     }

@@ -112,7 +112,8 @@ impl PackageStore {
                         .to_owned(),
                 remedy: "resolve the packages anew: build without pinning".to_owned(),
             })?;
-            wanted.push(Wanted { url, to: folder.join(package.sha256.hex()), sha256: package.sha256 });
+            let to = folder.join(package.sha256.hex());
+            wanted.push(Wanted { url, to, sha256: package.sha256, largest: package.size });
         }
         fetch(&wanted, log, cancel)?.map_err(|why| BakeError::Archive {
             archive: "of the lock's packages".to_owned(),

@@ -1,6 +1,7 @@
 //! A definition's inputs, exactly: the lock.
 
-use std::collections::BTreeSet;
+use std::cell::OnceCell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZero;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -8,19 +9,23 @@ use std::thread;
 use std::time::Instant;
 
 use jiff::Timestamp;
-use kiln_image::ImageStore;
-use kiln_model::definition::{ArchivePlace, ArchiveSpec, DebianVariant, Definition, Source, Step};
+use kiln_image::{ImageStore, Stack};
+use kiln_model::definition::{
+    ArchivePlace, ArchiveSpec, DebianVariant, Definition, FileSpec, ProvisionSpec, Provisioner, Source, Step,
+};
 use kiln_model::digest::Digest;
-use kiln_model::lock::{BUILDER_FORMAT, Lock, LockedBase, LockedPackage, LockedStep};
+use kiln_model::lock::{BUILDER_FORMAT, Lock, LockedBase, LockedFile, LockedPackage, LockedStep, Provision};
 use tokio_util::sync::CancellationToken;
 
 use super::apt::{Apt, Solved, is_request};
 use super::context::{Contents, Context};
 use super::error::BakeError;
 use super::packages::PackageStore;
+use super::snapshot::Snapshot;
 use super::solutions::Solutions;
 use super::system::System;
-use super::{BakeConfig, DebianRoot, LogSink, ParentImage, Resolution, archive, sources};
+use super::{BakeConfig, Current, DebianRoot, LogSink, ParentImage, Resolution, archive, provision, sources};
+use crate::describe;
 
 pub(crate) struct Resolver<'a> {
     pub(crate) config: &'a BakeConfig,
@@ -29,27 +34,38 @@ pub(crate) struct Resolver<'a> {
     pub(crate) parent: Option<&'a ParentImage>,
     pub(crate) timestamp: Timestamp,
     pub(crate) pinned: Option<&'a Lock>,
+    pub(crate) current: Option<&'a Current>,
     pub(crate) log: &'a LogSink,
     pub(crate) cancel: &'a CancellationToken,
+    pub(crate) contents: Contents,
+    /// Of the root file system's archive, once it was read.
+    pub(crate) archive: OnceCell<(Digest, u64)>,
 }
 
-/// The packages of the base, and those of each `packages` step.
+/// Of each playbook and manifest: the packages that it is run by, and what the archives held.
+type Provisions = Vec<(Vec<LockedPackage>, Digest)>;
+
+/// The packages of the base, and those of each `packages` step; and of each step that installs packages by itself, what it is
+/// run with.
 struct Packages {
     base: Vec<LockedPackage>,
     steps: Vec<Vec<LockedPackage>>,
+    provisions: Provisions,
 }
 
 impl Resolver<'_> {
     pub(crate) fn resolve(&self) -> Result<Resolution, BakeError> {
         let requested = self.requested()?;
-        let contents = Contents::open(self.config.home.join("files"))?;
-        let (packages, release_files) = match self.pinned_packages(&requested, &contents)? {
-            Some(packages) => (packages, None),
+        match self.pinned_packages(&requested)? {
+            Some(packages) => Ok(Resolution { lock: self.lock(packages)?, release_files: None }),
             None => {
-                let (packages, release_files) = self.solve(&requested, &contents)?;
-                (packages, Some(release_files))
+                let (lock, release_files) = self.solve(&requested)?;
+                Ok(Resolution { lock, release_files: Some(release_files) })
             }
-        };
+        }
+    }
+
+    fn lock(&self, packages: Packages) -> Result<Lock, BakeError> {
         let image = &self.definition.image;
         let base = match &image.from {
             Source::Scratch => LockedBase::Scratch,
@@ -59,38 +75,47 @@ impl Resolver<'_> {
                 packages: packages.base,
             },
             Source::Archive { place, .. } => {
-                let (digest, size) = self.archive(place, &contents)?;
+                let (digest, size) = self.archive(place)?;
                 LockedBase::Archive { digest, size }
             }
             Source::Server { name } => LockedBase::Server { image_digest: self.parent_image(name)?.digest },
         };
-        let context = Context::open(self.context, &contents, &self.definition.name, &image.env)?;
+        let context = Context::open(self.context, &self.contents, &self.definition.name, &image.env)?;
         let mut added = packages.steps.into_iter();
-        let steps = image
-            .steps
-            .iter()
-            .map(|step| {
-                Ok(match step {
-                    Step::Packages(requested) => LockedStep::Packages {
-                        requested: requested.clone(),
-                        packages: added.next().unwrap_or_default(),
-                    },
-                    Step::Files(specs) => LockedStep::Files { files: context.files(specs)? },
-                    Step::Run(script) => LockedStep::Run { script: script.clone() },
-                })
+        let mut provisions = packages.provisions.into_iter();
+        let steps = image.steps.iter().map(|step| {
+            Ok(match step {
+                Step::Packages(requested) => LockedStep::Packages {
+                    requested: requested.clone(),
+                    packages: added.next().unwrap_or_default(),
+                },
+                Step::Files(specs) => LockedStep::Files { files: context.files(specs)? },
+                Step::Run(script) => LockedStep::Run { script: script.clone() },
+                Step::Provision(spec) => {
+                    let (tools, snapshot) =
+                        provisions.next().ok_or_else(|| no_archive("nothing was resolved"))?;
+                    LockedStep::Provision(Provision {
+                        by: spec.by.clone(),
+                        file: spec.file.rsplit('/').next().unwrap_or_default().to_owned(),
+                        files: provision_files(&context, spec)?,
+                        idempotent: spec.idempotent,
+                        host: self.definition.name.to_string(),
+                        tools,
+                        snapshot,
+                    })
+                }
             })
-            .collect::<Result<Vec<_>, BakeError>>()?;
-        let lock = Lock {
+        });
+        Ok(Lock {
             format: BUILDER_FORMAT,
             architecture: architecture()?.to_owned(),
             base,
-            steps,
+            steps: steps.collect::<Result<_, BakeError>>()?,
             env: image.env.clone(),
             user: image.user.clone(),
             command: image.command.clone(),
             timestamp: self.timestamp,
-        };
-        Ok(Resolution { lock, release_files })
+        })
     }
 
     fn requested(&self) -> Result<Vec<&Vec<String>>, BakeError> {
@@ -111,6 +136,18 @@ impl Resolver<'_> {
         }
     }
 
+    fn provisioners(&self) -> Vec<&Provisioner> {
+        let steps = self.definition.image.steps.iter().filter_map(|step| match step {
+            Step::Provision(spec) => Some(&spec.by),
+            _ => None,
+        });
+        steps.collect()
+    }
+
+    fn needs_no_archive(&self, requested: &[&Vec<String>]) -> bool {
+        requested.iter().all(|list| list.is_empty()) && self.provisioners().is_empty()
+    }
+
     fn parent_image(&self, name: &impl std::fmt::Display) -> Result<&ParentImage, BakeError> {
         self.parent.ok_or_else(|| BakeError::Definition {
             what: format!("from server {name}"),
@@ -120,11 +157,7 @@ impl Resolver<'_> {
     }
 
     /// Those of the pinned lock, where base and lists are what they were, so that solving would begin at the same place.
-    fn pinned_packages(
-        &self,
-        requested: &[&Vec<String>],
-        contents: &Contents,
-    ) -> Result<Option<Packages>, BakeError> {
+    fn pinned_packages(&self, requested: &[&Vec<String>]) -> Result<Option<Packages>, BakeError> {
         let Some(pinned) = self.pinned.filter(|lock| lock.format == BUILDER_FORMAT) else { return Ok(None) };
         let base = match (&pinned.base, &self.definition.image.from) {
             (LockedBase::Scratch, Source::Scratch) => Vec::new(),
@@ -134,13 +167,14 @@ impl Resolver<'_> {
             ) if suite == s.as_str() && variant == variant_name(*v) => packages.clone(),
             // On another parent image other packages may be missing.
             (LockedBase::Server { image_digest }, Source::Server { .. })
-                if requested.is_empty() || Some(*image_digest) == self.parent.map(|parent| parent.digest) =>
+                if self.needs_no_archive(requested)
+                    || Some(*image_digest) == self.parent.map(|parent| parent.digest) =>
             {
                 Vec::new()
             }
             // On another root file system too.
             (LockedBase::Archive { digest, .. }, Source::Archive { place, .. })
-                if requested.is_empty() || *digest == self.archive(place, contents)?.0 =>
+                if self.needs_no_archive(requested) || *digest == self.archive(place)?.0 =>
             {
                 Vec::new()
             }
@@ -151,25 +185,27 @@ impl Resolver<'_> {
             .iter()
             .filter_map(|step| match step {
                 LockedStep::Packages { requested, packages } => Some((requested, packages)),
-                LockedStep::Files { .. } | LockedStep::Run { .. } => None,
+                LockedStep::Files { .. } | LockedStep::Run { .. } | LockedStep::Provision(_) => None,
             })
             .collect();
         let same = locked.iter().map(|(list, _)| *list).eq(requested.iter().copied());
-        Ok(same.then(|| Packages {
+        Ok(self.kept_provisions(pinned).filter(|_| same).map(|provisions| Packages {
             base,
             steps: locked.into_iter().map(|(_, packages)| packages.clone()).collect(),
+            provisions,
         }))
     }
 
-    fn archive(&self, place: &ArchivePlace, contents: &Contents) -> Result<(Digest, u64), BakeError> {
-        archive::take(place, self.context, contents, self.log, self.cancel)
+    /// It can be large: it is read once.
+    fn archive(&self, place: &ArchivePlace) -> Result<(Digest, u64), BakeError> {
+        if let Some(known) = self.archive.get() {
+            return Ok(*known);
+        }
+        let taken = archive::take(place, self.context, &self.contents, self.log, self.cancel)?;
+        Ok(*self.archive.get_or_init(|| taken))
     }
 
-    fn solve(
-        &self,
-        requested: &[&Vec<String>],
-        contents: &Contents,
-    ) -> Result<(Packages, Vec<super::ReleaseFile>), BakeError> {
+    fn solve(&self, requested: &[&Vec<String>]) -> Result<(Lock, Vec<super::ReleaseFile>), BakeError> {
         let (suite, root, base_wanted, status) = match &self.definition.image.from {
             Source::Scratch => return self.nothing_to_solve(requested, "the source is scratch"),
             Source::Debian { suite, variant, archives } => {
@@ -186,7 +222,7 @@ impl Resolver<'_> {
                 let Some(root) = &parent.debian else {
                     return self.nothing_to_solve(requested, "its first parent is from scratch");
                 };
-                if requested.is_empty() {
+                if self.needs_no_archive(requested) {
                     return self.nothing_to_solve(requested, "");
                 }
                 let what = format!("parent image {}", parent.digest.short());
@@ -197,12 +233,12 @@ impl Resolver<'_> {
                 (suite, root.clone(), Vec::new(), Some(status))
             }
             Source::Archive { place, archives } => {
-                if requested.is_empty() {
+                if self.needs_no_archive(requested) {
                     return self.nothing_to_solve(requested, "");
                 }
-                let (digest, _) = self.archive(place, contents)?;
+                let (digest, _) = self.archive(place)?;
                 let what = format!("archive {}", digest.short());
-                let system = archive::look(contents.get(&digest)?, &digest)?;
+                let system = archive::look(self.contents.get(&digest)?, &digest, self.cancel)?;
                 let status = system.keep_status(&what, &digest, &self.config.home)?;
                 (system.suite(&what)?, self.own_root(archives), Vec::new(), Some(status))
             }
@@ -218,33 +254,134 @@ impl Resolver<'_> {
         lists.insert(0, &base_wanted);
         let solver = Solver { apt: &apt, status: status.as_deref(), cancel: self.cancel };
         let mut added = solutions.get_or(&lists, solver.status, || solver.each(&lists))?;
-        let all: Vec<Solved> = added.concat();
+        let mut all: Vec<Solved> = added.concat();
         let base = packages_of(&added.remove(0));
         let steps = added.iter().map(|solved| packages_of(solved)).collect();
+        let mut packages = Packages { base, steps, provisions: Vec::new() };
+        if let Some(lock) = self.stays_in_force(&packages, &apt)? {
+            return Ok((lock, release_files));
+        }
+        let provisioners = self.provisioners();
+        if !provisioners.is_empty() {
+            let snapshot = Snapshot::keep(&self.config.home, &archives, &apt.package_lists(self.cancel)?)?;
+            for by in provisioners {
+                let wanted: Vec<String> = provision::packages(by).into_iter().map(str::to_owned).collect();
+                // Beside the image, so on top of nothing.
+                let solve = || Ok(vec![apt.solve(&wanted, None, self.cancel)?]);
+                let tools = solutions.get_or(&[&wanted], None, solve)?.concat();
+                packages.provisions.push((packages_of(&tools), snapshot));
+                all.extend(tools);
+            }
+        }
         PackageStore::open(&self.config.packages)?.remember(&all)?;
         (self.log)(&format!("resolved {} packages ({} ms)", all.len(), began.elapsed().as_millis()));
-        Ok((Packages { base, steps }, release_files))
+        Ok((self.lock(packages)?, release_files))
+    }
+
+    /// The lock in force, where nothing differs but what archives hold that its playbooks and manifests have not installed: an
+    /// archive that has moved on elsewhere is no reason to run them again.
+    fn stays_in_force(&self, packages: &Packages, apt: &Apt<'_>) -> Result<Option<Lock>, BakeError> {
+        let Some(Current { lock: in_force, image }) = self.current else { return Ok(None) };
+        let Some(provisions) = self.kept_provisions(in_force).filter(|it| !it.is_empty()) else {
+            return Ok(None);
+        };
+        let (base, steps) = (packages.base.clone(), packages.steps.clone());
+        let lock = self.lock(Packages { base, steps, provisions })?;
+        if lock != *in_force {
+            return Ok(None);
+        }
+        match self.has_upgrades(in_force, image, apt) {
+            Ok(false) => Ok(Some(lock)),
+            Ok(true) => Ok(None),
+            Err(BakeError::Cancelled) => Err(BakeError::Cancelled),
+            // Another builder may have made the image, it was collected, or a step took dpkg's database away.
+            Err(error) => {
+                (self.log)(&format!("nobody can tell what could be newer in the image in force: {error}"));
+                Ok(None)
+            }
+        }
+    }
+
+    /// Whether an archive has a newer version of what the playbooks and manifests of an image have installed.
+    fn has_upgrades(&self, lock: &Lock, image: &Digest, apt: &Apt<'_>) -> Result<bool, BakeError> {
+        let stack = ImageStore::open(&self.config.images)?.stack(image)?;
+        let what = format!("image {}", image.short());
+        let installed = installed_by_provisions(lock, &stack, &what)?;
+        let status = System::of_stack(&stack)?.keep_status(&what, image, &self.config.home)?;
+        let upgrades = apt.upgrades(&status, self.cancel)?;
+        Ok(upgrades.iter().any(|solved| installed.contains(&solved.package.name)))
+    }
+
+    /// What the steps of a lock are run with, where they are run by the same programs, and what the archives held is kept.
+    fn kept_provisions(&self, lock: &Lock) -> Option<Provisions> {
+        let locked: Vec<&Provision> = lock
+            .steps
+            .iter()
+            .filter_map(|step| if let LockedStep::Provision(it) = step { Some(it) } else { None })
+            .collect();
+        let names = locked.iter().map(|it| it.by.as_str());
+        let same = names.eq(self.provisioners().into_iter().map(Provisioner::as_str));
+        let are_kept = locked.iter().all(|it| Snapshot::open(&self.config.home, &it.snapshot).is_ok());
+        (same && are_kept).then(|| locked.iter().map(|it| (it.tools.clone(), it.snapshot)).collect())
     }
 
     fn nothing_to_solve(
         &self,
         requested: &[&Vec<String>],
         why: &str,
-    ) -> Result<(Packages, Vec<super::ReleaseFile>), BakeError> {
-        if requested.iter().all(|list| list.is_empty()) {
+    ) -> Result<(Lock, Vec<super::ReleaseFile>), BakeError> {
+        if self.needs_no_archive(requested) {
             let steps = requested.iter().map(|_| Vec::new()).collect();
-            return Ok((Packages { base: Vec::new(), steps }, Vec::new()));
+            let packages = Packages { base: Vec::new(), steps, provisions: Vec::new() };
+            return Ok((self.lock(packages)?, Vec::new()));
         }
-        Err(BakeError::Definition {
-            what: "packages".to_owned(),
-            why: format!("there is no archive to take them from: {why}"),
-            remedy: "begin with `from: { debian: … }`, or leave the packages out".to_owned(),
-        })
+        Err(no_archive(why))
     }
 
     fn own_root(&self, archives: &[ArchiveSpec]) -> DebianRoot {
         DebianRoot { suite: None, archives: archives.to_vec(), context: self.context.to_owned() }
     }
+}
+
+fn no_archive(why: &str) -> BakeError {
+    BakeError::Definition {
+        what: "packages".to_owned(),
+        why: format!("there is no archive to take them from: {why}"),
+        remedy: "begin with `from: { debian: … }`, or leave packages and playbooks out".to_owned(),
+    }
+}
+
+/// The names of what playbooks and manifests have installed: packages that were not there before them, or in another version.
+fn installed_by_provisions(lock: &Lock, stack: &Stack, what: &str) -> Result<BTreeSet<String>, BakeError> {
+    let versions = |layers: usize| -> Result<BTreeMap<String, String>, BakeError> {
+        let packages = describe::of_system(&System::of_stack(&stack.lowest(layers))?, what)?;
+        Ok(packages.into_iter().map(|it| (it.name, it.version)).collect())
+    };
+    let below = stack.layers().saturating_sub(lock.steps.len());
+    let mut names = BTreeSet::new();
+    for (at, _) in lock.steps.iter().enumerate().filter(|(_, step)| matches!(step, LockedStep::Provision(_)))
+    {
+        let (before, after) = (versions(below + at)?, versions(below + at + 1)?);
+        let differs = |name: &&String| before.get(*name) != after.get(*name);
+        names.extend(after.keys().filter(differs).cloned());
+    }
+    Ok(names)
+}
+
+/// All that lies in the folder of a playbook or a manifest, but for `server.yaml`: what is said there of how instances run
+/// changes no image.
+fn provision_files(context: &Context<'_>, spec: &ProvisionSpec) -> Result<Vec<LockedFile>, BakeError> {
+    let folder = spec.folder();
+    let all = FileSpec {
+        src: folder.to_owned(),
+        dest: "/".to_owned(),
+        mode: None,
+        owner: "root:root".to_owned(),
+        template: false,
+    };
+    let mut files = context.files(&[all])?;
+    files.retain(|file| folder != "." || file.dest != "/server.yaml");
+    Ok(files)
 }
 
 /// What each list adds to the ones before it.

@@ -48,10 +48,25 @@ pub(crate) struct Job<'a> {
     pub(crate) root: &'a Path,
     pub(crate) script: &'a str,
     pub(crate) env: &'a BTreeMap<String, String>,
-    /// Host folder, seen read-only at a path inside.
-    pub(crate) folder: Option<(&'a Path, &'a str)>,
+    pub(crate) folders: &'a [Folder],
     /// Inside there is a file to hide behind `true`.
     pub(crate) hide_ischroot: bool,
+    /// /run is in memory and ends with the job.
+    pub(crate) own_run: bool,
+}
+
+/// A folder of the machine, with the sandbox's owners, that a job sees.
+pub(crate) struct Folder {
+    pub(crate) outside: PathBuf,
+    pub(crate) inside: &'static str,
+    pub(crate) access: Access,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    Read,
+    ReadAndRun,
+    Write,
 }
 
 impl Sandbox<'_> {
@@ -107,9 +122,18 @@ impl Sandbox<'_> {
                 // The flags that its mount has can't be taken away in there, so they are said again.
                 "source": job.root.join("usr/bin/true"), "options": ["bind", "ro", "nosuid", "nodev"]}));
         }
-        if let Some((outside, inside)) = job.folder {
+        if job.own_run {
+            mounts.push(json!({"destination": "/run", "type": "tmpfs", "source": "run",
+                "options": ["nosuid", "nodev", "mode=755", format!("size={}", limits.tree)]}));
+        }
+        for Folder { outside, inside, access } in job.folders {
+            let (access, run) = match access {
+                Access::Read => ("ro", "noexec"),
+                Access::ReadAndRun => ("ro", "exec"),
+                Access::Write => ("rw", "noexec"),
+            };
             mounts.push(json!({"destination": inside, "type": "none", "source": outside,
-                "options": ["rbind", "ro", "nosuid", "nodev", "noexec"]}));
+                "options": ["rbind", access, run, "nosuid", "nodev"]}));
         }
         let env: Vec<String> = job.env.iter().map(|(name, value)| format!("{name}={value}")).collect();
         let mapping = json!([{"containerID": 0, "hostID": SHIFT, "size": IDS}]);

@@ -18,11 +18,12 @@ use super::context::Contents;
 use super::error::BakeError;
 use super::install::Installer;
 use super::packages::PackageStore;
+use super::provision::Place;
 use super::sandbox::{Job, PATH, Sandbox};
 use super::seal::seal;
 use super::tree::{SHIFT, Tree};
 use super::work::{Work, mount_overlay, mount_shifted, unmount_below};
-use super::{BakeConfig, BakeRun, BakedImage, BakedLayer, Progress, StepReport, archive, files};
+use super::{BakeConfig, BakeRun, BakedImage, BakedLayer, Progress, StepReport, archive, files, provision};
 use crate::describe;
 
 /// One layer to come: the base, or a step.
@@ -43,6 +44,7 @@ impl<'a> Plan<'a> {
         match self.step {
             Step::Base(packages) => packages,
             Step::Locked(LockedStep::Packages { packages, .. }) => packages,
+            Step::Locked(LockedStep::Provision(provision)) => &provision.tools,
             Step::Archive(_) | Step::Locked(LockedStep::Files { .. } | LockedStep::Run { .. }) => &[],
         }
     }
@@ -130,6 +132,7 @@ fn plan(lock: &Lock) -> Result<Vec<Plan<'_>>, BakeError> {
                 [first, rest @ ..] => format!("files {} and {} more", first.dest, rest.len()),
             },
             LockedStep::Run { script } => format!("run {}", script.lines().next().unwrap_or_default()),
+            LockedStep::Provision(provision) => format!("{} {}", provision.by.as_str(), provision.file),
         };
         plans.push(Plan { name, key, step: Step::Locked(step) });
     }
@@ -311,8 +314,8 @@ impl Kitchen<'_> {
             Step::Archive(digest) => {
                 let tree = work.folder(&format!("s{at}"), 0)?;
                 let lower = work.folder(&format!("r{at}"), SHIFT)?;
-                let file = Contents::open(self.config.home.join("files"))?.get(digest)?;
-                let stamp = archive::unpack(file, digest, &tree, self.config.limits.tree)?;
+                let file = Contents::open(&self.config.home)?.get(digest)?;
+                let stamp = archive::unpack(file, digest, &tree, self.config.limits.tree, &self.run.cancel)?;
                 mount_shifted(&tree, &lower, true)?;
                 seal(&tree, stamp, true).map_err(BakeError::io("seal", &tree))?;
                 return Ok(Cooked { tree, lower, shift: 0, stamp });
@@ -336,22 +339,14 @@ impl Kitchen<'_> {
             }
             LockedStep::Files { files } => {
                 let stamp = stamp.max(self.lock.timestamp.as_second());
-                let contents = Contents::open(self.config.home.join("files"))?;
+                let contents = Contents::open(&self.config.home)?;
                 let tree = Tree::open(&overlay.root, SHIFT).map_err(BakeError::io("open", &overlay.root))?;
                 files::put(&tree, files, &contents)?;
                 (stamp, false)
             }
             LockedStep::Run { script } => {
                 let tree = Tree::open(&overlay.root, SHIFT).map_err(BakeError::io("open", &overlay.root))?;
-                let mut env = self.lock.env.clone();
-                for (name, value) in [
-                    ("PATH", PATH.to_owned()),
-                    ("HOME", "/root".to_owned()),
-                    ("DEBIAN_FRONTEND", "noninteractive".to_owned()),
-                    ("SOURCE_DATE_EPOCH", stamp.to_string()),
-                ] {
-                    env.entry(name.to_owned()).or_insert(value);
-                }
+                let env = self.step_env(stamp);
                 let hidden = super::install::hides_ischroot(&tree)?;
                 super::install::forbid_services(&tree)?;
                 sandbox.run(&Job {
@@ -359,13 +354,36 @@ impl Kitchen<'_> {
                     root: &overlay.root,
                     script,
                     env: &env,
-                    folder: None,
+                    folders: &[],
                     hide_ischroot: hidden,
+                    own_run: false,
                 })?;
+                (stamp, true)
+            }
+            LockedStep::Provision(provision) => {
+                // Files that it copies are as old as those of a files step.
+                let stamp = stamp.max(self.lock.timestamp.as_second());
+                let (root, env) = (&overlay.root, self.step_env(stamp));
+                let place = Place { installer: &installer, store, at, step: &plan.name, root, env };
+                provision::run(provision, place)?;
                 (stamp, true)
             }
         };
         self.close(overlay, stamp, with_content)
+    }
+
+    /// What a step's own programs see, where the definition does not say otherwise.
+    fn step_env(&self, stamp: i64) -> BTreeMap<String, String> {
+        let mut env = self.lock.env.clone();
+        for (name, value) in [
+            ("PATH", PATH.to_owned()),
+            ("HOME", "/root".to_owned()),
+            ("DEBIAN_FRONTEND", "noninteractive".to_owned()),
+            ("SOURCE_DATE_EPOCH", stamp.to_string()),
+        ] {
+            env.entry(name.to_owned()).or_insert(value);
+        }
+        env
     }
 
     fn close(&self, overlay: Overlay, stamp: i64, with_content: bool) -> Result<Cooked, BakeError> {

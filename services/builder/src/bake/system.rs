@@ -6,14 +6,19 @@ use kiln_image::Stack;
 use kiln_model::digest::Digest;
 
 use super::error::BakeError;
-use super::{dpkg, whole};
+use super::{dpkg, kept, whole};
 
 /// os-release(5): the first is mostly a link to the second.
 pub(crate) const OS_RELEASE: [&[u8]; 2] = [b"etc/os-release", b"usr/lib/os-release"];
 
 /// A hundred thousand packages.
-const STATUS_LIMIT: u64 = 128 << 20;
-const OS_RELEASE_LIMIT: u64 = 64 << 10;
+pub(crate) const STATUS_LIMIT: u64 = 128 << 20;
+pub(crate) const OS_RELEASE_LIMIT: u64 = 64 << 10;
+
+/// Of all systems, dpkg's databases as files.
+pub(crate) fn all(home: &Path) -> PathBuf {
+    home.join("apt/parents")
+}
 
 #[derive(Debug, Default)]
 pub(crate) struct System {
@@ -58,10 +63,12 @@ impl System {
             why: "it holds no dpkg database, so no packages can be added".to_owned(),
             remedy: "begin with another one, or leave the packages out".to_owned(),
         })?;
-        let folder = home.join("apt/parents");
+        let folder = all(home);
         std::fs::create_dir_all(&folder).map_err(BakeError::io("make folder", &folder))?;
         let path = folder.join(digest.hex());
-        if !path.is_file() {
+        if path.is_file() {
+            kept::touch(&path)?;
+        } else {
             whole::write(&path, &[status]).map_err(BakeError::io("write", &path))?;
         }
         Ok(path)

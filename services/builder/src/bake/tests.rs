@@ -15,6 +15,7 @@ use kiln_service::config::SigningKey as KeyOf;
 use super::*;
 
 mod described;
+mod provisioned;
 
 struct Kitchen {
     folder: tempfile::TempDir,
@@ -61,6 +62,16 @@ impl Kitchen {
         parent: Option<ParentImage>,
         pinned: Option<&Lock>,
     ) -> Result<Resolution, BakeError> {
+        self.resolve(image, parent, pinned, None).await
+    }
+
+    async fn resolve(
+        &self,
+        image: &str,
+        parent: Option<ParentImage>,
+        pinned: Option<&Lock>,
+        current: Option<Current>,
+    ) -> Result<Resolution, BakeError> {
         let context = self.folder.path().join("context");
         fs::create_dir_all(context.join("site")).unwrap();
         fs::write(context.join("site/index.html"), "Hello").unwrap();
@@ -73,6 +84,7 @@ impl Kitchen {
             parent,
             timestamp: Timestamp::from_second(1_790_000_000).unwrap(),
             pinned,
+            current,
             log: self.sink(),
         };
         self.baker.resolve(request).await
@@ -348,6 +360,7 @@ async fn what_is_wrong_is_said_in_words() {
             parent: None,
             timestamp: Timestamp::UNIX_EPOCH,
             pinned: None,
+            current: None,
             log: kitchen.sink(),
         };
         kitchen.baker.resolve(request).await.unwrap_err().to_string()

@@ -76,6 +76,12 @@ fn dependencies(lock: &Lock, commit: &str) -> Vec<Value> {
         match step {
             LockedStep::Packages { packages, .. } => all.extend(packages.iter().map(package)),
             LockedStep::Files { files } => all.extend(files.iter().filter_map(|file| content(file, ""))),
+            LockedStep::Provision(provision) => {
+                let below = provision.by.as_str();
+                all.extend(provision.files.iter().filter_map(|file| content(file, below)));
+                all.extend(provision.tools.iter().map(package));
+                all.push(json!({"name": "snapshot of the archives", "digest": sha256(&provision.snapshot)}));
+            }
             LockedStep::Run { script } => {
                 all.push(json!({"name": "script", "digest": sha256(&Digest::of(script.as_bytes()))}));
             }

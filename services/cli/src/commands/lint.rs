@@ -5,7 +5,7 @@ use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use kiln_model::definition::{self, Definition, Step, WrongPath};
+use kiln_model::definition::{self, Definition, WrongPath};
 use miette::{GraphicalReportHandler, GraphicalTheme};
 use serde::Serialize;
 use serde_json::json;
@@ -143,13 +143,7 @@ fn look(path: &Path) -> Outcome<Looked> {
 }
 
 fn check_folder(definition: &Definition, folder: &Path) -> Vec<WrongPath> {
-    let mut named = definition.image.from.named_files();
-    for step in &definition.image.steps {
-        if let Step::Files(files) = step {
-            named.extend(files.iter().map(|file| file.src.as_str()));
-        }
-    }
-    named.into_iter().flat_map(|src| check_source(src, folder)).collect()
+    definition.image.named_files().into_iter().flat_map(|src| check_source(src, folder)).collect()
 }
 
 fn check_source(src: &str, folder: &Path) -> Vec<WrongPath> {

@@ -240,20 +240,25 @@ fn a_root_file_system_is_taken_as_others_pack_it() {
         member(b"./", b'5', b"", b""),
         member(b"dev/", b'5', b"", b""),
         device(b"dev/null"),
-        label,
+        label.clone(),
         file(b"etc/hostname"),
+        // Links have labels too.
+        label,
+        member(b"etc/link", b'2', b"", b"hostname"),
     ]);
     assert_eq!(taken.unwrap(), 0, "the time of its youngest entry");
     assert_eq!(fs::read_dir(place.root().join("dev")).unwrap().count(), 0, "made at launch");
     assert_eq!(fs::read(place.root().join("etc/hostname")).unwrap(), b"x");
 
     let overlay = pax(&[("SCHILY.xattr.trusted.overlay.redirect", b"/etc")]);
+    let nobody_s = pax(&[("uid", b"65536")]);
     for (what, members) in [
         ("a device elsewhere", vec![device(b"etc/sda")]),
         ("a whiteout", vec![file(b"etc/.wh.passwd")]),
         ("an attribute of overlayfs", vec![overlay, member(b"a/", b'5', b"", b"")]),
         ("twice", vec![file(b"a"), file(b"a")]),
         ("up", vec![file(b"../outside/new")]),
+        ("of a user that no image has", vec![nobody_s, file(b"a")]),
     ] {
         assert!(unpack(&members).1.is_err(), "{what}");
     }

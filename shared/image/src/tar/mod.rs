@@ -55,7 +55,8 @@ pub enum Problem {
 }
 
 impl Problem {
-    pub(crate) fn refused(entry: &[u8], why: impl Into<String>) -> Self {
+    /// An entry that is not taken.
+    pub fn refused(entry: &[u8], why: impl Into<String>) -> Self {
         let shown: String =
             String::from_utf8_lossy(entry).chars().take(120).flat_map(char::escape_default).collect();
         Self::Refused { entry: shown, why: why.into() }

@@ -8,8 +8,11 @@ use super::problem::{Place, Problem};
 use super::raw;
 use super::read::At;
 use super::test::{command, http, tcp};
-use super::text::{AbsolutePath, FileOrUrl, Text};
-use super::{ArchivePlace, ArchiveSpec, Definition, FileSpec, ImageSpec, Source, Step, UpdatePolicy};
+use super::text::{AbsolutePath, FileOrUrl, InnerPath, Text};
+use super::{
+    ArchivePlace, ArchiveSpec, Definition, FileSpec, ImageSpec, ProvisionSpec, Provisioner, Source, Step,
+    UpdatePolicy,
+};
 use crate::name::ServerName;
 use crate::run::{HealthPolicy, Limits, Port, RolloutPolicy, RunSpec, Strategy};
 use crate::time::Millis;
@@ -182,9 +185,43 @@ impl Checker<'_> {
                     Step::Files(files.value.into_iter().map(file).collect())
                 }
                 raw::Step::Run(script) => Step::Run(script.0),
+                raw::Step::Ansible(step) => {
+                    let place = self.place(&step);
+                    let raw::Ansible { playbook, vars, idempotent } = step.value;
+                    let vars = vars.into_iter().map(|(name, value)| (name.0, value)).collect();
+                    let by = Provisioner::Ansible { vars };
+                    self.provision(by, playbook, idempotent, is_scratch.then_some(place))
+                }
+                raw::Step::Puppet(step) => {
+                    let place = self.place(&step);
+                    let raw::Puppet { manifest, idempotent } = step.value;
+                    self.provision(Provisioner::Puppet, manifest, idempotent, is_scratch.then_some(place))
+                }
             });
         }
         checked
+    }
+
+    /// `nothing_below` is the place of the step, where the image begins with nothing.
+    fn provision(
+        &mut self,
+        by: Provisioner,
+        file: At<Text<InnerPath>>,
+        idempotent: bool,
+        nothing_below: Option<Place>,
+    ) -> Step {
+        if let Some(place) = nothing_below {
+            let message = format!("{} can't be run in an image that begins with nothing", by.as_str());
+            self.problem(place, message, "wanted `from: { debian: SUITE }`");
+        }
+        if file.value.0 == "." {
+            self.problem(
+                self.place(&file),
+                "this is a folder",
+                "wanted a file in it, such as playbook.yml or site.pp",
+            );
+        }
+        Step::Provision(ProvisionSpec { by, file: file.value.0, idempotent })
     }
 
     fn run(&mut self, raw: raw::Run) -> RunSpec {

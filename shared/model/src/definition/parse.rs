@@ -97,13 +97,19 @@ fn named_paths(node: &Node, named: &mut Vec<(String, usize)>) {
         Value::Map { entries, .. } => {
             for (key, value) in entries {
                 let is_path = match key.text.as_str() {
-                    "src" | "signedBy" => true,
+                    "src" | "signedBy" | "playbook" | "manifest" => true,
                     // It may be an address.
                     "archive" => value.text().is_some_and(|text| !text.contains("://")),
                     _ => false,
                 };
                 match value.text().and_then(InnerPath::parse) {
-                    Some(path) if is_path => named.push((path, value.id)),
+                    Some(path) if is_path => {
+                        let with_folder = matches!(key.text.as_str(), "playbook" | "manifest");
+                        if let Some((folder, _)) = path.rsplit_once('/').filter(|_| with_folder) {
+                            named.push((folder.to_owned(), value.id));
+                        }
+                        named.push((path, value.id));
+                    }
                     _ => named_paths(value, named),
                 }
             }

@@ -7,13 +7,14 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{Error, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
 
 use super::number::{Cpus, Memory, Port, Time, Whole};
 use super::read::At;
 use super::text::{
     AbsolutePath, Address, ArchiveUrl, Capability, ComponentName, EnvName, FileMode, InnerPath, Machine,
     Name, Owner, PackageName, PackageVersion, ProgramName, RootPlace, Script, Sha256, SuiteName, Text,
-    UrlPath, User, UserName, Wanted,
+    UrlPath, User, UserName, VariableName, Wanted,
 };
 use super::{DebianVariant, Mode};
 use crate::time::Millis;
@@ -229,7 +230,7 @@ fn main_component() -> At<Vec<Text<ComponentName>>> {
 
 /// One thing that is done to the image.
 #[derive(Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", expecting = "a step: packages, files or run")]
+#[serde(rename_all = "camelCase", expecting = "a step: packages, files, run, ansible or puppet")]
 pub(super) enum Step {
     /// Installs Debian packages and what they depend on.
     Packages(At<Vec<Text<PackageName>>>),
@@ -237,6 +238,35 @@ pub(super) enum Step {
     Files(At<Vec<File>>),
     /// Runs a script with /bin/sh, without network.
     Run(Text<Script>),
+    /// Runs a playbook by ansible-playbook, which can install packages of the image's archives, and reaches nothing else.
+    Ansible(At<Ansible>),
+    /// Runs a manifest by puppet apply, which can install packages of the image's archives, and reaches nothing else.
+    Puppet(At<Puppet>),
+}
+
+/// A manifest. All that lies in its folder goes along: modules, and hiera.yaml with its data.
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, expecting = "a mapping with at least manifest")]
+pub(super) struct Puppet {
+    /// Relative to the definition's folder.
+    pub(super) manifest: At<Text<InnerPath>>,
+    /// Runs it a second time, which must change nothing.
+    #[serde(default)]
+    pub(super) idempotent: bool,
+}
+
+/// A playbook. All that lies in its folder goes along: roles, collections, templates, variables.
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, expecting = "a mapping with at least playbook")]
+pub(super) struct Ansible {
+    /// Relative to the definition's folder.
+    pub(super) playbook: At<Text<InnerPath>>,
+    /// Given as extra variables, which override all others.
+    #[serde(default)]
+    pub(super) vars: BTreeMap<Text<VariableName>, Value>,
+    /// Runs it a second time, which must change nothing.
+    #[serde(default)]
+    pub(super) idempotent: bool,
 }
 
 /// A file, or a directory with what is in it.

@@ -254,6 +254,17 @@ syntax!(
     }
 );
 
+syntax!(
+    VariableName,
+    "the name of a variable",
+    "wanted one out of letters, digits and `_`, beginning with a letter or `_`, such as worker_count",
+    "^[A-Za-z_][A-Za-z0-9_]*$",
+    |text| {
+        let good = text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
+        whole(text, good && (1..=200).contains(&text.len()) && !begins_with_digit(text))
+    }
+);
+
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Address;
 
