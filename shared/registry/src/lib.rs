@@ -16,6 +16,7 @@ use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _};
 use kiln_image::{ImageStore, Referrer};
 use kiln_model::digest::Digest;
+use kiln_model::repository::Repository;
 use kiln_service::config;
 use kiln_service::error::chain;
 use oci_client::client::{Certificate, CertificateEncoding, ClientConfig, ClientProtocol};
@@ -69,7 +70,7 @@ pub struct Registry {
 
 impl std::fmt::Debug for Registry {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Registry({})", self.settings.host)
+        write!(f, "Registry({})", self.settings.repository.host)
     }
 }
 
@@ -80,7 +81,7 @@ impl Registry {
         // Whoever is first decides for the process, and everything here is of one kind.
         let _ = tokio_rustls::rustls::crypto::ring::default_provider().install_default();
         let auth = match &settings.credentials {
-            Some(path) => credentials::of(&settings.host, path)?,
+            Some(path) => credentials::of(&settings.repository.host, path)?,
             None => Credentials::anonymous(),
         };
         let tls_certs_only = match &settings.ca {
@@ -91,7 +92,8 @@ impl Registry {
             }
             None => Vec::new(),
         };
-        let protocol = if settings.is_on_loopback() { ClientProtocol::Http } else { ClientProtocol::Https };
+        let protocol =
+            if settings.repository.is_on_loopback() { ClientProtocol::Http } else { ClientProtocol::Https };
         let client = Client::try_from(ClientConfig {
             protocol,
             tls_certs_only,
@@ -107,13 +109,15 @@ impl Registry {
     }
 
     fn by_digest(&self, digest: &Digest) -> Reference {
-        Reference::with_digest(self.settings.host.clone(), self.settings.path.clone(), digest.to_string())
+        let Repository { host, path } = self.settings.repository.clone();
+        Reference::with_digest(host, path, digest.to_string())
     }
 
     /// Of the index that names what refers to an image: where a registry that has no API for it keeps it.
     fn referrers_tag(&self, image: &Digest) -> Reference {
         let tag = format!("sha256-{}", image.hex());
-        Reference::with_tag(self.settings.host.clone(), self.settings.path.clone(), tag)
+        let Repository { host, path } = self.settings.repository.clone();
+        Reference::with_tag(host, path, tag)
     }
 
     /// Puts an image and what refers to it into the registry. What is there already is not sent again.
@@ -159,13 +163,13 @@ impl Registry {
     }
 
     fn failed(&self, doing: &'static str, image: &Digest, why: String, passing: bool) -> Error {
-        let place = format!("{}/{}", self.settings.host, self.settings.path);
+        let place = self.settings.repository.to_string();
         Error::Transfer { doing, image: *image, place, why, passing }
     }
 
     async fn push_once(&self, images: &ImageStore, image: &Digest) -> Result<(), Error> {
         let failed = |error| self.transfer("push", image, &error);
-        self.client.store_auth_if_needed(&self.settings.host, self.auth.expose()).await;
+        self.client.store_auth_if_needed(&self.settings.repository.host, self.auth.expose()).await;
         let referrers = images.referrers_of(image)?;
         for manifest in [image].into_iter().chain(referrers.iter().map(|referrer| &referrer.digest)) {
             let place = self.by_digest(manifest);
@@ -214,7 +218,7 @@ impl Registry {
     }
 
     async fn pull_once(&self, images: &ImageStore, image: &Digest) -> Result<(), Error> {
-        self.client.store_auth_if_needed(&self.settings.host, self.auth.expose()).await;
+        self.client.store_auth_if_needed(&self.settings.repository.host, self.auth.expose()).await;
         self.pull_manifest(images, image, image).await?;
         let tag = self.referrers_tag(image);
         let accepted = [OCI_IMAGE_INDEX_MEDIA_TYPE];

@@ -12,6 +12,7 @@ use ed25519_dalek::SigningKey;
 use ed25519_dalek::pkcs8::EncodePrivateKey as _;
 use kiln_image::{ImageStore, Layer, NewImage, Signer};
 use kiln_model::digest::Digest;
+use kiln_model::repository::Repository;
 use kiln_registry::Registry;
 use kiln_service::config;
 use serde_json::json;
@@ -107,8 +108,7 @@ impl World {
             }
         });
         let settings = config::Registry {
-            host: address.to_string(),
-            path: "kiln".to_owned(),
+            repository: Repository { host: address.to_string(), path: "kiln".to_owned() },
             ca: None,
             credentials: None,
         };

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use kiln_model::name::NodeName;
+use kiln_model::repository::Repository;
 use serde::{Deserialize, Serialize};
 
 use super::reach::Address;
@@ -25,48 +26,22 @@ pub struct RegistryFile {
 /// Where the builder puts images, and nodes on other machines find them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Registry {
-    /// `host` or `host:port`.
-    pub host: String,
-    /// The repository's name there.
-    pub path: String,
+    pub repository: Repository,
     pub ca: Option<PathBuf>,
     pub credentials: Option<PathBuf>,
-}
-
-impl Registry {
-    /// Without TLS on this machine alone, where nobody listens in between.
-    pub fn is_on_loopback(&self) -> bool {
-        let bare = self.host.rsplit_once(':').map_or(self.host.as_str(), |(host, _)| host);
-        bare == "localhost" || bare == "127.0.0.1" || bare == "[::1]"
-    }
 }
 
 impl RegistryFile {
     /// # Errors
     /// What is wrong, in words.
     pub(super) fn check(self, home: &Path) -> Result<Registry, String> {
-        let wrong = || format!("`{}` is no repository such as `registry.example/kiln`", self.repository);
-        let (host, path) = self.repository.split_once('/').unwrap_or((&self.repository, ""));
-        let is_host = |text: &str| {
-            // Docker's rule: without a dot or a port it would be a path at a registry that nobody named.
-            (text.contains(['.', ':']) || text == "localhost")
-                && text.bytes().all(|b| b.is_ascii_alphanumeric() || b".-:[]".contains(&b))
-                && !text.starts_with(['.', '-', ':'])
-        };
-        let is_part = |text: &str| {
-            let edge = |b: Option<&u8>| b.is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
-            edge(text.as_bytes().first())
-                && edge(text.as_bytes().last())
-                && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._-".contains(&b))
-        };
-        if !is_host(host) || self.repository.len() > 200 || !path.split('/').all(is_part) {
-            return Err(wrong());
-        }
+        let Self { repository, ca, credentials } = self;
+        let repository =
+            repository.parse().map_err(|why| format!("`{repository}` is no repository: {why}"))?;
         Ok(Registry {
-            host: host.to_owned(),
-            path: path.to_owned(),
-            ca: self.ca.map(|file| home.join(file)),
-            credentials: self.credentials.map(|file| home.join(file)),
+            repository,
+            ca: ca.map(|file| home.join(file)),
+            credentials: credentials.map(|file| home.join(file)),
         })
     }
 }
@@ -96,25 +71,10 @@ mod tests {
     }
 
     #[test]
-    fn a_repository_is_a_host_and_a_path() {
+    fn a_repository_is_named_with_its_registry() {
         let found = registry("registry.example:5000/team/kiln").unwrap();
-        assert_eq!((found.host.as_str(), found.path.as_str()), ("registry.example:5000", "team/kiln"));
-        assert!(!found.is_on_loopback() && registry("127.0.0.1:5000/kiln").unwrap().is_on_loopback());
-        for wrong in [
-            "",
-            "kiln",
-            "team/kiln",
-            "https://registry.example/kiln",
-            "registry.example",
-            "registry.example/",
-            "a.b/Kiln",
-            "a.b/../c",
-            "a.b/kiln@sha256",
-            "user:pass@a.b/kiln",
-            "a.b/kiln\n",
-            "-a.b/kiln",
-            "a.b/ki ln",
-        ] {
+        assert_eq!(found.repository.to_string(), "registry.example:5000/team/kiln");
+        for wrong in ["", "kiln", "team/kiln", "registry.example/kiln:tag", "registry.example/kiln@sha256"] {
             assert!(registry(wrong).is_err(), "{wrong:?} was taken");
         }
     }
