@@ -10,7 +10,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
 use kiln_model::digest::Digest;
-use rustix::fs::{self as rfs, AtFlags, Dir, FileType, Mode, OFlags};
+use rustix::fs::{self as rfs, AtFlags, Dir, FileType, Mode, OFlags, Stat};
 
 use crate::error::Error;
 use crate::extract::{CAPABILITY, OVERLAY_OPAQUE};
@@ -47,6 +47,24 @@ struct Placed {
     node: Node,
     /// Of the layer that has it, counted from the lowest.
     layer: usize,
+}
+
+/// A node in the tree of the layer that has it.
+pub(crate) struct Found<'a> {
+    pub(crate) path: &'a [u8],
+    pub(crate) node: &'a Node,
+    pub(crate) layer: usize,
+    stack: &'a Stack,
+}
+
+impl Found<'_> {
+    pub(crate) fn stat(&self) -> Result<Stat, Error> {
+        self.stack.stat_in(self.layer, self.path)
+    }
+
+    pub(crate) fn open(&self) -> Result<File, Error> {
+        self.stack.open_in(self.layer, self.path)
+    }
 }
 
 /// What an image holds. Paths are relative to its root, without a `/` in front.
@@ -90,6 +108,16 @@ impl Contents {
     /// All of them, by path.
     pub fn nodes(&self) -> impl Iterator<Item = (&[u8], &Node)> {
         self.nodes.iter().map(|(path, placed)| (path.as_slice(), &placed.node))
+    }
+
+    /// All of them, by path, with where each lies.
+    pub(crate) fn found(&self) -> impl Iterator<Item = Found<'_>> {
+        self.nodes.iter().map(|(path, Placed { node, layer })| Found {
+            path,
+            node,
+            layer: *layer,
+            stack: &self.stack,
+        })
     }
 
     /// A regular file's bytes; none where there is no such file.

@@ -1,13 +1,18 @@
 //! Images on their way out: as the tar of an OCI layout, which also carries what `docker load` looks for.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Read, Write};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
 
 use kiln_model::digest::Digest;
 use serde_json::json;
 
+use crate::contents::NodeKind;
 use crate::error::Error;
+use crate::extract::CAPABILITY;
 use crate::index::{Entry as IndexEntry, Index, MANIFEST_TYPE, NAME};
 use crate::store::ImageStore;
 use crate::tar::{Entry, Kind, Writer};
@@ -48,6 +53,57 @@ impl ImageStore {
             tar.append(&file(&blob(digest), size), &mut content.take(size)).map_err(failed())?;
         }
         tar.finish().and_then(|mut writer| writer.flush()).map_err(failed())
+    }
+
+    /// Writes the image's root file system as one tar, as a process in it finds it: without layers, and with the names of one
+    /// file as hard links where they are in one layer.
+    ///
+    /// # Errors
+    /// The image is not in the store, a layer can't be read, or the tar can't be written.
+    pub fn export_root(&self, digest: &Digest, writer: impl Write) -> Result<(), Error> {
+        let contents = self.contents(digest)?;
+        let mut tar = Writer::new(writer);
+        let mut names: HashMap<(usize, u64), Vec<u8>> = HashMap::new();
+        for found in contents.found() {
+            let path = found.path;
+            let failed = || Error::io("export", Path::new("/").join(OsStr::from_bytes(path)));
+            let stat = found.stat()?;
+            let mut entry = Entry {
+                path: path.to_vec(),
+                kind: Kind::Directory,
+                size: 0,
+                mode: found.node.mode,
+                uid: found.node.uid,
+                gid: found.node.gid,
+                mtime: stat.st_mtime,
+                link: Vec::new(),
+                xattrs: BTreeMap::new(),
+            };
+            match &found.node.kind {
+                NodeKind::Directory => {}
+                NodeKind::Fifo => entry.kind = Kind::Fifo,
+                NodeKind::Symlink { target } => {
+                    entry.kind = Kind::Symlink;
+                    entry.link.clone_from(target);
+                }
+                NodeKind::File { size } => {
+                    let first = names.entry((found.layer, stat.st_ino)).or_insert_with(|| path.to_vec());
+                    if first != path {
+                        entry.kind = Kind::Hardlink;
+                        entry.link.clone_from(first);
+                    } else {
+                        entry.kind = Kind::File;
+                        entry.size = *size;
+                        let capabilities = found.node.capabilities.clone();
+                        entry.xattrs.extend(capabilities.map(|value| (CAPABILITY.to_vec(), value)));
+                        tar.append(&entry, &mut found.open()?.take(*size)).map_err(failed())?;
+                        continue;
+                    }
+                }
+            }
+            tar.append(&entry, &mut io::empty()).map_err(failed())?;
+        }
+        tar.finish().and_then(|mut writer| writer.flush()).map_err(Error::io("export image", digest.hex()))
     }
 
     /// Removes an image with what refers to it, and the layers that no other image has. The caller knows that nobody uses it.

@@ -153,6 +153,16 @@ impl Stack {
             .map_err(tree.failed("open", path))
     }
 
+    /// Of what one layer has there, be it a link.
+    pub(crate) fn stat_in(&self, layer: usize, path: &[u8]) -> Result<Stat, Error> {
+        let tree = &self.layers[layer];
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        rfs::openat2(&tree.root, path, flags, Mode::empty(), resolve)
+            .and_then(rfs::fstat)
+            .map_err(tree.failed("look at", path))
+    }
+
     pub(crate) fn read_in(&self, layer: usize, path: &[u8], limit: u64) -> Result<Vec<u8>, Error> {
         let mut content = Vec::new();
         let shown = Path::new("/").join(OsStr::from_bytes(path));

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use futures::StreamExt as _;
 use futures::stream;
-use kiln_api::builder::ExportImageResponse;
+use kiln_api::builder::{ExportForm, ExportImageResponse};
 use kiln_image::ImageStore;
 use kiln_model::digest::Digest;
 use kiln_service::error::ApiError;
@@ -46,7 +46,7 @@ impl Exports {
         Self { most, places: Arc::new(Semaphore::new(most)), patience }
     }
 
-    /// An image's tar, under a name that it is to have elsewhere. A stream that ends without an error has all of it.
+    /// An image's tar in that form, under a name that it is to have elsewhere. A stream that ends without an error has all of it.
     ///
     /// # Errors
     /// [`ApiError::Exhausted`] where as many are under way as may be.
@@ -55,6 +55,7 @@ impl Exports {
         images: ImageStore,
         digest: Digest,
         name: String,
+        form: ExportForm,
     ) -> Result<Streamed<ExportImageResponse>, ApiError> {
         let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
             return Err(ApiError::Exhausted {
@@ -66,7 +67,7 @@ impl Exports {
         let (runtime, patience) = (Handle::current(), self.patience);
         let writing = tokio::task::spawn_blocking(move || {
             let _place = place;
-            export(&images, &digest, &name, Reader { runtime, chunks, patience, gone: None })
+            export(&images, &digest, &name, form, Reader { runtime, chunks, patience, gone: None })
         });
         let end = stream::once(writing).filter_map(async |written| match written {
             Ok(Ok(())) => None,
@@ -77,9 +78,18 @@ impl Exports {
     }
 }
 
-fn export(images: &ImageStore, digest: &Digest, name: &str, reader: Reader) -> Result<(), ApiError> {
+fn export(
+    images: &ImageStore,
+    digest: &Digest,
+    name: &str,
+    form: ExportForm,
+    reader: Reader,
+) -> Result<(), ApiError> {
     let mut writer = BufWriter::with_capacity(CHUNK, reader);
-    let written = images.export(digest, name, &mut writer);
+    let written = match form {
+        ExportForm::Root => images.export_root(digest, &mut writer),
+        ExportForm::Oci | ExportForm::Unspecified => images.export(digest, name, &mut writer),
+    };
     // Not dropped, which would write what is left to a reader who takes nothing.
     let (reader, _) = writer.into_parts();
     match (written, reader.gone) {
@@ -189,7 +199,7 @@ mod tests {
     async fn a_reader_that_takes_nothing_is_given_up_and_is_told_so() {
         let (_folder, images, digest) = store();
         let exports = Exports::new(1, Duration::from_millis(100));
-        let stream = exports.begin(images, digest, NAME.to_owned()).unwrap();
+        let stream = exports.begin(images, digest, NAME.to_owned(), ExportForm::Oci).unwrap();
         all_free(&exports).await;
         // What it has got by now is not taken for the whole.
         let status = read(stream).await.unwrap_err();
@@ -202,7 +212,7 @@ mod tests {
     async fn exports_beyond_the_bound_are_refused_until_one_is_done_or_left() {
         let (_folder, images, digest) = store();
         let exports = Exports::new(2, LONG);
-        let begin = || exports.begin(images.clone(), digest, NAME.to_owned());
+        let begin = || exports.begin(images.clone(), digest, NAME.to_owned(), ExportForm::Oci);
         let (left, slow) = (begin().unwrap(), begin().unwrap());
         let refused = Status::from(begin().err().expect("a third is let in"));
         assert_eq!(refused.code(), Code::ResourceExhausted);
@@ -220,7 +230,7 @@ mod tests {
         let (_folder, images, digest) = store();
         let layer = images.image(&digest).unwrap().layers[0].diff_id;
         std::fs::remove_file(images.root().join("blobs/sha256").join(layer.hex())).unwrap();
-        let stream = Exports::default().begin(images, digest, NAME.to_owned()).unwrap();
+        let stream = Exports::default().begin(images, digest, NAME.to_owned(), ExportForm::Oci).unwrap();
         assert!(read(stream).await.is_err());
     }
 }

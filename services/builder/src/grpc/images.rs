@@ -98,7 +98,7 @@ impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
         let server = stored.map_or_else(|| "image".to_owned(), |read| read.value.server.to_string());
         // As Docker wants a name: repository and tag.
         let name = format!("kiln/{server}:{}", digest.short());
-        self.exports.begin(self.images.clone(), digest, name)
+        self.exports.begin(self.images.clone(), digest, name, request.form())
     }
 
     pub(super) async fn hold_images(&self, request: HoldRequest, by: &str) -> Result<HoldResponse, ApiError> {

@@ -6,9 +6,9 @@ use std::fs::File;
 use std::io::{IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use kiln_api::builder::{
-    Document, ExportImageRequest, GetImageRequest, Image as ImageMessage, ReadDocumentRequest,
+    Document, ExportForm, ExportImageRequest, GetImageRequest, Image as ImageMessage, ReadDocumentRequest,
 };
 use pulldown_cmark::{Event, Options, Parser};
 use serde_json::json;
@@ -74,15 +74,39 @@ enum ImageCommand {
         #[arg(short = 'f', long, value_name = "FILE")]
         file: Option<PathBuf>,
     },
-    /// Write an image as an OCI layout in a tar
+    /// Write an image into a file
     Export {
         /// An image's digest, a build, or a server for its newest image
         #[arg(value_name = "SERVER|BUILD|DIGEST")]
         image: String,
-        /// Where to write it; `-` for standard output [default: <image>.oci.tar]
+        /// For whom
+        #[arg(long, value_enum, default_value_t = Format::Oci)]
+        format: Format,
+        /// Where to write it; `-` for standard output [default: <image>.<format>.tar]
         #[arg(short = 'f', long, value_name = "FILE")]
         file: Option<PathBuf>,
     },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// An OCI layout in a tar, for skopeo, podman and buildah
+    Oci,
+    /// An archive for `docker load`
+    Docker,
+    /// The root file system as a plain tar, without layers
+    Root,
+}
+
+impl Format {
+    /// As people call it; what the file's name ends in; what can be done with the file.
+    const fn words(self) -> (&'static str, &'static str, &'static str) {
+        match self {
+            Self::Oci => ("an OCI layout", "oci.tar", "skopeo inspect oci-archive:"),
+            Self::Docker => ("an archive for docker", "docker.tar", "docker load -i "),
+            Self::Root => ("the root file system", "root.tar", "tar -tvf "),
+        }
+    }
 }
 
 pub(crate) async fn run(it: &Image, services: &Services, screen: Screen) -> Outcome {
@@ -111,7 +135,9 @@ pub(crate) async fn run(it: &Image, services: &Services, screen: Screen) -> Outc
             }
             wanted.give(content, image, file.as_deref(), screen)
         }
-        ImageCommand::Export { image, file } => export(image, file.as_deref(), services, screen).await,
+        ImageCommand::Export { image, format, file } => {
+            export(image, *format, file.as_deref(), services, screen).await
+        }
     }
 }
 
@@ -202,7 +228,13 @@ fn page(title: &str, markdown: &str) -> String {
     )
 }
 
-async fn export(name: &str, file: Option<&Path>, services: &Services, screen: Screen) -> Outcome {
+async fn export(
+    name: &str,
+    format: Format,
+    file: Option<&Path>,
+    services: &Services,
+    screen: Screen,
+) -> Outcome {
     let what = format!("exporting the image {name}");
     let to_stdout = file == Some(Path::new("-"));
     if to_stdout && std::io::stdout().is_terminal() {
@@ -218,10 +250,13 @@ async fn export(name: &str, file: Option<&Path>, services: &Services, screen: Sc
         )
         .todo("name a file with -f"));
     }
-    let request = ExportImageRequest { image: name.to_owned() };
+    // What docker loads lies in the layout's tar.
+    let form = if format == Format::Root { ExportForm::Root } else { ExportForm::Oci };
+    let request = ExportImageRequest { image: name.to_owned(), form: form.into() };
     let mut stream = services.builder().export_image(request).await.during(&what)?.into_inner();
+    let (is, ending, look) = format.words();
     let path =
-        file.map_or_else(|| PathBuf::from(format!("{}.oci.tar", name.replace(':', "-"))), Path::to_path_buf);
+        file.map_or_else(|| PathBuf::from(format!("{}.{ending}", name.replace(':', "-"))), Path::to_path_buf);
     let bar = screen.bar(0);
     let mut written = 0_u64;
     if to_stdout {
@@ -243,8 +278,8 @@ async fn export(name: &str, file: Option<&Path>, services: &Services, screen: Sc
     drop(bar);
     partial.persist(&path).map_err(|error| error.error).during(format_args!("writing {}", path.display()))?;
     screen.json(&json!({ "image": name, "file": path.display().to_string(), "bytes": written }))?;
-    screen.line(format_args!("{} is an OCI layout of {}", path.display(), size(written)))?;
-    screen.next(&[format!("skopeo inspect oci-archive:{}", path.display())])
+    screen.line(format_args!("{} is {is} of {}", path.display(), size(written)))?;
+    screen.next(&[format!("{look}{}", path.display())])
 }
 
 fn size(bytes: u64) -> String {

@@ -484,6 +484,8 @@ pub struct GetImageResponse {
 pub struct ExportImageRequest {
     #[prost(string, tag = "1")]
     pub image: ::prost::alloc::string::String,
+    #[prost(enumeration = "ExportForm", tag = "2")]
+    pub form: i32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ExportImageResponse {
@@ -650,6 +652,38 @@ impl BuildState {
             "BUILD_STATE_SUCCEEDED" => Some(Self::Succeeded),
             "BUILD_STATE_FAILED" => Some(Self::Failed),
             "BUILD_STATE_CANCELLED" => Some(Self::Cancelled),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum ExportForm {
+    /// As EXPORT_FORM_OCI.
+    Unspecified = 0,
+    /// An OCI layout, with what `docker load` looks for beside it.
+    Oci = 1,
+    /// The root file system, without layers.
+    Root = 2,
+}
+impl ExportForm {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "EXPORT_FORM_UNSPECIFIED",
+            Self::Oci => "EXPORT_FORM_OCI",
+            Self::Root => "EXPORT_FORM_ROOT",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "EXPORT_FORM_UNSPECIFIED" => Some(Self::Unspecified),
+            "EXPORT_FORM_OCI" => Some(Self::Oci),
+            "EXPORT_FORM_ROOT" => Some(Self::Root),
             _ => None,
         }
     }
@@ -1152,7 +1186,7 @@ pub mod builder_service_client {
                 .insert(GrpcMethod::new("kiln.builder.v1.BuilderService", "GetImage"));
             self.inner.unary(req, path, codec).await
         }
-        /// An OCI layout as a tar stream.
+        /// An image as a tar stream.
         pub async fn export_image(
             &mut self,
             request: impl tonic::IntoRequest<super::ExportImageRequest>,
@@ -1384,7 +1418,7 @@ pub mod builder_service_server {
             >
             + std::marker::Send
             + 'static;
-        /// An OCI layout as a tar stream.
+        /// An image as a tar stream.
         async fn export_image(
             &self,
             request: tonic::Request<super::ExportImageRequest>,

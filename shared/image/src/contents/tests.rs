@@ -124,3 +124,34 @@ fn two_images_differ_where_a_process_in_them_would_see_it() {
     assert_eq!(back.last().unwrap(), &("new".to_owned(), (true, false, false)));
     assert_eq!(after.differences(&after).unwrap(), []);
 }
+
+#[test]
+fn a_root_that_is_exported_is_what_the_image_holds() {
+    let (_folder, store) = store();
+    let upper = layer(&store, |folder| {
+        write(folder, "etc/one", "changed");
+        fs::hard_link(folder.join("etc/one"), folder.join("etc/same")).unwrap();
+        hide(folder, "etc/two");
+        hide(folder, "gone");
+        write(folder, "bin/tool", "runs");
+        fs::set_permissions(folder.join("bin/tool"), fs::Permissions::from_mode(0o4755)).unwrap();
+        chown(folder.join("etc/one"), Some(7), Some(8)).unwrap();
+    });
+    let image = of_layers(&store, vec![layer(&store, base), upper]);
+    let mut tar = Vec::new();
+    store.export_root(&image, &mut tar).unwrap();
+    let out = tempfile::tempdir().unwrap();
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+    let root = rfs::open(out.path(), flags, Mode::empty()).unwrap();
+    crate::unpack_root(tar.as_slice(), &root, crate::Limits::default()).unwrap();
+    let packed = Packer { whiteouts: Whiteouts::None, newest: 1000, shift: 0 };
+    let packed = packed.pack(&store, out.path()).unwrap();
+    let (created_by, created) = (String::new(), "1970-01-01T00:00:00Z".to_owned());
+    let again =
+        of_layers(&store, vec![Layer { diff_id: packed.diff_id, size: packed.size, created_by, created }]);
+    let (before, after) = (store.contents(&image).unwrap(), store.contents(&again).unwrap());
+    assert_eq!(before.differences(&after).unwrap(), []);
+    let link = |path: &str| rfs::lstat(out.path().join(path)).unwrap();
+    assert_eq!((link("etc/one").st_ino, link("etc/one").st_nlink), (link("etc/same").st_ino, 2));
+    assert_eq!(link("etc/link").st_mode & 0o170_000, 0o120_000);
+}
