@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 # command:package — what is there by another way than apt is taken as it is.
 needs=(
     gcc:gcc pkg-config:pkg-config
-    runc:runc conmon:conmon nft:nftables ip:iproute2
+    runc:runc conmon:conmon nft:nftables ip:iproute2 skopeo:skopeo
     mount:mount nsenter:util-linux git:git jq:jq curl:curl python3:python3
 )
 files=(
@@ -27,7 +27,7 @@ case "${1:-}" in
     "") ;;
     --tests)
         needs+=(
-            skopeo:skopeo umoci:umoci docker:docker.io dockerd:docker.io mmdebstrap:mmdebstrap buildah:buildah docker-registry:docker-registry
+            umoci:umoci docker:docker.io dockerd:docker.io mmdebstrap:mmdebstrap buildah:buildah docker-registry:docker-registry
             dpkg-deb:dpkg gpg:gnupg gpgconf:gpgconf psql:postgresql-client systemd-analyze:systemd conntrack:conntrack
         )
         # By its version of Debian 12: the server is not on the path.

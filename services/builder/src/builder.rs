@@ -201,7 +201,7 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
                     let context = self.sources.contexts().folder(&digest);
                     return Ok(Some(DebianRoot { suite: Some(suite), archives, context }));
                 }
-                Source::Archive { archives, .. } => {
+                Source::Archive { archives, .. } | Source::Image { archives, .. } => {
                     let context = self.sources.contexts().folder(&digest);
                     return Ok(Some(DebianRoot { suite: None, archives, context }));
                 }

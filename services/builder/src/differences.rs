@@ -13,6 +13,7 @@ pub fn differences(from: &Lock, to: &Lock) -> Vec<String> {
         LockedBase::Scratch => "scratch".to_owned(),
         LockedBase::Debian { suite, variant, .. } => format!("debian {suite} {variant}"),
         LockedBase::Archive { digest, .. } => format!("archive {}", digest.short()),
+        LockedBase::Image { place, digest } => format!("{place} ({})", digest.short()),
         LockedBase::Server { image_digest } => format!("image {}", image_digest.short()),
     };
     let mut compare = |what: &str, from: &str, to: &str| {

@@ -6,12 +6,16 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
+use std::path::PathBuf;
 
-use rustix::fs::{self as rfs, AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags};
+use rustix::fs::{
+    self as rfs, AtFlags, Dir, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags,
+};
 use rustix::io::Errno;
 
+use crate::pack::join;
 use crate::tar::{Entry, Kind, Problem, Reader, split_path};
 
 const WHITEOUT: &[u8] = b".wh.";
@@ -22,6 +26,8 @@ pub(crate) const CAPABILITY: &[u8] = b"security.capability";
 /// Labels and hashes that the machine it was packed on put there, for itself.
 const MACHINES_OWN: [&[u8]; 3] = [b"security.selinux", b"security.ima", b"security.evm"];
 
+/// Bytes of the paths that a layer hides.
+const HIDDEN_LIMIT: usize = 16 << 20;
 /// As many as a user namespace maps.
 const IDS: u32 = 65_536;
 
@@ -47,6 +53,8 @@ enum Form {
     /// A whole root file system, as others pack it: with devices, which the runtime makes at launch, and attributes that
     /// belong to the machine it was packed on.
     Root,
+    /// A layer as others pack it, on top of those below it in the same tree. What it hides of them was removed before.
+    Above,
 }
 
 pub(crate) fn extract(tar: impl Read, root: &OwnedFd, limits: Limits) -> Result<(), Problem> {
@@ -59,6 +67,103 @@ pub(crate) fn extract(tar: impl Read, root: &OwnedFd, limits: Limits) -> Result<
 /// It is not one that can be taken, or the folder can't be written. What was unpacked until then stays.
 pub fn unpack_root(tar: impl Read, root: &OwnedFd, limits: Limits) -> Result<i64, Problem> {
     extract_as(Form::Root, tar, root, limits)
+}
+
+/// Unpacks a layer as others pack it onto the tree of those below it, from which what it hides is gone already, and gives the
+/// time of its youngest entry, in seconds. What is there under the name of an entry gives way, as where OCI has it.
+///
+/// # Errors
+/// As for [`unpack_root`].
+pub fn unpack_layer(tar: impl Read, root: &OwnedFd, limits: Limits) -> Result<i64, Problem> {
+    extract_as(Form::Above, tar, root, limits)
+}
+
+/// What a layer hides of those below it.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Hidden {
+    paths: Vec<Vec<u8>>,
+    /// Folders of which nothing stays but themselves.
+    emptied: Vec<Vec<u8>>,
+}
+
+impl Hidden {
+    /// Reads a whole layer for its whiteouts.
+    ///
+    /// # Errors
+    /// It is not one that can be taken.
+    pub fn read(tar: impl Read, limits: Limits) -> Result<Self, Problem> {
+        let mut reader = Reader::new(tar);
+        let mut hidden = Self::default();
+        let (mut entries, mut bytes) = (0, 0);
+        while let Some(entry) = reader.next_entry()? {
+            entries += 1;
+            let (folder, name) = split_path(&entry.path);
+            let Some(name) = name.strip_prefix(WHITEOUT) else { continue };
+            bytes += entry.path.len();
+            if entries > limits.entries || bytes > HIDDEN_LIMIT {
+                return Err(Problem::refused(&entry.path, "more whiteouts than are taken"));
+            }
+            match name {
+                _ if entry.path.ends_with(OPAQUE) => hidden.emptied.push(folder.to_vec()),
+                b"" | b"." | b".." => return Err(Problem::refused(&entry.path, "a whiteout of nothing")),
+                // What aufs wrote for itself.
+                name if name.starts_with(WHITEOUT) => {}
+                name => hidden.paths.push(join(folder, name)),
+            }
+        }
+        Ok(hidden)
+    }
+
+    /// Whether nothing of the layers below shows at a path.
+    pub fn hides(&self, path: &[u8]) -> bool {
+        let is_below = |folder: &Vec<u8>| {
+            folder.is_empty()
+                || path.strip_prefix(folder.as_slice()).is_some_and(|rest| rest.starts_with(b"/"))
+        };
+        self.paths.iter().any(|hidden| hidden == path || is_below(hidden))
+            || self.emptied.iter().any(is_below)
+    }
+
+    /// Removes it from the tree of the layers below.
+    ///
+    /// # Errors
+    /// Something can't be removed.
+    pub fn remove_from(&self, root: &OwnedFd) -> Result<(), Problem> {
+        let tree = Tree { form: Form::Above, root, open: Vec::new(), times: Vec::new() };
+        for path in &self.paths {
+            let (folder, name) = split_path(path);
+            // What is not there, or lies behind a link, shows nowhere.
+            if let Ok(folder) = tree.folder(folder) {
+                remove(folder.as_fd(), name, path)?;
+            }
+        }
+        for path in &self.emptied {
+            let Ok(folder) = tree.folder(path) else { continue };
+            let failed = |errno: Errno| Problem::refused(path, format!("list: {errno}"));
+            for item in Dir::read_from(&folder).map_err(failed)? {
+                let item = item.map_err(failed)?;
+                let name = item.file_name().to_bytes();
+                if name != b"." && name != b".." {
+                    remove(folder.as_fd(), name, path)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whatever it is, with all that is in it.
+fn remove(parent: BorrowedFd<'_>, name: &[u8], path: &[u8]) -> Result<(), Problem> {
+    let removed = match rfs::unlinkat(parent, name, AtFlags::empty()) {
+        // By the handle of its parent, and without following a link anywhere below.
+        Err(Errno::ISDIR) => {
+            let parent = PathBuf::from(format!("/proc/self/fd/{}", parent.as_raw_fd()));
+            std::fs::remove_dir_all(parent.join(OsStr::from_bytes(name)))
+        }
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    };
+    removed.map_err(|error| Problem::refused(path, format!("remove what it takes the place of: {error}")))
 }
 
 fn extract_as(form: Form, tar: impl Read, root: &OwnedFd, limits: Limits) -> Result<i64, Problem> {
@@ -76,7 +181,7 @@ fn extract_as(form: Form, tar: impl Read, root: &OwnedFd, limits: Limits) -> Res
             return Err(Problem::refused(&entry.path, format!("more than {} bytes", limits.bytes)));
         }
         newest = newest.max(entry.mtime);
-        let entry = if form == Form::Root { of_root(entry)? } else { entry };
+        let entry = if form == Form::Layer { entry } else { packed_by_others(entry)? };
         tree.put(&entry, &mut reader)?;
     }
     tree.finish()?;
@@ -84,7 +189,7 @@ fn extract_as(form: Form, tar: impl Read, root: &OwnedFd, limits: Limits) -> Res
 }
 
 /// Without what belongs to the machine that it was packed on.
-fn of_root(mut entry: Entry) -> Result<Entry, Problem> {
+fn packed_by_others(mut entry: Entry) -> Result<Entry, Problem> {
     if entry.uid >= IDS || entry.gid >= IDS {
         let why =
             format!("it belongs to {}:{}, and an image has {IDS} users and groups", entry.uid, entry.gid);
@@ -115,13 +220,23 @@ impl Tree<'_> {
         let parent = self.open.last().map_or(self.root.as_fd(), |(_, fd)| fd.as_fd());
 
         if name.starts_with(WHITEOUT) {
-            if self.form == Form::Root {
-                return Err(refused("a whiteout, where nothing lies below"));
+            match self.form {
+                Form::Layer => {}
+                Form::Root => return Err(refused("a whiteout, where nothing lies below")),
+                Form::Above => return Ok(()),
             }
             if entry.kind != Kind::File || entry.size != 0 {
                 return Err(refused("a whiteout that is not an empty file"));
             }
             return whiteout(parent, name, &entry.path);
+        }
+        if self.form == Form::Above && !name.is_empty() {
+            let there = rfs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW);
+            let is_folder =
+                there.is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Directory);
+            if !(is_folder && entry.kind == Kind::Directory) {
+                remove(parent, name, &entry.path)?;
+            }
         }
         let mode = Mode::from_raw_mode(entry.mode);
         match entry.kind {
@@ -181,7 +296,7 @@ impl Tree<'_> {
                     .map_err(|errno| failed("make hard link", errno))?;
             }
             Kind::CharDevice | Kind::BlockDevice
-                if self.form == Form::Root && entry.path.starts_with(b"dev/") => {}
+                if self.form != Form::Layer && entry.path.starts_with(b"dev/") => {}
             Kind::CharDevice | Kind::BlockDevice => return Err(refused("devices are not taken")),
         }
         Ok(())
@@ -258,7 +373,11 @@ impl Tree<'_> {
     fn finish(self) -> Result<(), Problem> {
         for (path, mtime) in self.times.iter().rev() {
             let failed = |errno: Errno| Problem::refused(path, format!("set times: {errno}"));
-            let folder = self.folder(path).map_err(failed)?;
+            let folder = match self.folder(path) {
+                // Something later in the layer took its place.
+                Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) if self.form == Form::Above => continue,
+                other => other.map_err(failed)?,
+            };
             rfs::futimens(&folder, &times(*mtime)).map_err(failed)?;
         }
         Ok(())

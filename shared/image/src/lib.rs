@@ -9,6 +9,7 @@ mod dsse;
 mod error;
 mod export;
 mod extract;
+mod foreign;
 mod index;
 mod lock;
 mod manifest;
@@ -25,7 +26,11 @@ mod trees;
 pub use contents::{Contents, Difference, Node, NodeKind};
 pub use cosign::COSIGN_SIGNATURE;
 pub use error::Error;
-pub use extract::{Limits, unpack_root};
+pub use extract::{Hidden, Limits, unpack_layer, unpack_root};
+pub use foreign::{
+    Blob, FOREIGN_LIMIT, Foreign, ForeignConfig, ForeignManifest, parse_foreign, parse_foreign_config,
+    parse_layout,
+};
 pub use manifest::{Image, Layer, NewImage};
 pub use pack::{Packed, Packer, Whiteouts};
 pub use referrers::{ARTIFACT_LIMIT, Part, Referrer};

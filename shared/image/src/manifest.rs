@@ -14,7 +14,7 @@ pub(crate) const CONFIG_TYPE: &str = "application/vnd.oci.image.config.v1+json";
 pub(crate) const LAYER_TYPE: &str = "application/vnd.oci.image.layer.v1.tar";
 pub(crate) const MANIFEST_LIMIT: u64 = 1 << 20;
 const CONFIG_LIMIT: u64 = 4 << 20;
-const LAYERS_LIMIT: usize = 256;
+pub(crate) const LAYERS_LIMIT: usize = 256;
 
 /// An image as the store holds it, its manifest and configuration checked.
 #[derive(Debug, Clone)]
@@ -213,7 +213,7 @@ pub(crate) fn parse_digest(text: &str) -> Result<Digest, Error> {
 }
 
 /// Go's name, as OCI wants it, for Debian's.
-fn oci_architecture(debian: &str) -> &str {
+pub(crate) fn oci_architecture(debian: &str) -> &str {
     match debian {
         "armhf" | "armel" => "arm",
         "i386" => "386",

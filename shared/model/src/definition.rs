@@ -6,6 +6,7 @@ mod node;
 mod number;
 mod parents;
 mod parse;
+mod place;
 mod problem;
 mod raw;
 mod read;
@@ -23,6 +24,7 @@ use serde_json::Value;
 pub use self::context::{ContextEntry, EntryKind, context_digest};
 pub use self::parents::{Cycle, order_by_parent};
 pub use self::parse::{MAX_TEXT, Named, WrongPath, parse, wrong_name, wrong_paths};
+pub use self::place::{ImagePlace, NotAPlace};
 pub use self::problem::{DefinitionErrors, Problem, Report};
 pub use self::schema::json_schema;
 pub use self::template::{TemplateError, render};
@@ -68,6 +70,11 @@ pub enum Source {
         place: ArchivePlace,
         archives: Vec<ArchiveSpec>,
     },
+    /// What an image holds that others have made. `archives` as for `Archive`.
+    Image {
+        place: ImagePlace,
+        archives: Vec<ArchiveSpec>,
+    },
     /// The newest image of another server.
     Server {
         name: ServerName,
@@ -86,19 +93,18 @@ pub enum ArchivePlace {
 }
 
 impl Source {
-    /// Files of the definition's folder that it names.
+    /// Files and folders of the definition's folder that it names.
     pub fn named_files(&self) -> Vec<&str> {
-        let (place, archives) = match self {
+        let (path, archives) = match self {
             Self::Scratch | Self::Server { .. } => return Vec::new(),
-            Self::Debian { archives, .. } => (None, archives),
-            Self::Archive { place, archives } => (Some(place), archives),
+            Self::Debian { archives, .. }
+            | Self::Archive { place: ArchivePlace::Url { .. }, archives }
+            | Self::Image { place: ImagePlace::Registry(_), archives } => (None, archives),
+            Self::Archive { place: ArchivePlace::File(path), archives } => (Some(path), archives),
+            Self::Image { place: ImagePlace::Layout { folder, .. }, archives } => (Some(folder), archives),
         };
         let rings = archives.iter().map(|archive| archive.signed_by.as_str()).filter(|ring| !ring.is_empty());
-        let file = place.and_then(|place| match place {
-            ArchivePlace::File(path) => Some(path.as_str()),
-            ArchivePlace::Url { .. } => None,
-        });
-        file.into_iter().chain(rings).collect()
+        path.map(String::as_str).into_iter().chain(rings).collect()
     }
 }
 

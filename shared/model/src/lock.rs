@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::definition::Provisioner;
+use crate::definition::{ImagePlace, Provisioner};
 use crate::digest::Digest;
 use crate::revision::PackageVersions;
 
@@ -41,6 +41,12 @@ pub enum LockedBase {
         digest: Digest,
         /// Of the file, in bytes.
         size: u64,
+    },
+    /// What an image holds that others have made.
+    Image {
+        place: ImagePlace,
+        /// Of its manifest for this architecture.
+        digest: Digest,
     },
     /// Another server's image.
     Server {
@@ -124,7 +130,10 @@ impl Lock {
     pub fn packages(&self) -> PackageVersions {
         let base = match &self.base {
             LockedBase::Debian { packages, .. } => packages.as_slice(),
-            LockedBase::Scratch | LockedBase::Archive { .. } | LockedBase::Server { .. } => &[],
+            LockedBase::Scratch
+            | LockedBase::Archive { .. }
+            | LockedBase::Image { .. }
+            | LockedBase::Server { .. } => &[],
         };
         let steps = self.steps.iter().flat_map(|step| match step {
             LockedStep::Packages { packages, .. } => packages.as_slice(),

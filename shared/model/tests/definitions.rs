@@ -74,6 +74,17 @@ fn an_image_can_begin_with_an_archive_of_a_root_file_system() {
 }
 
 #[test]
+fn an_image_can_begin_with_one_that_others_have_made() {
+    let definition = parse(good("image.yaml").as_bytes(), "server.yaml").expect("a good definition");
+    assert_eq!(definition.image.from.named_files(), ["images/base", "keys/archive.gpg"]);
+    let of_registry = good("image.yaml").replace("oci:images/base:v1", "registry.example:5000/app");
+    let definition = parse(of_registry.as_bytes(), "server.yaml").expect("a good definition");
+    let Source::Image { place, .. } = &definition.image.from else { panic!("{:?}", definition.image.from) };
+    assert_eq!(place.to_string(), "registry.example:5000/app:latest");
+    assert_eq!(definition.image.from.named_files(), ["keys/archive.gpg"]);
+}
+
+#[test]
 fn an_alias_stands_for_its_anchor() {
     let definition = parse(good("aliases.yaml").as_bytes(), "server.yaml").expect("a good definition");
     assert_eq!(definition.run.env, definition.image.env);

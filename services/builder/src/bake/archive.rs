@@ -56,7 +56,7 @@ pub(crate) fn take(
 
 /// What apt has to know of it to add packages.
 pub(crate) fn look(file: File, digest: &Digest, cancel: &CancellationToken) -> Result<System, BakeError> {
-    let mut reader = Reader::new(open(file, digest, UNPACKED_LIMIT, cancel)?);
+    let mut reader = Reader::new(open(file, digest, cancel)?);
     let mut system = System::default();
     let mut release = [const { None }; OS_RELEASE.len()];
     let refused = |problem: Problem| malformed(digest, &problem);
@@ -92,25 +92,25 @@ pub(crate) fn unpack(
     let root = rustix::fs::open(to, flags, Mode::empty());
     let root = root.map_err(|errno| BakeError::io("open", to)(errno.into()))?;
     let limits = Limits { bytes, ..Limits::default() };
-    let tar = open(file, digest, UNPACKED_LIMIT, cancel)?;
+    let tar = open(file, digest, cancel)?;
     unpack_root(tar, &root, limits).map_err(|problem| malformed(digest, &problem))
 }
 
-fn open(
+/// The tar, whatever it is compressed by.
+pub(crate) fn open(
     file: File,
     digest: &Digest,
-    bytes: u64,
     cancel: &CancellationToken,
 ) -> Result<BufReader<Bounded>, BakeError> {
     let failed = |error| malformed(digest, &Problem::Io(error));
     let mut raw = BufReader::with_capacity(BLOCK, file);
     let compression = Compression::of(raw.fill_buf().map_err(failed)?);
     let inner = compression.open(raw).map_err(failed)?;
-    Ok(BufReader::with_capacity(BLOCK, Bounded { inner, left: bytes, cancel: cancel.clone() }))
+    Ok(BufReader::with_capacity(BLOCK, Bounded { inner, left: UNPACKED_LIMIT, cancel: cancel.clone() }))
 }
 
 /// A stream that ends with an error where it is longer than it may be, or where nobody waits for it any more.
-struct Bounded {
+pub(crate) struct Bounded {
     inner: Box<dyn Read + Send>,
     left: u64,
     cancel: CancellationToken,

@@ -112,6 +112,7 @@ pub(crate) fn keys(lock: &Lock) -> Result<Vec<Digest>, BakeError> {
         LockedBase::Scratch => json!("scratch"),
         LockedBase::Debian { packages, .. } => json!({"packages": packages}),
         LockedBase::Archive { digest, .. } => json!({"archive": digest}),
+        LockedBase::Image { digest, .. } => json!({"others": digest}),
         LockedBase::Server { image_digest } => json!({"image": image_digest}),
     };
     let mut keys =

@@ -85,7 +85,7 @@ impl Contents {
         Ok((digest, size))
     }
 
-    fn put(&self, content: &[u8]) -> Result<Digest, BakeError> {
+    pub(crate) fn put(&self, content: &[u8]) -> Result<Digest, BakeError> {
         let digest = Digest::of(content);
         let path = self.root.join(digest.hex());
         if path.is_file() {
@@ -110,6 +110,30 @@ struct Hashing<W> {
 impl<W> Hashing<W> {
     fn digest(self) -> Digest {
         Digest::from_bytes(self.hasher.finalize().into())
+    }
+}
+
+/// Hashes what is read.
+pub(crate) struct HashingReader<R> {
+    inner: R,
+    hasher: Sha256,
+}
+
+impl<R: Read> HashingReader<R> {
+    pub(crate) fn new(inner: R) -> Self {
+        Self { inner, hasher: Sha256::new() }
+    }
+
+    pub(crate) fn digest(self) -> Digest {
+        Digest::from_bytes(self.hasher.finalize().into())
+    }
+}
+
+impl<R: Read> Read for HashingReader<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.inner.read(buffer)?;
+        self.hasher.update(&buffer[..n]);
+        Ok(n)
     }
 }
 

@@ -13,6 +13,10 @@ pub enum BakeError {
     #[error("archive {archive}: {why}; {remedy}")]
     Archive { archive: String, why: String, remedy: String },
 
+    /// Something that is elsewhere can't be brought here.
+    #[error("fetching {what}: {why}; {remedy}")]
+    Fetch { what: String, why: String, remedy: String },
+
     /// What runs inside the sandbox failed.
     #[error("step {step}: {why}; its last lines: {}", last_lines.join(" | "))]
     Step { step: String, why: String, last_lines: Vec<String> },
@@ -44,6 +48,7 @@ impl BakeError {
         matches!(
             self,
             Self::Archive { .. }
+                | Self::Fetch { .. }
                 | Self::Io { .. }
                 | Self::Machine { .. }
                 | Self::Image(_)

@@ -18,6 +18,7 @@ mod dpkg;
 mod error;
 mod fetch;
 mod files;
+mod foreign;
 #[cfg(test)]
 mod hostile;
 mod install;
@@ -303,6 +304,7 @@ impl Baker {
                 cancel: &cancel,
                 contents: context::Contents::open(&config.home)?,
                 archive: OnceCell::new(),
+                image: OnceCell::new(),
             }
             .resolve()
         })

@@ -9,9 +9,10 @@ use std::thread;
 use std::time::Instant;
 
 use jiff::Timestamp;
-use kiln_image::{ImageStore, Stack};
+use kiln_image::{ForeignConfig, ImageStore, Stack};
 use kiln_model::definition::{
-    ArchivePlace, ArchiveSpec, DebianVariant, Definition, FileSpec, ProvisionSpec, Provisioner, Source, Step,
+    ArchivePlace, ArchiveSpec, DebianVariant, Definition, FileSpec, ImagePlace, ProvisionSpec, Provisioner,
+    Source, Step,
 };
 use kiln_model::digest::Digest;
 use kiln_model::lock::{BUILDER_FORMAT, Lock, LockedBase, LockedFile, LockedPackage, LockedStep, Provision};
@@ -20,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use super::apt::{Apt, Solved, is_request};
 use super::context::{Contents, Context};
 use super::error::BakeError;
+use super::foreign::Images;
 use super::packages::PackageStore;
 use super::snapshot::Snapshot;
 use super::solutions::Solutions;
@@ -40,6 +42,8 @@ pub(crate) struct Resolver<'a> {
     pub(crate) contents: Contents,
     /// Of the root file system's archive, once it was read.
     pub(crate) archive: OnceCell<(Digest, u64)>,
+    /// The image that others have made, once it was found.
+    pub(crate) image: OnceCell<(Digest, ForeignConfig)>,
 }
 
 /// Of each playbook and manifest: the packages that it is run by, and what the archives held.
@@ -67,6 +71,8 @@ impl Resolver<'_> {
 
     fn lock(&self, packages: Packages) -> Result<Lock, BakeError> {
         let image = &self.definition.image;
+        // What the definition says comes last, and so wins.
+        let mut env = BTreeMap::new();
         let base = match &image.from {
             Source::Scratch => LockedBase::Scratch,
             Source::Debian { suite, variant, .. } => LockedBase::Debian {
@@ -78,8 +84,14 @@ impl Resolver<'_> {
                 let (digest, size) = self.archive(place)?;
                 LockedBase::Archive { digest, size }
             }
+            Source::Image { place, .. } => {
+                let (digest, config) = self.others_image(place)?;
+                env.extend(config.env.clone());
+                LockedBase::Image { place: place.clone(), digest: *digest }
+            }
             Source::Server { name } => LockedBase::Server { image_digest: self.parent_image(name)?.digest },
         };
+        env.extend(image.env.clone());
         let context = Context::open(self.context, &self.contents, &self.definition.name, &image.env)?;
         let mut added = packages.steps.into_iter();
         let mut provisions = packages.provisions.into_iter();
@@ -111,7 +123,7 @@ impl Resolver<'_> {
             architecture: architecture()?.to_owned(),
             base,
             steps: steps.collect::<Result<_, BakeError>>()?,
-            env: image.env.clone(),
+            env,
             user: image.user.clone(),
             command: image.command.clone(),
             timestamp: self.timestamp,
@@ -178,6 +190,11 @@ impl Resolver<'_> {
             {
                 Vec::new()
             }
+            // What the tag meant then.
+            (LockedBase::Image { place, digest }, Source::Image { place: wanted, .. }) if place == wanted => {
+                self.keep_others_image(place, digest)?;
+                Vec::new()
+            }
             _ => return Ok(None),
         };
         let locked: Vec<_> = pinned
@@ -203,6 +220,32 @@ impl Resolver<'_> {
         }
         let taken = archive::take(place, self.context, &self.contents, self.log, self.cancel)?;
         Ok(*self.archive.get_or_init(|| taken))
+    }
+
+    fn images(&self) -> Result<Images<'_>, BakeError> {
+        Ok(Images {
+            config: self.config,
+            architecture: architecture()?,
+            contents: &self.contents,
+            log: self.log,
+            cancel: self.cancel,
+        })
+    }
+
+    /// What a registry has under a tag may change at any time: it is asked once.
+    fn others_image(&self, place: &ImagePlace) -> Result<&(Digest, ForeignConfig), BakeError> {
+        if let Some(known) = self.image.get() {
+            return Ok(known);
+        }
+        let found = self.images()?.find(place, self.context)?;
+        Ok(self.image.get_or_init(|| found))
+    }
+
+    /// Takes that image, whatever is under the tag now.
+    fn keep_others_image(&self, place: &ImagePlace, digest: &Digest) -> Result<(), BakeError> {
+        let found = self.images()?.find_again(place, digest)?;
+        self.image.get_or_init(|| found);
+        Ok(())
     }
 
     fn solve(&self, requested: &[&Vec<String>]) -> Result<(Lock, Vec<super::ReleaseFile>), BakeError> {
@@ -240,6 +283,16 @@ impl Resolver<'_> {
                 let what = format!("archive {}", digest.short());
                 let system = archive::look(self.contents.get(&digest)?, &digest, self.cancel)?;
                 let status = system.keep_status(&what, &digest, &self.config.home)?;
+                (system.suite(&what)?, self.own_root(archives), Vec::new(), Some(status))
+            }
+            Source::Image { place, archives } => {
+                if self.needs_no_archive(requested) {
+                    return self.nothing_to_solve(requested, "");
+                }
+                let (digest, _) = self.others_image(place)?;
+                let system = self.images()?.system(place, digest)?;
+                let what = place.to_string();
+                let status = system.keep_status(&what, digest, &self.config.home)?;
                 (system.suite(&what)?, self.own_root(archives), Vec::new(), Some(status))
             }
         };

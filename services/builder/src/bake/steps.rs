@@ -1,7 +1,7 @@
 //! A lock into an image: each step in its tree, each tree into its layer.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use jiff::Timestamp;
 use kiln_image::{ImageStore, Layer, NewImage, Packer, Whiteouts};
+use kiln_model::definition::ImagePlace;
 use kiln_model::digest::Digest;
 use kiln_model::lock::{Lock, LockedBase, LockedPackage, LockedStep};
 
@@ -16,6 +17,7 @@ use super::ahead::Ahead;
 use super::cache::{LayerCache, Record, keys};
 use super::context::Contents;
 use super::error::BakeError;
+use super::foreign::Images;
 use super::install::Installer;
 use super::packages::PackageStore;
 use super::provision::Place;
@@ -30,6 +32,7 @@ use crate::describe;
 enum Step<'a> {
     Base(&'a [LockedPackage]),
     Archive(&'a Digest),
+    Image(&'a ImagePlace, &'a Digest),
     Locked(&'a LockedStep),
 }
 
@@ -45,7 +48,9 @@ impl<'a> Plan<'a> {
             Step::Base(packages) => packages,
             Step::Locked(LockedStep::Packages { packages, .. }) => packages,
             Step::Locked(LockedStep::Provision(provision)) => &provision.tools,
-            Step::Archive(_) | Step::Locked(LockedStep::Files { .. } | LockedStep::Run { .. }) => &[],
+            Step::Archive(_)
+            | Step::Image(..)
+            | Step::Locked(LockedStep::Files { .. } | LockedStep::Run { .. }) => &[],
         }
     }
 }
@@ -102,7 +107,10 @@ pub(crate) fn bake(config: &BakeConfig, lock: &Lock, run: &BakeRun) -> Result<Ba
 fn parent_layers(lock: &Lock, store: &ImageStore) -> Result<Vec<Layer>, BakeError> {
     match &lock.base {
         LockedBase::Server { image_digest } => Ok(store.image(image_digest)?.layers),
-        LockedBase::Scratch | LockedBase::Debian { .. } | LockedBase::Archive { .. } => Ok(Vec::new()),
+        LockedBase::Scratch
+        | LockedBase::Debian { .. }
+        | LockedBase::Archive { .. }
+        | LockedBase::Image { .. } => Ok(Vec::new()),
     }
 }
 
@@ -120,6 +128,9 @@ fn plan(lock: &Lock) -> Result<Vec<Plan<'_>>, BakeError> {
                 key,
                 step: Step::Archive(digest),
             });
+        }
+        (LockedBase::Image { place, digest }, Some(key)) => {
+            plans.push(Plan { name: format!("image {place}"), key, step: Step::Image(place, digest) });
         }
         _ => {}
     }
@@ -312,13 +323,19 @@ impl Kitchen<'_> {
                 return Ok(Cooked { tree, lower, shift: 0, stamp });
             }
             Step::Archive(digest) => {
-                let tree = work.folder(&format!("s{at}"), 0)?;
-                let lower = work.folder(&format!("r{at}"), SHIFT)?;
                 let file = Contents::open(&self.config.home)?.get(digest)?;
-                let stamp = archive::unpack(file, digest, &tree, self.config.limits.tree, &self.run.cancel)?;
-                mount_shifted(&tree, &lower, true)?;
-                seal(&tree, stamp, true).map_err(BakeError::io("seal", &tree))?;
-                return Ok(Cooked { tree, lower, shift: 0, stamp });
+                let (bytes, cancel) = (self.config.limits.tree, &self.run.cancel);
+                return whole(work, at, |tree| archive::unpack(file, digest, tree, bytes, cancel));
+            }
+            Step::Image(place, digest) => {
+                let images = Images {
+                    config: self.config,
+                    architecture: &self.lock.architecture,
+                    contents: &Contents::open(&self.config.home)?,
+                    log: &self.run.log,
+                    cancel: &self.run.cancel,
+                };
+                return whole(work, at, |tree| images.unpack(place, digest, tree, self.config.limits.tree));
             }
             Step::Locked(step) => step,
         };
@@ -392,6 +409,20 @@ impl Kitchen<'_> {
         seal(&upper, stamp, with_content).map_err(BakeError::io("seal", &upper))?;
         Ok(Cooked { tree: upper.clone(), lower: upper, shift: SHIFT, stamp })
     }
+}
+
+/// A root file system that was made elsewhere, unpacked into a tree by what also gives the time of its youngest file.
+fn whole(
+    work: &Work,
+    at: usize,
+    unpack: impl FnOnce(&Path) -> Result<i64, BakeError>,
+) -> Result<Cooked, BakeError> {
+    let tree = work.folder(&format!("s{at}"), 0)?;
+    let lower = work.folder(&format!("r{at}"), SHIFT)?;
+    let stamp = unpack(&tree)?;
+    mount_shifted(&tree, &lower, true)?;
+    seal(&tree, stamp, true).map_err(BakeError::io("seal", &tree))?;
+    Ok(Cooked { tree, lower, shift: 0, stamp })
 }
 
 /// A step's tree as it is when the step is done.

@@ -15,6 +15,7 @@ use kiln_service::config::SigningKey as KeyOf;
 use super::*;
 
 mod described;
+mod foreign;
 mod provisioned;
 
 struct Kitchen {
@@ -26,6 +27,14 @@ struct Kitchen {
 
 impl Kitchen {
     fn new(site: &str, limits: BakeLimits) -> Self {
+        Self::of(site, limits, None)
+    }
+
+    fn with_registry(site: &str, registry: kiln_service::config::Registry) -> Self {
+        Self::of(site, BakeLimits::default(), Some(registry))
+    }
+
+    fn of(site: &str, limits: BakeLimits, registry: Option<kiln_service::config::Registry>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let signing_key = folder.path().join("signing.key");
         let pem = SigningKey::from_bytes(&[7; 32]).to_pkcs8_pem(Default::default()).unwrap();
@@ -37,7 +46,7 @@ impl Kitchen {
             packages: folder.path().join("packages"),
             layer_cache: folder.path().join("cache"),
             images: folder.path().join("images"),
-            registry: None,
+            registry,
             signing_keys: vec![KeyOf::File(signing_key)],
             runtime: PathBuf::from("runc"),
             archives: Vec::new(),
@@ -130,6 +139,11 @@ impl Kitchen {
     }
 }
 
+fn succeeds(command: &mut Command) {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
 const BASE: &str = "  from: { debian: bookworm }
   env: { PLACE: here }
   steps:
@@ -183,10 +197,6 @@ fn other_tools_take_it(kitchen: &Kitchen, digest: &Digest) {
     kitchen.store().export(digest, "web", fs::File::create(&tar).unwrap()).unwrap();
     let layout = kitchen.folder.path().join("layout");
     fs::create_dir(&layout).unwrap();
-    let succeeds = |command: &mut Command| {
-        let output = command.output().unwrap();
-        assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
-    };
     succeeds(Command::new("tar").arg("-xf").arg(&tar).arg("-C").arg(&layout));
     let reference = format!("{}:web", layout.display());
     let copy = kitchen.folder.path().join("copy");

@@ -105,6 +105,7 @@ fn base(base: &LockedBase) -> String {
         LockedBase::Scratch => "nothing".to_owned(),
         LockedBase::Debian { suite, variant, .. } => format!("Debian {suite}, {variant}"),
         LockedBase::Archive { digest, .. } => format!("the root file system {digest}"),
+        LockedBase::Image { place, digest } => format!("{place}, with the manifest {digest}"),
         LockedBase::Server { image_digest } => format!("the image {image_digest}"),
     }
 }

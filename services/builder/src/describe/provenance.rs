@@ -68,6 +68,9 @@ fn dependencies(lock: &Lock, commit: &str) -> Vec<Value> {
         LockedBase::Scratch => {}
         LockedBase::Debian { packages, .. } => all.extend(packages.iter().map(package)),
         LockedBase::Archive { digest, .. } => all.push(json!({"name": "archive", "digest": sha256(digest)})),
+        LockedBase::Image { place, digest } => {
+            all.push(json!({"name": place, "digest": sha256(digest)}));
+        }
         LockedBase::Server { image_digest } => {
             all.push(json!({"name": "parent image", "digest": sha256(image_digest)}));
         }

@@ -263,3 +263,120 @@ fn a_root_file_system_is_taken_as_others_pack_it() {
         assert!(unpack(&members).1.is_err(), "{what}");
     }
 }
+
+/// A layer of others on top of a tree; gives what is there then, and what was said.
+fn above(below: &[Vec<u8>], layer: &[Vec<u8>]) -> (Place, Result<i64, Problem>) {
+    let place = Place::new();
+    let root = rfs::open(place.root(), OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).unwrap();
+    let limits = Limits { entries: 50, bytes: 4096 };
+    unpack_layer(tar(below).as_slice(), &root, limits).unwrap();
+    let layer = tar(layer);
+    let result = Hidden::read(layer.as_slice(), limits)
+        .and_then(|hidden| hidden.remove_from(&root))
+        .and_then(|()| unpack_layer(layer.as_slice(), &root, limits));
+    place.outside_is_untouched();
+    (place, result)
+}
+
+#[test]
+fn a_layer_changes_hides_and_replaces_what_lies_below() {
+    let folder = |name: &[u8]| member(name, b'5', b"", b"");
+    let below = [
+        folder(b"etc/"),
+        file(b"etc/gone"),
+        file(b"etc/stays"),
+        folder(b"old/"),
+        file(b"old/deep/file"),
+        folder(b"cache/"),
+        file(b"cache/a"),
+        file(b"cache/b/c"),
+        file(b"file"),
+        folder(b"folder/"),
+        file(b"folder/inner"),
+        member(b"link", b'2', b"", b"../outside"),
+    ];
+    let (place, done) = above(
+        &below,
+        &[
+            file(b"cache/new"),
+            member(b"cache/.wh..wh..opq", b'0', b"", b""),
+            member(b"etc/.wh.gone", b'0', b"", b""),
+            member(b"etc/.wh.never", b'0', b"", b""),
+            member(b".wh.old", b'0', b"", b""),
+            member(b".wh..wh.plnk", b'5', b"", b""),
+            member(b"etc/stays", b'0', b"other", b""),
+            member(b"etc/again", b'1', b"", b"etc/stays"),
+            folder(b"file/"),
+            file(b"file/in"),
+            file(b"folder"),
+            folder(b"link/"),
+            file(b"link/secret"),
+            // The last of two with one name counts.
+            member(b"twice", b'0', b"1", b""),
+            member(b"twice", b'0', b"2", b""),
+        ],
+    );
+    done.unwrap();
+    let read = |path: &str| fs::read_to_string(place.root().join(path)).ok();
+    for (path, content) in [
+        ("etc/stays", Some("other")),
+        ("etc/again", Some("other")),
+        ("etc/gone", None),
+        ("old/deep/file", None),
+        ("cache/a", None),
+        ("cache/b/c", None),
+        ("cache/new", Some("x")),
+        ("file/in", Some("x")),
+        ("folder", Some("x")),
+        ("link/secret", Some("x")),
+        ("twice", Some("2")),
+    ] {
+        assert_eq!(read(path).as_deref(), content, "{path}");
+    }
+    assert!(!place.root().join("old").exists() && !place.root().join(".wh..wh.plnk").exists());
+}
+
+#[test]
+fn nothing_of_a_layer_reaches_outside_of_the_tree_below() {
+    let link = member(b"out", b'2', b"", b"../outside");
+    for (what, layer) in [
+        ("a file through a link", vec![file(b"out/new")]),
+        ("a whiteout of nothing", vec![member(b"d/.wh.", b'0', b"", b"")]),
+        ("a whiteout of the folder above", vec![member(b"d/.wh...", b'0', b"", b"")]),
+        ("a whiteout in the place of a folder", vec![file(b".wh.d/x")]),
+        ("up", vec![file(b"../outside/new")]),
+        ("a hard link through a link", vec![member(b"h", b'1', b"", b"out/secret")]),
+        ("a device", vec![member(b"etc/sda", b'4', b"", b"")]),
+    ] {
+        assert!(above(std::slice::from_ref(&link), &layer).1.is_err(), "{what} is taken");
+    }
+    // Behind a link lies nothing that a layer could hide.
+    for layer in
+        [vec![member(b"out/.wh.secret", b'0', b"", b"")], vec![member(b"out/.wh..wh..opq", b'0', b"", b"")]]
+    {
+        drop(above(std::slice::from_ref(&link), &layer));
+    }
+    let (place, done) = above(std::slice::from_ref(&link), &[file(b"out")]);
+    done.unwrap();
+    assert_eq!(fs::read(place.root().join("out")).unwrap(), b"x");
+}
+
+#[test]
+fn what_a_layer_hides_is_known_before_it_is_unpacked() {
+    let layer = tar(&[
+        member(b"var/lib/.wh.dpkg", b'0', b"", b""),
+        member(b"etc/.wh..wh..opq", b'0', b"", b""),
+        file(b"usr/x"),
+    ]);
+    let hidden = Hidden::read(layer.as_slice(), Limits::default()).unwrap();
+    for (path, is_hidden) in [
+        ("var/lib/dpkg", true),
+        ("var/lib/dpkg/status", true),
+        ("var/lib/dpkg2", false),
+        ("etc", false),
+        ("etc/os-release", true),
+        ("usr/x", false),
+    ] {
+        assert_eq!(hidden.hides(path.as_bytes()), is_hidden, "{path}");
+    }
+}

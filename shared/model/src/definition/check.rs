@@ -132,6 +132,9 @@ impl Checker<'_> {
                 };
                 (Source::Archive { place, archives: self.archives(archives) }, false)
             }
+            raw::From::Image { place, archives } => {
+                (Source::Image { place: place.0, archives: self.archives(archives) }, false)
+            }
         }
     }
 

@@ -1,5 +1,6 @@
 //! From the text of a `server.yaml` to a definition, or to everything that is wrong with it.
 
+use super::ImagePlace;
 use super::check::check;
 use super::node::{Node, Tree, Value};
 use super::problem::{DefinitionErrors, Place, Problem};
@@ -96,21 +97,25 @@ fn named_paths(node: &Node, named: &mut Vec<(String, usize)>) {
     match &node.value {
         Value::Map { entries, .. } => {
             for (key, value) in entries {
-                let is_path = match key.text.as_str() {
-                    "src" | "signedBy" | "playbook" | "manifest" => true,
+                let path = value.text().and_then(|text| match key.text.as_str() {
+                    "src" | "signedBy" | "playbook" | "manifest" => InnerPath::parse(text),
                     // It may be an address.
-                    "archive" => value.text().is_some_and(|text| !text.contains("://")),
-                    _ => false,
-                };
-                match value.text().and_then(InnerPath::parse) {
-                    Some(path) if is_path => {
+                    "archive" if !text.contains("://") => InnerPath::parse(text),
+                    "image" => match text.parse() {
+                        Ok(ImagePlace::Layout { folder, .. }) => Some(folder),
+                        _ => None,
+                    },
+                    _ => None,
+                });
+                match path {
+                    Some(path) => {
                         let with_folder = matches!(key.text.as_str(), "playbook" | "manifest");
                         if let Some((folder, _)) = path.rsplit_once('/').filter(|_| with_folder) {
                             named.push((folder.to_owned(), value.id));
                         }
                         named.push((path, value.id));
                     }
-                    _ => named_paths(value, named),
+                    None => named_paths(value, named),
                 }
             }
         }

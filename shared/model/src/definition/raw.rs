@@ -13,8 +13,8 @@ use super::number::{Cpus, Memory, Port, Time, Whole};
 use super::read::At;
 use super::text::{
     AbsolutePath, Address, ArchiveUrl, Capability, ComponentName, EnvName, FileMode, InnerPath, Machine,
-    Name, Owner, PackageName, PackageVersion, ProgramName, RootPlace, Script, Sha256, SuiteName, Text,
-    UrlPath, User, UserName, VariableName, Wanted,
+    Name, Owner, PackageName, PackageVersion, PlaceOfImage, ProgramName, RootPlace, Script, Sha256,
+    SuiteName, Text, UrlPath, User, UserName, VariableName, Wanted,
 };
 use super::{DebianVariant, Mode};
 use crate::time::Millis;
@@ -87,10 +87,11 @@ pub(super) enum From {
     Scratch,
     Debian { suite: Text<SuiteName>, variant: DebianVariant, archives: At<Vec<Archive>> },
     Archive { place: At<Text<RootPlace>>, sha256: Option<At<Text<Sha256>>>, archives: At<Vec<Archive>> },
+    Image { place: Text<PlaceOfImage>, archives: At<Vec<Archive>> },
     Server(At<Text<Name>>),
 }
 
-/// A Debian suite, a root file system as tar, or another server's image.
+/// A Debian suite, a root file system as tar, an image that others have made, or another server's image.
 #[derive(Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct FromKeys {
@@ -100,11 +101,14 @@ struct FromKeys {
     archive: Option<At<Text<RootPlace>>>,
     /// For an archive's address: the hash of the file, 64 hexadecimal digits.
     sha256: Option<At<Text<Sha256>>>,
+    /// An image of a registry, such as registry.example/app:1.2, or an OCI layout in the definition's folder, such as
+    /// oci:folder:tag. Of its configuration only the environment is taken over.
+    image: Option<Text<PlaceOfImage>>,
     /// The name of another server: its newest image.
     server: Option<At<Text<Name>>>,
     /// For debian: which packages are there from the beginning.
     variant: Option<At<DebianVariant>>,
-    /// For debian and archive: where packages come from. Without it the host's or the site's archives for the suite.
+    /// For debian, archive and image: where packages come from. Without it the host's or the site's archives for the suite.
     archives: Option<At<Vec<Archive>>>,
 }
 
@@ -114,6 +118,7 @@ impl FromKeys {
         let sources = [
             ("debian", self.debian.is_some()),
             ("archive", self.archive.is_some()),
+            ("image", self.image.is_some()),
             ("server", self.server.is_some()),
         ];
         let mut said = sources.iter().filter(|(_, said)| *said).map(|(name, _)| *name);
@@ -133,7 +138,7 @@ impl FromKeys {
             (
                 "archives",
                 self.archives.is_some(),
-                &["debian", "archive"],
+                &["debian", "archive", "image"],
                 "they are those of the other server",
             ),
             ("sha256", self.sha256.is_some(), &["archive"], "it is the hash of an archive"),
@@ -152,13 +157,16 @@ impl FromKeys {
             Self { archive: Some(place), sha256, archives, .. } => {
                 Ok(From::Archive { place, sha256, archives: archives.unwrap_or_default() })
             }
+            Self { image: Some(place), archives, .. } => {
+                Ok(From::Image { place, archives: archives.unwrap_or_default() })
+            }
             Self { server: Some(server), .. } => Ok(From::Server(server)),
             _ => Err(format!("it is not said what the image begins with\nwanted {SOURCES}")),
         }
     }
 }
 
-const SOURCES: &str = "{ debian: SUITE }, { archive: FILE }, { server: NAME } or scratch";
+const SOURCES: &str = "{ debian: SUITE }, { image: NAME }, { archive: FILE }, { server: NAME } or scratch";
 
 impl<'de> Deserialize<'de> for From {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -199,13 +207,14 @@ impl JsonSchema for From {
             serde_json::json!([
                 { "required": ["debian"], "not": { "required": ["sha256"] } },
                 { "required": ["archive"], "not": { "required": ["variant"] } },
+                { "required": ["image"], "not": { "anyOf": [{ "required": ["variant"] }, { "required": ["sha256"] }] } },
                 { "required": ["server"], "not": {
                     "anyOf": [{ "required": ["variant"] }, { "required": ["archives"] }, { "required": ["sha256"] }]
                 } },
             ]),
         );
         json_schema!({
-            "description": "What the image begins with: a Debian suite, a root file system as tar, another server's image, or nothing.",
+            "description": "What the image begins with: a Debian suite, a root file system as tar, an image that others have made, another server's image, or nothing.",
             "anyOf": [{ "const": "scratch", "description": "Nothing." }, keys]
         })
     }

@@ -9,6 +9,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{Error, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use super::ImagePlace;
 use super::node::quoted;
 use crate::digest::Digest;
 use crate::name::{NodeName, ServerName};
@@ -195,6 +196,20 @@ impl Syntax for RootPlace {
             None if text.contains("://") => None,
             None => InnerPath::parse(text).map(FileOrUrl::File),
         }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct PlaceOfImage;
+
+impl Syntax for PlaceOfImage {
+    type Value = ImagePlace;
+    const WHAT: &'static str = "the place of an image";
+    const HELP: &'static str = "wanted one with its registry, such as registry.example/app:1.2, or an OCI layout in the definition's folder, such as oci:folder:tag";
+    const PATTERN: &'static str = "^(oci:[^/\\s][^\\s]*|[^/\\s@]+/[^\\s]+)$";
+
+    fn parse(text: &str) -> Option<ImagePlace> {
+        text.parse().ok()
     }
 }
 
