@@ -17,7 +17,7 @@ use kiln_store::Store;
 use tokio::sync::watch;
 
 use crate::bakery::Bakery;
-use crate::builder::{Builder, Error};
+use crate::builder::{Builder, Error, TRIES};
 use crate::store::{Documents, Edit, HOLD_KIND, IMAGE_KIND, Read, StoredHold, StoredImage};
 
 const PERIOD: Duration = Duration::from_secs(3600);
@@ -137,6 +137,28 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
             }
         }
         Ok(removed)
+    }
+
+    /// Says that a build has come to an image again that was made before: it runs in the build's tests, and is as new as one
+    /// that is made just now.
+    ///
+    /// # Errors
+    /// The store refuses, or others go on writing it.
+    pub async fn came_to_again(&self, digest: &Digest) -> Result<(), Error> {
+        let mut tries = TRIES;
+        loop {
+            let Some(Read { version, mut value }) = self.documents.image(digest).await? else {
+                return Ok(());
+            };
+            value.created = self.now();
+            let mut edit = Edit::new(value.created);
+            edit.put_image(version, &value)?;
+            tries -= 1;
+            match self.documents.store().commit(edit.finish()).await {
+                Err(kiln_store::Error::Conflict { .. }) if tries > 0 => {}
+                done => return Ok(done.map(drop)?),
+            }
+        }
     }
 
     /// Removes an image's document as it was read.

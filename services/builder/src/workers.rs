@@ -304,6 +304,8 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
 
         let begun = self.builder.clock.now().wall;
         let image = self.bake(&lock, !build.verify).await?;
+        let again = self.builder.came_to_again(&image).await;
+        again.map_err(|error| self.fell(error.to_string(), error.is_transient()))?;
         let made = Provenance {
             build: build.id.clone(),
             lock,

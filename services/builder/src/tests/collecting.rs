@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use kiln_api::builder::builder_service_server::BuilderService as _;
-use kiln_api::builder::{ApplyOutcome, GetImageRequest, HoldRequest};
+use kiln_api::builder::{ApplyOutcome, BuildRequest, GetImageRequest, HoldRequest};
+use kiln_builder_core::build::State;
 use kiln_model::digest::Digest;
 use kiln_model::revision::RevisionContent;
 use kiln_service::access::from_local;
@@ -13,7 +14,7 @@ use tonic::{Code, Request, Status};
 use tonic_types::StatusExt as _;
 
 use super::world::{World, yaml};
-use crate::store::{Edit, StoredImage};
+use crate::store::{Edit, IMAGE_KIND, Read, StoredImage};
 
 /// An image as it was made two days ago.
 async fn old_image(world: &World, text: &str) -> Digest {
@@ -133,6 +134,37 @@ async fn an_image_that_comes_into_force_again_writes_its_document_and_stays() {
     assert_eq!(third.image_digest, first.image_digest);
     let refused = world.builder.forget_image(&found).await.unwrap_err();
     assert!(refused.is_conflict(), "{refused}");
+}
+
+/// It is in nobody's hands yet, and was made long ago, by a build whose tests failed.
+#[tokio::test]
+async fn an_image_that_a_build_comes_to_again_stays_while_it_is_tested() {
+    let world = World::new().await;
+    world.tester.fail("not yet");
+    world.apply("r1", &yaml("web", "a", 1)).await.unwrap();
+    let failed = async {
+        world.until_build("web-b1", |state| *state == State::Failed).await;
+        world.until_server("web", |server| server.building.is_none()).await;
+    };
+    world.running(failed).await;
+    let all: Vec<Read<StoredImage>> = world.builder.documents.all(IMAGE_KIND, "").await.unwrap();
+    let [Read { version, value }] = all.as_slice() else { panic!("{all:?}") };
+    let image = value.digest;
+    let mut edit = Edit::new(world.builder.now());
+    edit.put_image(*version, &StoredImage { created: long_ago(&world), ..value.clone() }).unwrap();
+    world.builder.documents.store().commit(edit.finish()).await.unwrap();
+
+    let gate = world.tester.pass_by_a_gate();
+    let again = BuildRequest { request_id: "b1".into(), server: "web".into(), ..BuildRequest::default() };
+    let build = world.build(again).await.unwrap().build.unwrap().id;
+    let tested = async {
+        gate.reached.acquire().await.unwrap().forget();
+        assert_eq!(collect(&world).await, 0);
+        assert!(is_there(&world, &image).await);
+        gate.open.add_permits(1);
+        world.until_build(&build, |state| matches!(state, State::Succeeded { .. })).await;
+    };
+    world.running(tested).await;
 }
 
 #[tokio::test]

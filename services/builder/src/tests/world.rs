@@ -30,7 +30,7 @@ use kiln_service::clock::SystemClock;
 use kiln_service::config::Signing;
 use kiln_service::members::Members;
 use kiln_store::{Batch, Change, Store as _};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio_stream::StreamExt as _;
 use tonic::{Request, Status};
 
@@ -203,17 +203,38 @@ impl Bakery for FakeBakery {
 #[derive(Clone, Default)]
 pub(crate) struct FakeTester {
     failure: Arc<Mutex<Option<String>>>,
+    /// Tests that are under way wait for a permit, where there is somebody to give one.
+    gate: Arc<Mutex<Option<Arc<Gate>>>>,
+}
+
+/// Where tests wait.
+pub(crate) struct Gate {
+    pub(crate) reached: Semaphore,
+    pub(crate) open: Semaphore,
 }
 
 impl FakeTester {
     pub(crate) fn fail(&self, detail: &str) {
         *self.failure.lock().unwrap() = Some(detail.to_owned());
     }
+
+    /// From here on tests pass, each when it is let through.
+    pub(crate) fn pass_by_a_gate(&self) -> Arc<Gate> {
+        *self.failure.lock().unwrap() = None;
+        let gate = Arc::new(Gate { reached: Semaphore::new(0), open: Semaphore::new(0) });
+        *self.gate.lock().unwrap() = Some(Arc::clone(&gate));
+        gate
+    }
 }
 
 #[async_trait]
 impl Tester for FakeTester {
     async fn test(&self, _run: TestRun<'_>) -> Result<Vec<TestResult>, TestFault> {
+        let gate = self.gate.lock().unwrap().clone();
+        if let Some(gate) = gate {
+            gate.reached.add_permits(1);
+            gate.open.acquire().await.unwrap().forget();
+        }
         let failure = self.failure.lock().unwrap().clone();
         let detail = failure.clone().unwrap_or_default();
         Ok(vec![TestResult { name: "http".to_owned(), passed: failure.is_none(), detail, took: Millis(0) }])
