@@ -14,6 +14,7 @@ cd "$(dirname "$0")/.."
 needs=(
     gcc:gcc pkg-config:pkg-config
     runc:runc conmon:conmon nft:nftables ip:iproute2 skopeo:skopeo
+    slirp4netns:slirp4netns
     mount:mount nsenter:util-linux git:git jq:jq curl:curl python3:python3
 )
 files=(

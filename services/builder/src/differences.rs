@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use kiln_model::definition::Reach;
+use kiln_model::digest::Digest;
 use kiln_model::lock::{Lock, LockedBase, LockedFile, LockedStep, Provision};
 
 /// More lines than this are summed up.
@@ -74,7 +76,10 @@ fn provisions(from: &Lock, to: &Lock) -> Vec<String> {
     for (before, after) in before.iter().zip(&after) {
         let changes = [
             ("is another one", before.file != after.file),
-            ("is run in another way", before.by != after.by || before.idempotent != after.idempotent),
+            (
+                "is run in another way",
+                before.by != after.by || before.idempotent != after.idempotent || before.reach != after.reach,
+            ),
             ("files changed", before.files != after.files),
             ("is run by other packages", before.tools != after.tools),
             ("installs from archives that have changed", before.snapshot != after.snapshot),
@@ -93,9 +98,10 @@ fn provisions_of(lock: &Lock) -> Vec<&Provision> {
     steps.collect()
 }
 
-fn scripts(lock: &Lock) -> Vec<&str> {
+/// Each with what it reaches.
+fn scripts(lock: &Lock) -> Vec<(&str, &Reach, &Option<Digest>)> {
     let steps = lock.steps.iter().filter_map(|step| match step {
-        LockedStep::Run { script } => Some(script.as_str()),
+        LockedStep::Run { script, reach, archives } => Some((script.as_str(), reach, archives)),
         _ => None,
     });
     steps.collect()

@@ -212,6 +212,7 @@ pub fn bake_config(site: &Site) -> BakeConfig {
         site: site.id.clone(),
         home: paths.service(Service::Builder),
         packages: site.builder.packages.clone(),
+        secrets: site.secrets.clone(),
         layer_cache: site.builder.layers.clone(),
         images: paths.images(),
         signing_keys: site.signing.keys.clone(),

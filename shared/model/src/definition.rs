@@ -132,8 +132,70 @@ pub struct ArchiveSpec {
 pub enum Step {
     Packages(Vec<String>),
     Files(Vec<FileSpec>),
-    Run(String),
+    Run(RunStep),
     Provision(ProvisionSpec),
+}
+
+/// A script, by /bin/sh.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "StoredRun", into = "StoredRun")]
+pub struct RunStep {
+    pub script: String,
+    pub reach: Reach,
+}
+
+/// What a step can reach beside the image.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Reach {
+    /// All that the builder's machine reaches, but for the machine itself.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub network: bool,
+    /// By their names in the site's settings; files of /run/secrets while the step runs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub secrets: Vec<String>,
+}
+
+impl Reach {
+    pub fn is_nothing(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// A script alone is kept as what it was before there was anything to reach.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum StoredRun {
+    Script(String),
+    Reaching { script: String, reach: Reach },
+}
+
+impl From<StoredRun> for RunStep {
+    fn from(stored: StoredRun) -> Self {
+        match stored {
+            StoredRun::Script(script) => Self { script, reach: Reach::default() },
+            StoredRun::Reaching { script, reach } => Self { script, reach },
+        }
+    }
+}
+
+impl From<RunStep> for StoredRun {
+    fn from(step: RunStep) -> Self {
+        match step {
+            RunStep { script, reach } if reach.is_nothing() => Self::Script(script),
+            RunStep { script, reach } => Self::Reaching { script, reach },
+        }
+    }
+}
+
+impl Step {
+    /// What it can reach; nothing where it runs nothing.
+    pub fn reach(&self) -> Option<&Reach> {
+        match self {
+            Self::Packages(_) | Self::Files(_) => None,
+            Self::Run(step) => Some(&step.reach),
+            Self::Provision(spec) => Some(&spec.reach),
+        }
+    }
 }
 
 impl ImageSpec {
@@ -156,6 +218,8 @@ pub struct ProvisionSpec {
     pub file: String,
     /// Run twice; the second run must change nothing.
     pub idempotent: bool,
+    #[serde(default, skip_serializing_if = "Reach::is_nothing")]
+    pub reach: Reach,
 }
 
 impl ProvisionSpec {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use crate::definition::{ImagePlace, Provisioner};
+use crate::definition::{ImagePlace, Provisioner, Reach};
 use crate::digest::Digest;
 use crate::revision::PackageVersions;
 
@@ -67,6 +67,11 @@ pub enum LockedStep {
     },
     Run {
         script: String,
+        #[serde(default, skip_serializing_if = "Reach::is_nothing")]
+        reach: Reach,
+        /// Where it reaches the network and there are archives to install from: of their release files.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        archives: Option<Digest>,
     },
     Provision(Provision),
 }
@@ -80,6 +85,8 @@ pub struct Provision {
     /// Of its folder: `dest` is the path inside it, with a `/` in front.
     pub files: Vec<LockedFile>,
     pub idempotent: bool,
+    #[serde(default, skip_serializing_if = "Reach::is_nothing")]
+    pub reach: Reach,
     /// What the host is called in it: the server's name.
     pub host: String,
     /// What runs it, with all that this needs; none of it stays in the image.

@@ -191,6 +191,14 @@ impl FromStr for InstanceId {
 serde_by_text!(BuildId);
 serde_by_text!(InstanceId);
 
+/// Whether a secret can be called so: it names a file.
+pub fn is_secret_name(text: &str) -> bool {
+    let is_first = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+    text.len() <= 64
+        && text.starts_with(is_first)
+        && text.chars().all(|c| is_first(c) || matches!(c, '-' | '_' | '.'))
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -4,7 +4,9 @@
 
 use std::path::{Path, PathBuf};
 
-use kiln_model::definition::{ArchivePlace, Definition, MAX_TEXT, Source, WrongPath, parse, wrong_paths};
+use kiln_model::definition::{
+    ArchivePlace, Definition, MAX_TEXT, Source, Step, WrongPath, parse, wrong_paths,
+};
 use proptest::prelude::*;
 use proptest::sample::Index;
 
@@ -254,4 +256,16 @@ proptest! {
         let document = serde_json::to_string(&definition).map_err(|error| TestCaseError::fail(error.to_string()))?;
         prop_assert_eq!(serde_json::from_str::<Definition>(&document).ok(), Some(definition));
     }
+}
+
+/// Kept by a version that knew of nothing to reach, and read by it again where there is nothing.
+#[test]
+fn a_script_alone_is_kept_as_a_text() {
+    let step: Step = serde_json::from_str(r#"{"run": "nginx -t"}"#).expect("an earlier document");
+    let Step::Run(run) = &step else { panic!("{step:?}") };
+    assert!(run.script == "nginx -t" && run.reach.is_nothing());
+    assert_eq!(serde_json::to_string(&step).expect("write"), r#"{"run":"nginx -t"}"#);
+    let reaching = parse(good("full.yaml").as_bytes(), "server.yaml").expect("a good definition");
+    let kept = serde_json::to_string(&reaching).expect("write");
+    assert_eq!(serde_json::from_str::<Definition>(&kept).expect("read"), reaching);
 }

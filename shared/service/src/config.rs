@@ -22,7 +22,7 @@ use std::time::Duration;
 use jiff::SignedDuration;
 use kiln_bus::User;
 use kiln_model::event::Service;
-use kiln_model::name::{NodeName, SiteId, SiteName};
+use kiln_model::name::{NodeName, SiteId, SiteName, is_secret_name};
 use serde::{Deserialize, Serialize};
 
 use crate::access::Role;
@@ -89,6 +89,9 @@ pub struct SiteFile {
     pub builder: BuilderFile,
     #[serde(default, skip_serializing_if = "SigningFile::is_default")]
     pub signing: SigningFile,
+    /// `pip-token = "keys/pip-token"`: what steps of definitions can be told while they run. Relative to the home.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub secrets: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -197,6 +200,8 @@ pub struct Site {
     pub poll: Poll,
     pub builder: Builder,
     pub signing: Signing,
+    /// Files, by the names that definitions know them by.
+    pub secrets: BTreeMap<String, PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -326,6 +331,7 @@ impl SiteFile {
                 layers: home.join(self.builder.layers),
             },
             signing,
+            secrets: check_secrets(self.secrets, home).map_err(wrong("secrets"))?,
             home: home.to_owned(),
             name,
             id,
@@ -337,6 +343,21 @@ impl SiteFile {
             otlp: self.otlp.map(|otlp| otlp.endpoint),
         })
     }
+}
+
+fn check_secrets(
+    secrets: BTreeMap<String, String>,
+    home: &Path,
+) -> Result<BTreeMap<String, PathBuf>, String> {
+    let checked = secrets.into_iter().map(|(name, path)| {
+        if is_secret_name(&name) {
+            return Ok((name, home.join(path)));
+        }
+        Err(format!(
+            "`{name}` is no name of a secret: wanted at most 64 characters out of a-z, 0-9, `-`, `_` and `.`"
+        ))
+    });
+    checked.collect()
 }
 
 fn check_bridge(name: &str) -> Result<(), String> {
@@ -498,7 +519,7 @@ git = "1s"
         let all: toml::Table = file.to_text().unwrap().parse().unwrap();
         let shown: toml::Table = text.parse().unwrap();
         assert_eq!(names(&all), names(&shown));
-        assert_eq!(names(&all).len(), 31);
+        assert_eq!(names(&all).len(), 32);
     }
 
     fn names(table: &toml::Table) -> Vec<String> {
@@ -525,6 +546,7 @@ git = "1s"
             ("127.0.0.1:9101", "localhost:9101", "`metrics`"),
             ("[poll]", "[listen]\nbuilder = \"10.0.0.5\"\n[poll]", "`listen`"),
             ("[poll]", "[peers]\nnode = \"http://10.0.0.5:1\"\n[poll]", "`peers`"),
+            ("[poll]", "[secrets]\n\"../x\" = \"keys/x\"\n[poll]", "`secrets`"),
             ("[poll]", "[pki]\nlife = \"1s\"\n[poll]", "`pki.life`"),
             ("[poll]", "[pki]\nlife = \"721h\"\n[poll]", "`pki.life`"),
             ("git = \"1s\"", "git = \"1\"", "`poll.git`"),

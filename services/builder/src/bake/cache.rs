@@ -122,7 +122,12 @@ pub(crate) fn keys(lock: &Lock) -> Result<Vec<Digest>, BakeError> {
             // Not what was asked for, but what that gave.
             LockedStep::Packages { packages, .. } => json!({"packages": packages}),
             LockedStep::Files { files } => json!({"files": files, "timestamp": lock.timestamp}),
-            LockedStep::Run { script } => json!({"run": script, "env": lock.env}),
+            LockedStep::Run { script, reach, archives } if reach.is_nothing() && archives.is_none() => {
+                json!({"run": script, "env": lock.env})
+            }
+            LockedStep::Run { script, reach, archives } => {
+                json!({"run": script, "env": lock.env, "reach": reach, "archives": archives})
+            }
             LockedStep::Provision(provision) => {
                 json!({"provision": provision, "env": lock.env, "timestamp": lock.timestamp})
             }
@@ -135,6 +140,7 @@ pub(crate) fn keys(lock: &Lock) -> Result<Vec<Digest>, BakeError> {
 
 #[cfg(test)]
 mod tests {
+    use kiln_model::definition::Reach;
     use kiln_model::lock::LockedPackage;
 
     use super::*;
@@ -158,7 +164,7 @@ mod tests {
             steps: vec![
                 LockedStep::Packages { requested: vec!["a".to_owned()], packages: vec![package("a")] },
                 LockedStep::Files { files: Vec::new() },
-                LockedStep::Run { script: script.to_owned() },
+                LockedStep::Run { script: script.to_owned(), reach: Reach::default(), archives: None },
             ],
             env: [].into(),
             user: "root".to_owned(),

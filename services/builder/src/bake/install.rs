@@ -230,6 +230,7 @@ impl Installer<'_> {
             folders,
             hide_ischroot: hides_ischroot(tree)?,
             own_run: false,
+            resolver: None,
         })
     }
 }

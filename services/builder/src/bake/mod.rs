@@ -24,17 +24,20 @@ mod hostile;
 mod install;
 mod kept;
 mod leftovers;
+mod network;
 mod offered;
 mod opened;
 mod owners;
 mod packages;
 mod provision;
 mod puppet;
+mod reach;
 mod resolve;
 mod rights;
 mod sandbox;
 mod seal;
 mod seccomp;
+mod secrets;
 mod snapshot;
 mod solutions;
 mod sources;
@@ -49,6 +52,7 @@ mod whole;
 mod work;
 
 use std::cell::OnceCell;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -62,6 +66,7 @@ use kiln_model::name::{BuildId, SiteId};
 use kiln_registry::Registry;
 use kiln_service::config::{SigningKey, Trust};
 use kiln_service::machine::Leftover;
+use serde::Serialize;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
@@ -86,6 +91,8 @@ pub struct BakeConfig {
     /// Ed25519, PKCS#8 PEM.
     /// Each of them signs.
     pub signing_keys: Vec<SigningKey>,
+    /// What steps can be told, by its names.
+    pub secrets: BTreeMap<String, PathBuf>,
     /// By which images get to other machines.
     pub registry: Option<kiln_service::config::Registry>,
     /// The OCI runtime's command: `runc`.
@@ -174,7 +181,7 @@ pub struct Current {
 }
 
 /// An archive's release file as it was when the packages were resolved.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ReleaseFile {
     /// Of `InRelease`; a `Release` where the archive has no other.
     pub url: String,

@@ -20,7 +20,7 @@ use super::snapshot::{PORT, Snapshot};
 use super::tools::{self, Recipe};
 use super::tree::{SHIFT, Tree};
 use super::work::mount_shifted;
-use super::{ansible, files, puppet};
+use super::{ansible, files, puppet, reach};
 
 /// Where a step sees the folder of its playbook or manifest.
 pub(crate) const FILES: &str = "/run/kiln/files";
@@ -56,6 +56,8 @@ pub(crate) struct Place<'a> {
     pub(crate) at: usize,
     pub(crate) step: &'a str,
     pub(crate) root: &'a Path,
+    /// What the step changes, without what lies below.
+    pub(crate) upper: &'a Path,
     pub(crate) env: BTreeMap<String, String>,
 }
 
@@ -69,7 +71,7 @@ pub(crate) fn packages(by: &Provisioner) -> Vec<&'static str> {
 }
 
 pub(crate) fn run(provision: &Provision, place: Place<'_>) -> Result<(), BakeError> {
-    let Place { installer, store, at, step, root, mut env } = place;
+    let Place { installer, store, at, step, root, upper, mut env } = place;
     let program = match &provision.by {
         Provisioner::Ansible { vars } => ansible::program(provision, vars)?,
         Provisioner::Puppet => puppet::program(provision),
@@ -114,7 +116,7 @@ pub(crate) fn run(provision: &Provision, place: Place<'_>) -> Result<(), BakeErr
     let hidden = hides_ischroot(&image)?;
     forbid_services(&image)?;
     let seen = |outside: PathBuf, inside, access| Folder { outside, inside, access };
-    sandbox.run(&Job {
+    let job = Job {
         step,
         root,
         script: &script(&program.functions, &program.check, provision.idempotent),
@@ -129,7 +131,9 @@ pub(crate) fn run(provision: &Provision, place: Place<'_>) -> Result<(), BakeErr
         ],
         hide_ischroot: hidden,
         own_run: true,
-    })
+        resolver: None,
+    };
+    reach::run(sandbox, &reach::Step { at, reach: &provision.reach, upper }, &job)
 }
 
 /// What every tree of tools has beside its own program.

@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use kiln_image::{ForeignConfig, ImageStore, Stack};
 use kiln_model::definition::{
     ArchivePlace, ArchiveSpec, DebianVariant, Definition, FileSpec, ImagePlace, ProvisionSpec, Provisioner,
-    Source, Step,
+    RunStep, Source, Step,
 };
 use kiln_model::digest::Digest;
 use kiln_model::lock::{BUILDER_FORMAT, Lock, LockedBase, LockedFile, LockedPackage, LockedStep, Provision};
@@ -26,7 +26,9 @@ use super::packages::PackageStore;
 use super::snapshot::Snapshot;
 use super::solutions::Solutions;
 use super::system::System;
-use super::{BakeConfig, Current, DebianRoot, LogSink, ParentImage, Resolution, archive, provision, sources};
+use super::{
+    BakeConfig, Current, DebianRoot, LogSink, ParentImage, Resolution, archive, provision, secrets, sources,
+};
 use crate::describe;
 
 pub(crate) struct Resolver<'a> {
@@ -55,11 +57,16 @@ struct Packages {
     base: Vec<LockedPackage>,
     steps: Vec<Vec<LockedPackage>>,
     provisions: Provisions,
+    /// Of the release files, where any were asked for.
+    archives: Option<Digest>,
 }
 
 impl Resolver<'_> {
     pub(crate) fn resolve(&self) -> Result<Resolution, BakeError> {
         let requested = self.requested()?;
+        for reach in self.definition.image.steps.iter().filter_map(Step::reach) {
+            secrets::are_known(&reach.secrets, self.config)?;
+        }
         match self.pinned_packages(&requested)? {
             Some(packages) => Ok(Resolution { lock: self.lock(packages)?, release_files: None }),
             None => {
@@ -102,7 +109,11 @@ impl Resolver<'_> {
                     packages: added.next().unwrap_or_default(),
                 },
                 Step::Files(specs) => LockedStep::Files { files: context.files(specs)? },
-                Step::Run(script) => LockedStep::Run { script: script.clone() },
+                Step::Run(RunStep { script, reach }) => LockedStep::Run {
+                    script: script.clone(),
+                    reach: reach.clone(),
+                    archives: packages.archives.filter(|_| reach.network),
+                },
                 Step::Provision(spec) => {
                     let (tools, snapshot) =
                         provisions.next().ok_or_else(|| no_archive("nothing was resolved"))?;
@@ -111,6 +122,7 @@ impl Resolver<'_> {
                         file: spec.file.rsplit('/').next().unwrap_or_default().to_owned(),
                         files: provision_files(&context, spec)?,
                         idempotent: spec.idempotent,
+                        reach: spec.reach.clone(),
                         host: self.definition.name.to_string(),
                         tools,
                         snapshot,
@@ -210,6 +222,7 @@ impl Resolver<'_> {
             base,
             steps: locked.into_iter().map(|(_, packages)| packages.clone()).collect(),
             provisions,
+            archives: archives_of(pinned),
         }))
     }
 
@@ -310,7 +323,9 @@ impl Resolver<'_> {
         let mut all: Vec<Solved> = added.concat();
         let base = packages_of(&added.remove(0));
         let steps = added.iter().map(|solved| packages_of(solved)).collect();
-        let mut packages = Packages { base, steps, provisions: Vec::new() };
+        let archives_now = Digest::of_json(&release_files)
+            .map_err(|error| BakeError::io("name", "release files")(error.into()))?;
+        let mut packages = Packages { base, steps, provisions: Vec::new(), archives: Some(archives_now) };
         if let Some(lock) = self.stays_in_force(&packages, &apt)? {
             return Ok((lock, release_files));
         }
@@ -335,11 +350,13 @@ impl Resolver<'_> {
     /// archive that has moved on elsewhere is no reason to run them again.
     fn stays_in_force(&self, packages: &Packages, apt: &Apt<'_>) -> Result<Option<Lock>, BakeError> {
         let Some(Current { lock: in_force, image }) = self.current else { return Ok(None) };
-        let Some(provisions) = self.kept_provisions(in_force).filter(|it| !it.is_empty()) else {
+        let Some(provisions) = self.kept_provisions(in_force) else { return Ok(None) };
+        let archives = archives_of(in_force);
+        if provisions.is_empty() && archives.is_none() {
             return Ok(None);
-        };
+        }
         let (base, steps) = (packages.base.clone(), packages.steps.clone());
-        let lock = self.lock(Packages { base, steps, provisions })?;
+        let lock = self.lock(Packages { base, steps, provisions, archives })?;
         if lock != *in_force {
             return Ok(None);
         }
@@ -385,7 +402,7 @@ impl Resolver<'_> {
     ) -> Result<(Lock, Vec<super::ReleaseFile>), BakeError> {
         if self.needs_no_archive(requested) {
             let steps = requested.iter().map(|_| Vec::new()).collect();
-            let packages = Packages { base: Vec::new(), steps, provisions: Vec::new() };
+            let packages = Packages { base: Vec::new(), steps, provisions: Vec::new(), archives: None };
             return Ok((self.lock(packages)?, Vec::new()));
         }
         Err(no_archive(why))
@@ -404,7 +421,15 @@ fn no_archive(why: &str) -> BakeError {
     }
 }
 
-/// The names of what playbooks and manifests have installed: packages that were not there before them, or in another version.
+/// The release files' digest that scripts which could install from them were run with.
+fn archives_of(lock: &Lock) -> Option<Digest> {
+    lock.steps.iter().find_map(|step| match step {
+        LockedStep::Run { archives, .. } => *archives,
+        _ => None,
+    })
+}
+
+/// The names of what playbooks, manifests and scripts with a network have installed: packages that were not there before them, or in another version.
 fn installed_by_provisions(lock: &Lock, stack: &Stack, what: &str) -> Result<BTreeSet<String>, BakeError> {
     let versions = |layers: usize| -> Result<BTreeMap<String, String>, BakeError> {
         let packages = describe::of_system(&System::of_stack(&stack.lowest(layers))?, what)?;
@@ -412,8 +437,10 @@ fn installed_by_provisions(lock: &Lock, stack: &Stack, what: &str) -> Result<BTr
     };
     let below = stack.layers().saturating_sub(lock.steps.len());
     let mut names = BTreeSet::new();
-    for (at, _) in lock.steps.iter().enumerate().filter(|(_, step)| matches!(step, LockedStep::Provision(_)))
-    {
+    let can_install = |step: &LockedStep| {
+        matches!(step, LockedStep::Provision(_) | LockedStep::Run { archives: Some(_), .. })
+    };
+    for (at, _) in lock.steps.iter().enumerate().filter(|(_, step)| can_install(step)) {
         let (before, after) = (versions(below + at)?, versions(below + at + 1)?);
         let differs = |name: &&String| before.get(*name) != after.get(*name);
         names.extend(after.keys().filter(differs).cloned());

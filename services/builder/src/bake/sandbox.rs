@@ -1,6 +1,7 @@
 //! Where maintainer scripts and `run` steps run: an OCI runtime's container with ids of its own, without network, without the
 //! host's files, with no capability but those dpkg needs, and within bounds.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,10 +14,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::command::{self, Stdout};
 use super::error::BakeError;
-use super::seccomp;
 use super::tree::SHIFT;
 use super::work::{IDS, Work, clear, site_folder};
 use super::{BakeConfig, LogSink};
+use super::{network, seccomp};
 
 const RUNTIME_LIMIT: Duration = Duration::from_secs(30);
 /// Without FSETID /var/mail loses its setgid bit, without SETFCAP ping becomes setuid root, both without a word.
@@ -32,6 +33,7 @@ const CAPABILITIES: [&str; 8] = [
 ];
 pub(crate) const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
+#[derive(Clone, Copy)]
 pub(crate) struct Sandbox<'a> {
     pub(crate) config: &'a BakeConfig,
     pub(crate) build: &'a BuildId,
@@ -41,6 +43,7 @@ pub(crate) struct Sandbox<'a> {
 }
 
 /// One thing that runs in the sandbox.
+#[derive(Clone, Copy)]
 pub(crate) struct Job<'a> {
     /// The step, for people.
     pub(crate) step: &'a str,
@@ -53,9 +56,12 @@ pub(crate) struct Job<'a> {
     pub(crate) hide_ischroot: bool,
     /// /run is in memory and ends with the job.
     pub(crate) own_run: bool,
+    /// The file with whom to ask for names, where it has a network.
+    pub(crate) resolver: Option<&'a Path>,
 }
 
 /// A folder of the machine, with the sandbox's owners, that a job sees.
+#[derive(Clone)]
 pub(crate) struct Folder {
     pub(crate) outside: PathBuf,
     pub(crate) inside: &'static str,
@@ -82,8 +88,30 @@ impl Sandbox<'_> {
 
         let limit = self.config.limits.step;
         let mut command = runtime(self.config);
-        command.args(["run", "--bundle"]).arg(&bundle).arg(&id);
-        let outcome = command::run(&mut command, Stdout::Log, self.log, self.cancel, limit);
+        command.args(["run", "--bundle"]).arg(&bundle);
+        let outcome = if job.resolver.is_some() {
+            let pid_file = bundle.join("pid");
+            // Of an earlier step.
+            match fs::remove_file(&pid_file) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(BakeError::io("remove", &pid_file)(error));
+                }
+                _ => {}
+            }
+            command.arg("--pid-file").arg(&pid_file).arg(&id);
+            let ended = self.cancel.child_token();
+            std::thread::scope(|scope| {
+                let carrying = scope.spawn(|| network::carry(&pid_file, self.log, &ended, limit));
+                let outcome = command::run(&mut command, Stdout::Log, self.log, self.cancel, limit);
+                ended.cancel();
+                let carried = carrying.join().unwrap_or(Err(BakeError::Cancelled));
+                // What failed first says more.
+                carried.and(outcome)
+            })
+        } else {
+            command.arg(&id);
+            command::run(&mut command, Stdout::Log, self.log, self.cancel, limit)
+        };
         if !matches!(&outcome, Ok(outcome) if outcome.code.is_some() && !outcome.timed_out) {
             // The runtime was killed, not what it had started.
             delete(self.config, &id)?;
@@ -135,6 +163,14 @@ impl Sandbox<'_> {
             mounts.push(json!({"destination": inside, "type": "none", "source": outside,
                 "options": ["rbind", access, run, "nosuid", "nodev"]}));
         }
+        if let Some(file) = job.resolver {
+            mounts.push(json!({"destination": network::RESOLV_CONF, "type": "none", "source": file,
+                "options": ["bind", "ro", "noexec", "nosuid", "nodev"]}));
+        }
+        let script = match job.resolver {
+            Some(_) => Cow::Owned(format!("{}{}", network::WAIT, job.script)),
+            None => Cow::Borrowed(job.script),
+        };
         let env: Vec<String> = job.env.iter().map(|(name, value)| format!("{name}={value}")).collect();
         let mapping = json!([{"containerID": 0, "hostID": SHIFT, "size": IDS}]);
         let mut resources = json!({
@@ -156,7 +192,7 @@ impl Sandbox<'_> {
             "process": {
                 "terminal": false,
                 "user": {"uid": 0, "gid": 0},
-                "args": ["/bin/sh", "-e", "-c", job.script],
+                "args": ["/bin/sh", "-e", "-c", script],
                 "env": env,
                 "cwd": "/",
                 "noNewPrivileges": true,

@@ -25,7 +25,9 @@ use super::sandbox::{Job, PATH, Sandbox};
 use super::seal::seal;
 use super::tree::{SHIFT, Tree};
 use super::work::{Work, mount_overlay, mount_shifted, unmount_below};
-use super::{BakeConfig, BakeRun, BakedImage, BakedLayer, Progress, StepReport, archive, files, provision};
+use super::{
+    BakeConfig, BakeRun, BakedImage, BakedLayer, Progress, StepReport, archive, files, provision, reach,
+};
 use crate::describe;
 
 /// One layer to come: the base, or a step.
@@ -142,7 +144,7 @@ fn plan(lock: &Lock) -> Result<Vec<Plan<'_>>, BakeError> {
                 [one] => format!("files {}", one.dest),
                 [first, rest @ ..] => format!("files {} and {} more", first.dest, rest.len()),
             },
-            LockedStep::Run { script } => format!("run {}", script.lines().next().unwrap_or_default()),
+            LockedStep::Run { script, .. } => format!("run {}", script.lines().next().unwrap_or_default()),
             LockedStep::Provision(provision) => format!("{} {}", provision.by.as_str(), provision.file),
         };
         plans.push(Plan { name, key, step: Step::Locked(step) });
@@ -361,12 +363,12 @@ impl Kitchen<'_> {
                 files::put(&tree, files, &contents)?;
                 (stamp, false)
             }
-            LockedStep::Run { script } => {
+            LockedStep::Run { script, reach, .. } => {
                 let tree = Tree::open(&overlay.root, SHIFT).map_err(BakeError::io("open", &overlay.root))?;
                 let env = self.step_env(stamp);
                 let hidden = super::install::hides_ischroot(&tree)?;
                 super::install::forbid_services(&tree)?;
-                sandbox.run(&Job {
+                let job = Job {
                     step: &plan.name,
                     root: &overlay.root,
                     script,
@@ -374,14 +376,23 @@ impl Kitchen<'_> {
                     folders: &[],
                     hide_ischroot: hidden,
                     own_run: false,
-                })?;
+                    resolver: None,
+                };
+                reach::run(&sandbox, &reach::Step { at, reach, upper: &overlay.upper }, &job)?;
                 (stamp, true)
             }
             LockedStep::Provision(provision) => {
                 // Files that it copies are as old as those of a files step.
                 let stamp = stamp.max(self.lock.timestamp.as_second());
-                let (root, env) = (&overlay.root, self.step_env(stamp));
-                let place = Place { installer: &installer, store, at, step: &plan.name, root, env };
+                let place = Place {
+                    installer: &installer,
+                    store,
+                    at,
+                    step: &plan.name,
+                    root: &overlay.root,
+                    upper: &overlay.upper,
+                    env: self.step_env(stamp),
+                };
                 provision::run(provision, place)?;
                 (stamp, true)
             }

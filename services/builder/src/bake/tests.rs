@@ -1,6 +1,6 @@
 //! Bakes with a real archive, runc and mounts: they need root, and the packages of the host's own suite.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,6 +9,7 @@ use std::sync::Mutex;
 use ed25519_dalek::SigningKey;
 use ed25519_dalek::pkcs8::EncodePrivateKey as _;
 use kiln_image::Thoroughness;
+use kiln_model::definition::Reach;
 use kiln_model::lock::{LockedBase, LockedStep};
 use kiln_service::config::SigningKey as KeyOf;
 
@@ -17,6 +18,7 @@ use super::*;
 mod described;
 mod foreign;
 mod provisioned;
+mod reach;
 
 struct Kitchen {
     folder: tempfile::TempDir,
@@ -27,14 +29,23 @@ struct Kitchen {
 
 impl Kitchen {
     fn new(site: &str, limits: BakeLimits) -> Self {
-        Self::of(site, limits, None)
+        Self::of(site, limits, None, BTreeMap::new())
     }
 
     fn with_registry(site: &str, registry: kiln_service::config::Registry) -> Self {
-        Self::of(site, BakeLimits::default(), Some(registry))
+        Self::of(site, BakeLimits::default(), Some(registry), BTreeMap::new())
     }
 
-    fn of(site: &str, limits: BakeLimits, registry: Option<kiln_service::config::Registry>) -> Self {
+    fn with_secrets(site: &str, secrets: BTreeMap<String, PathBuf>) -> Self {
+        Self::of(site, BakeLimits::default(), None, secrets)
+    }
+
+    fn of(
+        site: &str,
+        limits: BakeLimits,
+        registry: Option<kiln_service::config::Registry>,
+        secrets: BTreeMap<String, PathBuf>,
+    ) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let signing_key = folder.path().join("signing.key");
         let pem = SigningKey::from_bytes(&[7; 32]).to_pkcs8_pem(Default::default()).unwrap();
@@ -47,6 +58,7 @@ impl Kitchen {
             layer_cache: folder.path().join("cache"),
             images: folder.path().join("images"),
             registry,
+            secrets,
             signing_keys: vec![KeyOf::File(signing_key)],
             runtime: PathBuf::from("runc"),
             archives: Vec::new(),
@@ -208,6 +220,8 @@ fn other_tools_take_it(kitchen: &Kitchen, digest: &Digest) {
     );
     let bundle = kitchen.folder.path().join("bundle");
     succeeds(Command::new("umoci").args(["unpack", "--image", &reference]).arg(&bundle));
+    // The same tar is what docker loads.
+    succeeds(Command::new("skopeo").arg("inspect").arg(format!("docker-archive:{}", tar.display())));
     assert!(bundle.join("rootfs/usr/sbin/nginx").is_file());
     assert!(!bundle.join("rootfs/usr/share/doc/nginx-common").exists());
 }
@@ -312,7 +326,11 @@ async fn a_child_adds_to_its_parent(kitchen: &Kitchen, parent: &BakedImage) {
 async fn what_never_ends_is_ended(kitchen: &Kitchen, base: &Lock) {
     let with = |script: &str| {
         let mut lock = base.clone();
-        lock.steps.push(LockedStep::Run { script: script.to_owned() });
+        lock.steps.push(LockedStep::Run {
+            script: script.to_owned(),
+            reach: Reach::default(),
+            archives: None,
+        });
         lock
     };
     // Cancelled while it runs, with children of its own.
@@ -438,7 +456,11 @@ async fn what_takes_too_much_is_ended_within_its_bound_and_leaves_nothing() {
         let config = BakeConfig { limits, ..(*kitchen.baker.config).clone() };
         let baker = Baker::new(config).unwrap();
         let mut lock = base.clone();
-        lock.steps.push(LockedStep::Run { script: script.to_owned() });
+        lock.steps.push(LockedStep::Run {
+            script: script.to_owned(),
+            reach: Reach::default(),
+            archives: None,
+        });
         let began = std::time::Instant::now();
         let ended = baker.bake(&lock, kitchen.run(number)).await.unwrap_err();
         assert!(matches!(ended, BakeError::Step { .. }), "{what}: {ended}");

@@ -104,6 +104,7 @@ fn make(
         folders: &[],
         hide_ischroot: false,
         own_run: false,
+        resolver: None,
     });
     unmount_below(&root).and_then(|()| fs::remove_dir(&root)).map_err(BakeError::io("unmount", &root))?;
     prepared.map(|()| built)

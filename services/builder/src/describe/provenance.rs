@@ -85,7 +85,7 @@ fn dependencies(lock: &Lock, commit: &str) -> Vec<Value> {
                 all.extend(provision.tools.iter().map(package));
                 all.push(json!({"name": "snapshot of the archives", "digest": sha256(&provision.snapshot)}));
             }
-            LockedStep::Run { script } => {
+            LockedStep::Run { script, .. } => {
                 all.push(json!({"name": "script", "digest": sha256(&Digest::of(script.as_bytes()))}));
             }
         }

@@ -121,6 +121,7 @@ fn fresh(home: &Home) -> Outcome<SiteFile> {
         poll: Default::default(),
         builder: Default::default(),
         signing: Default::default(),
+        secrets: Default::default(),
     })
 }
 

@@ -78,6 +78,7 @@ impl TestSite {
             poll: kiln_service::config::PollFile { resync: "1s".to_owned(), ..Default::default() },
             builder: kiln_service::config::BuilderFile::default(),
             signing: Default::default(),
+            secrets: Default::default(),
         };
         std::fs::write(home.path().join("site.toml"), toml::to_string(&file).unwrap()).unwrap();
         for dir in ["run", "keys", "images", "node", "logs"] {

@@ -10,8 +10,8 @@ use super::read::At;
 use super::test::{command, http, tcp};
 use super::text::{AbsolutePath, FileOrUrl, InnerPath, Text};
 use super::{
-    ArchivePlace, ArchiveSpec, Definition, FileSpec, ImageSpec, ProvisionSpec, Provisioner, Source, Step,
-    UpdatePolicy,
+    ArchivePlace, ArchiveSpec, Definition, FileSpec, ImageSpec, ProvisionSpec, Provisioner, Reach, RunStep,
+    Source, Step, UpdatePolicy,
 };
 use crate::name::ServerName;
 use crate::run::{HealthPolicy, Limits, Port, RolloutPolicy, RunSpec, Strategy};
@@ -161,8 +161,12 @@ impl Checker<'_> {
         let mut packages_so_far = 0;
         let mut checked = Vec::with_capacity(steps.value.len());
         for step in steps.value {
-            checked.push(match step {
-                raw::Step::Packages(packages) => {
+            let mut secrets: Vec<_> = step.secrets.value.into_iter().map(|name| name.0).collect();
+            secrets.sort();
+            secrets.dedup();
+            let reach = Reach { network: step.network, secrets };
+            checked.push(match step.does {
+                raw::Does::Packages(packages) => {
                     self.not_empty(&packages, "the list of packages", "wanted names, or no such step");
                     if is_scratch {
                         let message = "packages can't be installed into an image that begins with nothing";
@@ -176,7 +180,7 @@ impl Checker<'_> {
                     }
                     Step::Packages(packages.value.into_iter().map(|name| name.0).collect())
                 }
-                raw::Step::Files(files) => {
+                raw::Does::Files(files) => {
                     self.not_empty(&files, "the list of files", "wanted files, or no such step");
                     files_so_far += files.value.len();
                     if files_so_far > MAX_FILES {
@@ -187,18 +191,19 @@ impl Checker<'_> {
                     }
                     Step::Files(files.value.into_iter().map(file).collect())
                 }
-                raw::Step::Run(script) => Step::Run(script.0),
-                raw::Step::Ansible(step) => {
+                raw::Does::Run(script) => Step::Run(RunStep { script: script.0, reach }),
+                raw::Does::Ansible(step) => {
                     let place = self.place(&step);
                     let raw::Ansible { playbook, vars, idempotent } = step.value;
                     let vars = vars.into_iter().map(|(name, value)| (name.0, value)).collect();
                     let by = Provisioner::Ansible { vars };
-                    self.provision(by, playbook, idempotent, is_scratch.then_some(place))
+                    self.provision(by, playbook, idempotent, reach, is_scratch.then_some(place))
                 }
-                raw::Step::Puppet(step) => {
+                raw::Does::Puppet(step) => {
                     let place = self.place(&step);
                     let raw::Puppet { manifest, idempotent } = step.value;
-                    self.provision(Provisioner::Puppet, manifest, idempotent, is_scratch.then_some(place))
+                    let nothing_below = is_scratch.then_some(place);
+                    self.provision(Provisioner::Puppet, manifest, idempotent, reach, nothing_below)
                 }
             });
         }
@@ -211,6 +216,7 @@ impl Checker<'_> {
         by: Provisioner,
         file: At<Text<InnerPath>>,
         idempotent: bool,
+        reach: Reach,
         nothing_below: Option<Place>,
     ) -> Step {
         if let Some(place) = nothing_below {
@@ -224,7 +230,7 @@ impl Checker<'_> {
                 "wanted a file in it, such as playbook.yml or site.pp",
             );
         }
-        Step::Provision(ProvisionSpec { by, file: file.value.0, idempotent })
+        Step::Provision(ProvisionSpec { by, file: file.value.0, idempotent, reach })
     }
 
     fn run(&mut self, raw: raw::Run) -> RunSpec {

@@ -13,8 +13,8 @@ use super::number::{Cpus, Memory, Port, Time, Whole};
 use super::read::At;
 use super::text::{
     AbsolutePath, Address, ArchiveUrl, Capability, ComponentName, EnvName, FileMode, InnerPath, Machine,
-    Name, Owner, PackageName, PackageVersion, PlaceOfImage, ProgramName, RootPlace, Script, Sha256,
-    SuiteName, Text, UrlPath, User, UserName, VariableName, Wanted,
+    Name, Owner, PackageName, PackageVersion, PlaceOfImage, ProgramName, RootPlace, Script, SecretName,
+    Sha256, SuiteName, Text, UrlPath, User, UserName, VariableName, Wanted,
 };
 use super::{DebianVariant, Mode};
 use crate::time::Millis;
@@ -238,19 +238,123 @@ fn main_component() -> At<Vec<Text<ComponentName>>> {
 }
 
 /// One thing that is done to the image.
-#[derive(Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", expecting = "a step: packages, files, run, ansible or puppet")]
-pub(super) enum Step {
-    /// Installs Debian packages and what they depend on.
+pub(super) struct Step {
+    pub(super) does: Does,
+    pub(super) network: bool,
+    pub(super) secrets: At<Vec<Text<SecretName>>>,
+}
+
+pub(super) enum Does {
     Packages(At<Vec<Text<PackageName>>>),
-    /// Puts files of the definition's folder into the image.
     Files(At<Vec<File>>),
-    /// Runs a script with /bin/sh, without network.
     Run(Text<Script>),
-    /// Runs a playbook by ansible-playbook, which can install packages of the image's archives, and reaches nothing else.
     Ansible(At<Ansible>),
-    /// Runs a manifest by puppet apply, which can install packages of the image's archives, and reaches nothing else.
     Puppet(At<Puppet>),
+}
+
+#[derive(Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct StepKeys {
+    /// Installs Debian packages and what they depend on.
+    packages: Option<At<Vec<Text<PackageName>>>>,
+    /// Puts files of the definition's folder into the image.
+    files: Option<At<Vec<File>>>,
+    /// Runs a script with /bin/sh.
+    run: Option<Text<Script>>,
+    /// Runs a playbook by ansible-playbook, which can install packages of the image's archives.
+    ansible: Option<At<Ansible>>,
+    /// Runs a manifest by puppet apply, which can install packages of the image's archives.
+    puppet: Option<At<Puppet>>,
+    /// For run, ansible and puppet: reaches the network that the builder's machine reaches, but not that machine's loopback.
+    network: Option<At<bool>>,
+    /// For run, ansible and puppet: names of secrets under `[secrets]` in site.toml. Each is a file of that name in /run/secrets,
+    /// in memory and while the step runs; the step fails where it leaves one in the image.
+    secrets: Option<At<Vec<Text<SecretName>>>>,
+}
+
+const DOES: &str = "packages, files, run, ansible or puppet";
+
+impl StepKeys {
+    /// The one thing that the step does, where nothing is said that goes with another.
+    fn checked(self) -> Result<Step, String> {
+        let said = [
+            ("packages", self.packages.is_some()),
+            ("files", self.files.is_some()),
+            ("run", self.run.is_some()),
+            ("ansible", self.ansible.is_some()),
+            ("puppet", self.puppet.is_some()),
+        ];
+        let mut said = said.iter().filter(|(_, said)| *said).map(|(name, _)| *name);
+        let (first, second) = (said.next(), said.next());
+        if let (Some(first), Some(second)) = (first, second) {
+            return Err(format!(
+                "a step does one thing, found `{first}` and `{second}`\nmake two steps of it, in the order that is wanted"
+            ));
+        }
+        if let Some(first @ ("packages" | "files")) = first {
+            let more = [("network", self.network.is_some()), ("secrets", self.secrets.is_some())];
+            if let Some((name, _)) = more.iter().find(|(_, said)| *said) {
+                return Err(format!(
+                    "`{name}` does not go with `{first}`\nit runs nothing that could use it"
+                ));
+            }
+        }
+        let (network, secrets) = (self.network.is_some_and(|it| it.value), self.secrets.unwrap_or_default());
+        let does = match (self.packages, self.files, self.run, self.ansible, self.puppet) {
+            (Some(packages), ..) => Does::Packages(packages),
+            (_, Some(files), ..) => Does::Files(files),
+            (_, _, Some(script), ..) => Does::Run(script),
+            (_, _, _, Some(playbook), _) => Does::Ansible(playbook),
+            (_, _, _, _, Some(manifest)) => Does::Puppet(manifest),
+            _ => return Err(format!("it is not said what the step does\nwanted {DOES}")),
+        };
+        Ok(Step { does, network, secrets })
+    }
+}
+
+impl<'de> Deserialize<'de> for Step {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Form;
+
+        impl<'de> Visitor<'de> for Form {
+            type Value = Step;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                write!(f, "a step: {DOES}")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Step, A::Error> {
+                StepKeys::deserialize(MapAccessDeserializer::new(map))?.checked().map_err(A::Error::custom)
+            }
+        }
+
+        deserializer.deserialize_any(Form)
+    }
+}
+
+impl JsonSchema for Step {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Step".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let mut keys = StepKeys::json_schema(generator);
+        let reaches_nothing = serde_json::json!({
+            "anyOf": [{ "required": ["network"] }, { "required": ["secrets"] }]
+        });
+        keys.insert(
+            "oneOf".to_owned(),
+            serde_json::json!([
+                { "required": ["packages"], "not": reaches_nothing },
+                { "required": ["files"], "not": reaches_nothing },
+                { "required": ["run"] },
+                { "required": ["ansible"] },
+                { "required": ["puppet"] },
+            ]),
+        );
+        keys.insert("description".to_owned(), "One thing that is done to the image.".into());
+        keys
+    }
 }
 
 /// A manifest. All that lies in its folder goes along: modules, and hiera.yaml with its data.

@@ -12,7 +12,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use super::ImagePlace;
 use super::node::quoted;
 use crate::digest::Digest;
-use crate::name::{NodeName, ServerName};
+use crate::name::{NodeName, ServerName, is_secret_name};
 use crate::run::GRANTABLE;
 
 /// What a text must look like.
@@ -198,6 +198,14 @@ impl Syntax for RootPlace {
         }
     }
 }
+
+syntax!(
+    SecretName,
+    "the name of a secret",
+    "wanted at most 64 characters out of a-z, 0-9, `-`, `_` and `.`, beginning with a letter or digit, such as pip-token",
+    "^[a-z0-9][a-z0-9._-]{0,63}$",
+    |text| whole(text, is_secret_name(text))
+);
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct PlaceOfImage;
