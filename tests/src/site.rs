@@ -309,29 +309,29 @@ impl Site {
         .await
     }
 
-    /// Waits until the one build of a server has succeeded.
+    /// Waits until the one build of a server has succeeded, and gives its id.
     ///
     /// # Errors
     /// When the bound is over, with the build as it is.
-    pub async fn built(&self, server: &str, bound: Duration) -> Result<()> {
+    pub async fn built(&self, server: &str, bound: Duration) -> Result<String> {
         until("the build", bound, async || {
             let request = ListBuildsRequest { server: server.to_owned(), ..Default::default() };
             let builds = self.builder().list_builds(request).await?.into_inner().builds;
             match builds.first() {
-                Some(build) if build.state() == BuildState::Succeeded => Ok(()),
+                Some(build) if build.state() == BuildState::Succeeded => Ok(build.id.clone()),
                 other => Err(format!("{other:?}").into()),
             }
         })
         .await
     }
 
-    /// The newest image of a server as an OCI layout, in `layout` below a folder.
+    /// The image of a build, or a server's newest, as an OCI layout, in `layout` below a folder.
     ///
     /// # Errors
     /// Where the export fails.
-    pub fn export(&self, server: &str, folder: &Path) -> Result<PathBuf> {
-        let (archive, layout) = (folder.join(format!("{server}.tar")), folder.join("layout"));
-        self.kiln(&["image", "export", server, "--file", &archive.display().to_string()])?;
+    pub fn export(&self, image: &str, folder: &Path) -> Result<PathBuf> {
+        let (archive, layout) = (folder.join(format!("{image}.tar")), folder.join("layout"));
+        self.kiln(&["image", "export", image, "--file", &archive.display().to_string()])?;
         std::fs::create_dir(&layout)?;
         run(Command::new("tar")
             .arg("--extract")

@@ -32,8 +32,9 @@ async fn the_tree_is_what_mmdebstrap_makes_of_the_same_packages() -> Result<()> 
     std::fs::create_dir(&definition)?;
     std::fs::write(definition.join("server.yaml"), DEFINITION)?;
     site.kiln(&["apply", definition.to_str().ok_or("a text")?])?;
-    site.built("plain", SETTLES).await?;
-    let layout = site.export("plain", folder.path())?;
+    // The server has it a moment later.
+    let build = site.built("plain", SETTLES).await?;
+    let layout = site.export(&build, folder.path())?;
     run(Command::new("umoci")
         .args(["unpack", "--image"])
         .arg(tagged(&layout)?)
