@@ -39,15 +39,14 @@ const TRIES: u32 = 4;
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const TICK: Duration = Duration::from_millis(50);
 /// What registries and TLS say where another try would get the same answer.
-const FINAL: [&str; 8] = [
+const FINAL: [&str; 7] = [
     "unauthorized",
     "authentication required",
     "denied",
-    "unknown",
+    "manifest unknown",
+    "name unknown",
     "not found",
     "x509",
-    "no image found",
-    "invalid",
 ];
 
 /// Where images are looked for, and where their parts are kept.
@@ -326,8 +325,7 @@ impl Images<'_> {
                 return Ok(outcome);
             }
             let said = outcome.last_lines.join("; ");
-            let is_final = FINAL.iter().any(|word| said.to_lowercase().contains(word));
-            if left == 0 || is_final {
+            if left == 0 || is_final(&said) {
                 return Err(BakeError::Fetch {
                     what: what.to_owned(),
                     why: format!("{}: {said}", outcome.why(limit)),
@@ -350,6 +348,11 @@ impl Images<'_> {
             thread::sleep(TICK);
         }
     }
+}
+
+fn is_final(said: &str) -> bool {
+    let said = said.to_lowercase();
+    FINAL.iter().any(|words| said.contains(words))
 }
 
 fn not_there(error: BakeError) -> BakeError {
@@ -414,5 +417,36 @@ fn malformed(what: &str, why: &str) -> BakeError {
         what: what.to_owned(),
         why: why.to_owned(),
         remedy: "take an image for linux as docker, buildah or Kiln make it".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As skopeo 1.9 says it.
+    #[test]
+    fn what_may_be_otherwise_in_a_moment_is_tried_again() {
+        for (said, is_over) in [
+            (
+                "pinging container registry 127.0.0.1:5091: invalid status code from registry 503 (Service Unavailable)",
+                false,
+            ),
+            (
+                "pinging container registry 127.0.0.1:5091: Get \"http://127.0.0.1:5091/v2/\": dial tcp 127.0.0.1:5091: connect: connection refused",
+                false,
+            ),
+            (
+                "reading manifest 1 in 127.0.0.1:5000/app: received unexpected HTTP status: 502 Bad Gateway",
+                false,
+            ),
+            ("reading blob: unexpected EOF", false),
+            ("reading manifest 2 in 127.0.0.1:5000/app: manifest unknown: manifest unknown", true),
+            ("reading manifest 1 in 127.0.0.1:5000/app: unauthorized: authentication required", true),
+            ("requested access to the resource is denied", true),
+            ("tls: failed to verify certificate: x509: certificate signed by unknown authority", true),
+        ] {
+            assert_eq!(is_final(said), is_over, "{said}");
+        }
     }
 }

@@ -40,7 +40,6 @@ pub(crate) fn carry(
 ) -> Result<(), BakeError> {
     let end = Instant::now() + UP_WITHIN;
     let pid = loop {
-        // It is written in place: cut short, it is no number yet, or none that ends a line.
         match fs::read_to_string(pid_file).ok().and_then(|text| text.trim().parse::<u32>().ok()) {
             Some(pid) => break pid,
             None if ended.is_cancelled() || Instant::now() > end => return Ok(()),
