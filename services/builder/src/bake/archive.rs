@@ -8,7 +8,6 @@ use kiln_image::tar::{Kind, Problem, Reader};
 use kiln_image::{Limits, unpack_root};
 use kiln_model::definition::ArchivePlace;
 use kiln_model::digest::Digest;
-use rustix::fs::{Mode, OFlags};
 use tokio_util::sync::CancellationToken;
 
 use super::LogSink;
@@ -18,6 +17,7 @@ use super::dpkg;
 use super::error::BakeError;
 use super::fetch::{Wanted, fetch};
 use super::system::{OS_RELEASE, OS_RELEASE_LIMIT, STATUS_LIMIT, System};
+use super::tree::open_root;
 
 /// Compressed or not.
 const FILE_LIMIT: u64 = 16 << 30;
@@ -88,9 +88,7 @@ pub(crate) fn unpack(
     bytes: u64,
     cancel: &CancellationToken,
 ) -> Result<i64, BakeError> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let root = rustix::fs::open(to, flags, Mode::empty());
-    let root = root.map_err(|errno| BakeError::io("open", to)(errno.into()))?;
+    let root = open_root(to).map_err(BakeError::io("open", to))?;
     let limits = Limits { bytes, ..Limits::default() };
     let tar = open(file, digest, cancel)?;
     unpack_root(tar, &root, limits).map_err(|problem| malformed(digest, &problem))

@@ -62,9 +62,9 @@ impl Contents {
         if length > limit {
             return Err(wrong(shown, &format!("it is larger than {limit} bytes"), "make it smaller"));
         }
-        let mut hashing = Hashing { inner: io::sink(), hasher: Sha256::new() };
-        let size = io::copy(&mut file.take(limit), &mut hashing).map_err(failed())?;
-        let digest = hashing.digest();
+        let mut reader = HashingReader::new(file.take(limit));
+        let size = io::copy(&mut reader, &mut io::sink()).map_err(failed())?;
+        let digest = reader.digest();
         let path = self.root.join(digest.hex());
         if fs::metadata(&path).is_ok_and(|found| found.len() == size) {
             kept::touch(&path)?;
@@ -74,10 +74,10 @@ impl Contents {
             tempfile::NamedTempFile::new_in(&self.root).map_err(BakeError::io("make a file for", &path))?;
         let mut file = file;
         file.seek(SeekFrom::Start(0)).map_err(failed())?;
-        let mut copying = Hashing { inner: copy.as_file_mut(), hasher: Sha256::new() };
-        io::copy(&mut file.take(limit), &mut copying).map_err(BakeError::io("write", &path))?;
+        let mut reader = HashingReader::new(file.take(limit));
+        io::copy(&mut reader, copy.as_file_mut()).map_err(BakeError::io("write", &path))?;
         // It may have been changed in between.
-        if copying.digest() != digest {
+        if reader.digest() != digest {
             return Err(wrong(shown, "it changes while it is read", "try again when it is whole"));
         }
         copy.as_file().sync_data().map_err(BakeError::io("write", &path))?;
@@ -102,17 +102,6 @@ impl Contents {
     }
 }
 
-struct Hashing<W> {
-    inner: W,
-    hasher: Sha256,
-}
-
-impl<W> Hashing<W> {
-    fn digest(self) -> Digest {
-        Digest::from_bytes(self.hasher.finalize().into())
-    }
-}
-
 /// Hashes what is read.
 pub(crate) struct HashingReader<R> {
     inner: R,
@@ -134,18 +123,6 @@ impl<R: Read> Read for HashingReader<R> {
         let n = self.inner.read(buffer)?;
         self.hasher.update(&buffer[..n]);
         Ok(n)
-    }
-}
-
-impl<W: Write> Write for Hashing<W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let n = self.inner.write(bytes)?;
-        self.hasher.update(&bytes[..n]);
-        Ok(n)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.inner.flush()
     }
 }
 

@@ -5,12 +5,12 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use kiln_image::tar::Problem;
 use kiln_image::{
     Blob, FOREIGN_LIMIT, Foreign, ForeignConfig, ForeignManifest, Hidden, Limits, parse_foreign,
     parse_foreign_config, parse_layout, unpack_layer,
@@ -18,7 +18,7 @@ use kiln_image::{
 use kiln_model::definition::ImagePlace;
 use kiln_model::digest::Digest;
 use kiln_model::repository::{ImageReference, Repository};
-use rustix::fs::{Mode, OFlags};
+use kiln_service::config::Registry;
 use tokio_util::sync::CancellationToken;
 
 use super::archive;
@@ -27,6 +27,7 @@ use super::context::{Contents, HashingReader, open_in};
 use super::dpkg;
 use super::error::BakeError;
 use super::system::System;
+use super::tree::open_root;
 use super::{BakeConfig, LogSink, whole};
 
 /// Of a compressed layer.
@@ -179,14 +180,10 @@ impl Images<'_> {
         bytes: u64,
     ) -> Result<i64, BakeError> {
         let found = self.bring(place, digest)?;
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let root: OwnedFd = rustix::fs::open(to, flags, Mode::empty())
-            .map_err(|errno| BakeError::io("open", to)(errno.into()))?;
+        let root = open_root(to).map_err(BakeError::io("open", to))?;
         let mut newest = 0;
         for (layer, diff_id) in found.manifest.layers.iter().zip(&found.config.diff_ids) {
-            let problem = |problem: kiln_image::tar::Problem| {
-                malformed(&format!("layer {}", layer.digest.short()), &problem.to_string())
-            };
+            let problem = |problem: Problem| malformed(&shown(layer), &problem.to_string());
             // Read to its end once before anything of it is written.
             let hidden = self.verified(layer, diff_id)?;
             hidden.remove_from(&root).map_err(problem)?;
@@ -203,12 +200,12 @@ impl Images<'_> {
 
     fn hidden(&self, layer: &Blob) -> Result<Hidden, BakeError> {
         Hidden::read(self.open(layer)?, Limits::default())
-            .map_err(|problem| malformed(&format!("layer {}", layer.digest.short()), &problem.to_string()))
+            .map_err(|problem| malformed(&shown(layer), &problem.to_string()))
     }
 
     /// What a layer hides, where it unpacks to what the configuration says.
     fn verified(&self, layer: &Blob, diff_id: &Digest) -> Result<Hidden, BakeError> {
-        let shown = format!("layer {}", layer.digest.short());
+        let shown = shown(layer);
         let mut tar = HashingReader::new(self.open(layer)?);
         let hidden = Hidden::read(&mut tar, Limits::default())
             .map_err(|problem| malformed(&shown, &problem.to_string()))?;
@@ -285,8 +282,7 @@ impl Images<'_> {
     fn skopeo(&self, repository: &Repository) -> Command {
         let mut command = Command::new("skopeo");
         command.args(["--override-os", "linux", "--override-arch", self.architecture]);
-        let site_s = self.config.registry.as_ref().filter(|it| it.repository.host == repository.host);
-        let credentials = site_s.and_then(|registry| registry.credentials.clone());
+        let credentials = self.site_s(repository).and_then(|registry| registry.credentials.clone());
         let of_docker =
             std::env::var_os("DOCKER_CONFIG").map(|folder| PathBuf::from(folder).join("config.json"));
         if let Some(file) = credentials.or(of_docker.filter(|file| file.is_file())) {
@@ -295,13 +291,19 @@ impl Images<'_> {
         command
     }
 
+    /// What the site says of the registry, where that is its own.
+    fn site_s(&self, repository: &Repository) -> Option<&Registry> {
+        self.config.registry.as_ref().filter(|it| it.repository.host == repository.host)
+    }
+
     /// How a registry is known, as options whose names begin with `prefix`.
     fn trust(&self, repository: &Repository, prefix: &str) -> Result<Vec<String>, BakeError> {
         if repository.is_on_loopback() {
             return Ok(vec![format!("--{prefix}tls-verify=false")]);
         }
-        let site_s = self.config.registry.as_ref().filter(|it| it.repository.host == repository.host);
-        let Some(authority) = site_s.and_then(|registry| registry.ca.as_ref()) else { return Ok(Vec::new()) };
+        let Some(authority) = self.site_s(repository).and_then(|registry| registry.ca.as_ref()) else {
+            return Ok(Vec::new());
+        };
         // It takes a folder, in which each `.crt` is an authority.
         let folder = self.config.home.join("registry-ca");
         fs::create_dir_all(&folder).map_err(BakeError::io("make folder", &folder))?;
@@ -402,6 +404,10 @@ impl Layout<'_> {
         let path = format!("{}/{}", self.folder, Self::path(blob));
         Ok((open_in(self.context, &path)?, path))
     }
+}
+
+fn shown(layer: &Blob) -> String {
+    format!("layer {}", layer.digest.short())
 }
 
 fn same(wanted: &Digest, content: &[u8], shown: &str) -> Result<(), BakeError> {

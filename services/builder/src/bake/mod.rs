@@ -167,8 +167,8 @@ pub struct ResolveRequest<'a> {
     /// Keep this lock's packages while base and package lists are what they were: then no archive is asked, and apt is not
     /// called.
     pub pinned: Option<&'a Lock>,
-    /// What is in force, where there is anything: as long as no package in it has a newer version, playbooks and manifests go
-    /// on with the archives as they were.
+    /// What is in force, where there is anything. It stays where nothing differs but what archives hold that its playbooks,
+    /// manifests and scripts with a network have not installed.
     pub current: Option<Current>,
     pub log: LogSink,
 }

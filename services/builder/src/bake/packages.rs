@@ -10,17 +10,17 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use kiln_model::digest::Digest;
 use kiln_model::lock::LockedPackage;
-use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use super::LogSink;
 use super::apt::Solved;
+use super::context::HashingReader;
 use super::error::BakeError;
 use super::fetch::{Wanted, fetch};
 use super::whole;
@@ -129,22 +129,10 @@ impl PackageStore {
     }
 
     fn put(&self, fetched: &Path, package: &LockedPackage) -> Result<(), BakeError> {
-        let mut file = File::open(fetched).map_err(BakeError::io("open", fetched))?;
-        let mut hasher = Sha256::new();
-        let mut buffer = vec![0; 1 << 17];
-        let mut size = 0;
-        loop {
-            match file.read(&mut buffer) {
-                Ok(0) => break,
-                Ok(n) => {
-                    hasher.update(&buffer[..n]);
-                    size += n as u64;
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(BakeError::io("read", fetched)(error)),
-            }
-        }
-        if Digest::from_bytes(hasher.finalize().into()) != package.sha256 || size != package.size {
+        let file = File::open(fetched).map_err(BakeError::io("open", fetched))?;
+        let mut reader = HashingReader::new(&file);
+        let size = io::copy(&mut reader, &mut io::sink()).map_err(BakeError::io("read", fetched))?;
+        if reader.digest() != package.sha256 || size != package.size {
             return Err(BakeError::Archive {
                 archive: format!("of package {} {}", package.name, package.version),
                 why: "what it gives is not what its signed lists say".to_owned(),

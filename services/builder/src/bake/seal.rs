@@ -6,7 +6,7 @@ use std::path::Path;
 
 use rustix::fs::{self as rfs, AtFlags, FileType, Mode, OFlags, Stat, Timespec, Timestamps};
 
-use super::tree::Tree;
+use super::tree::{Tree, open_root};
 
 /// Each with its reason. A `/` at the end empties the folder; a `*` in the last part stands for any letters.
 pub(crate) const REMOVED: [(&str, &str); 26] = [
@@ -48,9 +48,7 @@ pub(crate) fn seal(path: &Path, newest: i64, with_content: bool) -> io::Result<(
             remove(&tree, pattern)?;
         }
     }
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let root = rfs::open(path, flags, Mode::empty())?;
-    walk(&root, &[], newest, with_content)
+    walk(&open_root(path)?, &[], newest, with_content)
 }
 
 fn remove(tree: &Tree, pattern: &str) -> io::Result<()> {

@@ -14,7 +14,7 @@ use rustix::fs::{self as rfs, AtFlags, FileType, Mode, OFlags};
 use zeroize::Zeroizing;
 
 use super::error::BakeError;
-use super::tree::{SHIFT, names_in};
+use super::tree::{SHIFT, names_in, open_root};
 use super::{BakeConfig, LogSink};
 
 /// Where a step sees them.
@@ -116,9 +116,7 @@ impl Secrets {
             .iter()
             .flat_map(|secret| Self::parts(secret).map(|part| (secret.name.as_str(), Finder::new(part))))
             .collect();
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let root = rfs::open(tree, flags, Mode::empty());
-        let root = root.map_err(|errno| BakeError::io("open", tree)(errno.into()))?;
+        let root = open_root(tree).map_err(BakeError::io("open", tree))?;
         let mut folders = vec![(PathBuf::from("/"), root)];
         while let Some((path, folder)) = folders.pop() {
             let failed = || BakeError::io("look through", &path);

@@ -23,10 +23,15 @@ pub(crate) struct Tree {
     pub(crate) shift: u32,
 }
 
+/// The folder itself: no link in its place.
+pub(crate) fn open_root(path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(rfs::open(path, flags, Mode::empty())?)
+}
+
 impl Tree {
     pub(crate) fn open(path: &Path, shift: u32) -> io::Result<Self> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        Ok(Self { path: path.to_owned(), root: rfs::open(path, flags, Mode::empty())?, shift })
+        Ok(Self { path: path.to_owned(), root: open_root(path)?, shift })
     }
 
     pub(crate) fn path(&self) -> &Path {

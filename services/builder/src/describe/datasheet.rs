@@ -8,8 +8,8 @@ use kiln_model::definition::Definition;
 use kiln_model::digest::Digest;
 use kiln_model::lock::LockedBase;
 
-use super::Provenance;
 use super::installed::Installed;
+use super::{Provenance, shown, words};
 
 /// Rows of one table; more are summed up.
 const ROWS: usize = 200;
@@ -45,7 +45,6 @@ pub(crate) fn markdown(sheet: &Sheet<'_>) -> String {
     let Sheet { image, digest, made, definition, tests, packages, contents, passwd, since } = sheet;
     page.title(1, made.build.server.as_str());
     let config = image.config.config().clone().unwrap_or_default();
-    let words = |words: &Option<Vec<String>>| words.iter().flatten().cloned().collect::<Vec<_>>().join(" ");
     let cause = format!("{} ({})", made.cause.summary, made.cause.actor);
     let commit = if made.commit.is_empty() { "a folder" } else { &made.commit };
     page.table(
@@ -170,10 +169,6 @@ fn privileged(contents: &Contents) -> impl Iterator<Item = [String; 3]> {
             [format!("/{}", shown(path)), format!("{:04o}", node.mode), format!("{}:{}", node.uid, node.gid)]
         })
     })
-}
-
-fn shown(path: &[u8]) -> String {
-    std::str::from_utf8(path).map_or_else(|_| path.escape_ascii().to_string(), str::to_owned)
 }
 
 /// What is written about an image comes from whoever could put something into it, so that nothing of it may become a heading,

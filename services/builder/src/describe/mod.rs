@@ -11,10 +11,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read as _;
 
 use flate2::read::GzDecoder;
-use kiln_builder_core::build::{PackageChange, TestResult};
+use kiln_builder_core::build::{TestResult, package_changes};
 use kiln_image::{Contents, ImageStore, Part, Signer, Stack};
 use kiln_model::definition::Definition;
 use kiln_model::digest::Digest;
+use kiln_model::revision::PackageVersions;
 
 use self::datasheet::{Sheet, Since};
 pub(crate) use self::installed::Installed;
@@ -68,6 +69,21 @@ pub(crate) fn packages(images: &ImageStore, image: &Digest) -> Result<Vec<Instal
 pub(crate) fn of_system(system: &System, what: &str) -> Result<Vec<Installed>, BakeError> {
     let status = String::from_utf8_lossy(system.status.as_deref().unwrap_or_default());
     installed::parse(&status).map_err(|why| BakeError::Package { package: format!("of {what}"), why })
+}
+
+/// By their names.
+pub(crate) fn versions<'a>(packages: impl IntoIterator<Item = &'a Installed>) -> PackageVersions {
+    packages.into_iter().map(|it| (it.name.clone(), it.version.clone())).collect()
+}
+
+/// A path or a link's target, for people.
+pub(crate) fn shown(path: &[u8]) -> String {
+    std::str::from_utf8(path).map_or_else(|_| path.escape_ascii().to_string(), str::to_owned)
+}
+
+/// A command line of an image's configuration, for people.
+pub(crate) fn words(words: &Option<Vec<String>>) -> String {
+    words.as_deref().unwrap_or_default().join(" ")
 }
 
 /// Attaches the list of its contents to an image that has none.
@@ -154,16 +170,10 @@ fn since(
         all.into_iter().map(|it| (it.name.clone(), it)).collect()
     };
     let (old, new) = (by_name(packages(images, before)?), by_name(after.to_vec()));
-    let mut changes = Vec::new();
+    let changes = package_changes(&versions(old.values()), &versions(new.values()));
     let mut fixed = BTreeSet::new();
-    for name in old.keys().chain(new.keys()).collect::<BTreeSet<_>>() {
-        let (from, to) = (old.get(name), new.get(name));
-        if from.map(|it| &it.version) == to.map(|it| &it.version) {
-            continue;
-        }
-        let version = |it: Option<&Installed>| it.map(|it| it.version.clone());
-        changes.push(PackageChange { name: name.clone(), from: version(from), to: version(to) });
-        if let (Some(from), Some(to)) = (from, to) {
+    for change in &changes {
+        if let (Some(from), Some(to)) = (old.get(&change.name), new.get(&change.name)) {
             let names = advisories::fixed(&changelog(stack, &to.name)?, &from.source_version);
             fixed.extend(names.into_iter().map(|cve| (cve, to.source.clone())));
         }

@@ -6,10 +6,12 @@ use std::sync::Arc;
 use futures::{StreamExt as _, stream};
 use kiln_api::builder::{
     CompareImagesRequest, CompareImagesResponse, ConfigurationChange, Document, FileChange, FileKind,
-    FileState, PackageChange, ReadDocumentRequest, ReadDocumentResponse,
+    FileState, ReadDocumentRequest, ReadDocumentResponse,
 };
+use kiln_builder_core::build::package_changes;
 use kiln_image::{ARTIFACT_LIMIT, Difference, Image, ImageStore, Node, NodeKind};
 use kiln_model::digest::Digest;
+use kiln_model::revision::PackageVersions;
 use kiln_service::clock::Clock;
 use kiln_service::error::ApiError;
 use kiln_store::Store;
@@ -18,7 +20,8 @@ use super::images::image_error;
 use super::{Api, Streamed};
 use crate::bake::BakeError;
 use crate::bakery::Bakery;
-use crate::describe;
+use crate::describe::{self, shown, words};
+use crate::wire;
 
 pub(super) const AT_ONCE: usize = 4;
 /// One message of a document.
@@ -107,9 +110,10 @@ fn compare(
     let first = CompareImagesResponse {
         before: before.to_string(),
         after: after.to_string(),
-        packages: changes(&packages(images, before)?, &packages(images, after)?)
-            .map(|(name, from, to)| PackageChange { name, from, to })
-            .collect(),
+        packages: wire::package_changes(&package_changes(
+            &packages(images, before)?,
+            &packages(images, after)?,
+        )),
         configuration: changes(&configuration(&old), &configuration(&new))
             .map(|(name, before, after)| ConfigurationChange { name, before, after })
             .collect(),
@@ -133,20 +137,18 @@ fn changes(
     changes.into_iter()
 }
 
-fn packages(images: &ImageStore, image: &Digest) -> Result<BTreeMap<String, String>, ApiError> {
+fn packages(images: &ImageStore, image: &Digest) -> Result<PackageVersions, ApiError> {
     let packages = describe::packages(images, image).map_err(|error| match error {
         BakeError::Image(error) => image_error(&error, image),
         other => ApiError::internal(&other),
     })?;
-    Ok(packages.into_iter().map(|package| (package.name, package.version)).collect())
+    Ok(describe::versions(&packages))
 }
 
 /// How its processes are begun.
 fn configuration(image: &Image) -> BTreeMap<String, String> {
     let mut all = BTreeMap::from([("architecture".to_owned(), image.config.architecture().to_string())]);
     if let Some(config) = image.config.config() {
-        let words =
-            |words: &Option<Vec<String>>| words.iter().flatten().cloned().collect::<Vec<_>>().join(" ");
         all.insert("user".to_owned(), config.user().clone().unwrap_or_default());
         all.insert("entrypoint".to_owned(), words(config.entrypoint()));
         all.insert("command".to_owned(), words(config.cmd()));
@@ -160,10 +162,6 @@ fn configuration(image: &Image) -> BTreeMap<String, String> {
 }
 
 fn file(difference: Difference) -> FileChange {
-    let shown = |bytes: &[u8]| match std::str::from_utf8(bytes) {
-        Ok(text) => text.to_owned(),
-        Err(_) => bytes.escape_ascii().to_string(),
-    };
     let state = |node: Node| {
         let (kind, size, target) = match node.kind {
             NodeKind::File { size } => (FileKind::Regular, size, String::new()),
