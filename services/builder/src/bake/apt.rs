@@ -187,9 +187,9 @@ impl<'a> Apt<'a> {
     }
 
     /// The release files that the lists were made from.
-    pub(crate) fn release_files(&self, cancel: &CancellationToken) -> Result<Vec<ReleaseFile>, BakeError> {
+    pub(crate) fn release_files(lists: &[PackageList]) -> Result<Vec<ReleaseFile>, BakeError> {
         let mut files = BTreeMap::new();
-        for list in self.package_lists(cancel)? {
+        for list in lists {
             let content = fs::read(&list.release).map_err(BakeError::io("read", &list.release))?;
             files.insert(format!("{}{}", list.base, list.release_name), Digest::of(&content));
         }

@@ -16,6 +16,7 @@ use kiln_model::definition::{
 };
 use kiln_model::digest::Digest;
 use kiln_model::lock::{BUILDER_FORMAT, Lock, LockedBase, LockedFile, LockedPackage, LockedStep, Provision};
+use kiln_model::revision::PackageVersions;
 use tokio_util::sync::CancellationToken;
 
 use super::apt::{Apt, Solved, is_request};
@@ -314,7 +315,8 @@ impl Resolver<'_> {
         let apt = Apt::open(&self.config.home, architecture()?, &archives, self.log, self.cancel)?;
         apt.update(self.cancel)?;
         let began = Instant::now();
-        let release_files = apt.release_files(self.cancel)?;
+        let package_lists = apt.package_lists(self.cancel)?;
+        let release_files = Apt::release_files(&package_lists)?;
         let solutions = Solutions::open(apt.folder(), apt.configuration(), &release_files)?;
         let mut lists: Vec<&[String]> = requested.iter().map(|list| list.as_slice()).collect();
         lists.insert(0, &base_wanted);
@@ -331,7 +333,7 @@ impl Resolver<'_> {
         }
         let provisioners = self.provisioners();
         if !provisioners.is_empty() {
-            let snapshot = Snapshot::keep(&self.config.home, &archives, &apt.package_lists(self.cancel)?)?;
+            let snapshot = Snapshot::keep(&self.config.home, &archives, &package_lists)?;
             for by in provisioners {
                 let wanted: Vec<String> = provision::packages(by).into_iter().map(str::to_owned).collect();
                 // Beside the image, so on top of nothing.
@@ -429,11 +431,11 @@ fn archives_of(lock: &Lock) -> Option<Digest> {
     })
 }
 
-/// The names of what playbooks, manifests and scripts with a network have installed: packages that were not there before them, or in another version.
+/// The names of what playbooks, manifests and scripts with a network have installed: packages that were not there before them,
+/// or in another version.
 fn installed_by_provisions(lock: &Lock, stack: &Stack, what: &str) -> Result<BTreeSet<String>, BakeError> {
-    let versions = |layers: usize| -> Result<BTreeMap<String, String>, BakeError> {
-        let packages = describe::of_system(&System::of_stack(&stack.lowest(layers))?, what)?;
-        Ok(packages.into_iter().map(|it| (it.name, it.version)).collect())
+    let versions = |layers: usize| -> Result<PackageVersions, BakeError> {
+        Ok(describe::versions(&describe::of_system(&System::of_stack(&stack.lowest(layers))?, what)?))
     };
     let below = stack.layers().saturating_sub(lock.steps.len());
     let mut names = BTreeSet::new();
