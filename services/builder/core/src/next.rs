@@ -69,7 +69,7 @@ pub fn next(snapshot: Snapshot<'_>, now: Timestamp) -> Next {
         return Next::Nothing;
     };
     let throttled = if wanted.is_automatic() { server.throttled_until(now) } else { None };
-    let due = wanted.due(now, server.head.update.debounce.as_duration());
+    let due = server.plan_due(wanted, now);
     let due = throttled.map_or(due, |until| due.max(until));
     if due > now {
         return Next::Wait(due);
@@ -92,7 +92,7 @@ fn superseded(server: &Server, building: &Building, now: Timestamp) -> Next {
     if effective.digest == building.definition.digest {
         return Next::Nothing;
     }
-    let due = wanted.due(now, server.head.update.debounce.as_duration());
+    let due = server.plan_due(wanted, now);
     if due > now { Next::Wait(due) } else { Next::Supersede }
 }
 

@@ -190,6 +190,11 @@ impl Server {
         self.automatic.push(now);
     }
 
+    /// When a plan for `wanted` is due, as of `now`.
+    pub(crate) fn plan_due(&self, wanted: &Wanted, now: Timestamp) -> Timestamp {
+        wanted.due(now, self.head.update.debounce.as_duration())
+    }
+
     /// The time before which Kiln does nothing more by itself.
     pub(crate) fn throttled_until(&self, now: Timestamp) -> Option<Timestamp> {
         // What lies ahead was noted before the clock was set back: nobody knows how long ago that was.
