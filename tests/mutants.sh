@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Plants each known mistake in a copy of the code and plays the simulation until a seed finds it: first the stories of an
-# ordinary run, then those that are told on purpose.
+# Plants each known mistake in a copy of the code and plays the simulation until a seed finds it: first the stories that are
+# told on purpose, which are few, then those of an ordinary run.
 #
 #   tests/mutants.sh [NAME…]     all of tests/simulation/mutants, or those named
 #   tests/mutants.sh --check     only whether each can be planted in the code as it is
@@ -50,7 +50,7 @@ build() {
 # disk, shows nothing, and ends this.
 play() {
     local stories played
-    for stories in "--exact tests::every_seed_ends_well" "takeover:: purpose::"; do
+    for stories in "takeover:: purpose::" "--exact tests::every_seed_ends_well"; do
         # shellcheck disable=SC2086 # several words
         if played=$(cd "$tree" && KILN_FAILURES=1 cargo test --quiet --release --locked -p kiln-simulation \
             -- $stories --nocapture 2>&1); then
