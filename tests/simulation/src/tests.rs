@@ -180,6 +180,12 @@ fn a_soak_ends_with_the_newest_answer() {
     holds(1388);
 }
 
+/// That it was gone was taken for an answer of that moment.
+#[test]
+fn a_soak_does_not_end_with_the_instance() {
+    holds(7073);
+}
+
 /// Whether an instance leaves was known to one of two monitors, and they wrote over each other without end.
 #[test]
 fn two_monitors_that_know_different_things_come_to_rest() {

@@ -68,8 +68,10 @@ pub(crate) fn tick(work: &mut Work<'_>, view: &View, elapsed: Millis) {
             // That it runs is what counts without a policy, and the node tells of its end at once.
             let asked = releases.get(&id.release).is_some_and(|release| release.health().is_some());
             // It takes several answers that fail to call an instance unhealthy; the first of them already says nothing good of
-            // the time before it.
-            let well = |told: &&Told| told.last_checks.last().is_none_or(|newest| newest.passed);
+            // the time before it. Nor does it that one is gone: its newest answer was an earlier one.
+            let well = |told: &&Told| {
+                told.state != HealthState::Gone && told.last_checks.last().is_none_or(|newest| newest.passed)
+            };
             let told = || view.health.get(id).filter(well).map_or(u64::MAX, |told| Millis::from(told.age).0);
             let age = if asked { told() } else { 0 };
             let seen = unseen.saturating_sub(age);

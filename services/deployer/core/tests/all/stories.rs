@@ -493,6 +493,22 @@ fn an_answer_that_fails_ends_no_soak_of_what_is_held_for_healthy_still() {
 }
 
 #[test]
+fn that_it_is_gone_adds_nothing_to_a_soak() {
+    for after in (3000..6000).step_by(100) {
+        let mut world = standing();
+        world.revise(&Made::new("second", "two").with(|run| run.rollout.soak = Millis::from_secs(5)));
+        world.play(200);
+        let new = world.running().into_iter().find(|id| id.release == 2).unwrap();
+        world.play(after);
+        world.hold_for_gone(&new);
+        world.play(900);
+        let (first, last) = world.answered[&new];
+        let soaked = world.fleet.instances[&new].soaked.0;
+        assert!(soaked <= last - first, "{soaked} ms, with answers from {first} to {last} ({after})");
+    }
+}
+
+#[test]
 fn soak_is_counted_across_a_crash() {
     let mut world = standing();
     world.revise(&Made::new("second", "two").with(|run| run.rollout.soak = Millis::from_secs(10)));

@@ -116,6 +116,8 @@ pub(crate) struct World {
     held_for_gone: BTreeSet<InstanceId>,
     /// When the view was filled in with what the monitor said of an instance.
     told_at: BTreeMap<InstanceId, u64>,
+    /// When each answered first and last, as the monitor saw it.
+    pub(crate) answered: BTreeMap<InstanceId, (u64, u64)>,
     checked_at: BTreeMap<InstanceId, u64>,
     committed_at: u64,
     /// A port that somebody else holds.
@@ -168,6 +170,7 @@ impl World {
             monitor_up: true,
             held_for_gone: BTreeSet::new(),
             told_at: BTreeMap::new(),
+            answered: BTreeMap::new(),
             checked_at: BTreeMap::new(),
             committed_at: 0,
             refuse_edge_with: None,
@@ -391,14 +394,24 @@ impl World {
         if state == HealthState::Gone && self.view.health.get(id).is_some_and(|told| told.state == state) {
             return;
         }
+        self.told_at.insert(id.clone(), self.now);
+        // What is gone is not asked; its last answer stays what it was.
+        if state == HealthState::Gone
+            && let Some(told) = self.view.health.get_mut(id)
+        {
+            (told.state, told.age) = (state, Duration::ZERO);
+            return;
+        }
         let passed = state == HealthState::Healthy && !self.falters(id);
+        if passed {
+            self.answered.entry(id.clone()).or_insert((self.now, self.now)).1 = self.now;
+        }
         let last_checks = vec![CheckResult {
             passed,
             detail: if passed { "status 200" } else { "status 502, wanted 200 to 399" }.to_owned(),
             took: Millis(1),
             time: wall(self.now),
         }];
-        self.told_at.insert(id.clone(), self.now);
         self.view.health.insert(id.clone(), Told { state, age: Duration::ZERO, last_checks });
     }
 
