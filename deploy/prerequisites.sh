@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 needs=(
     gcc:gcc pkg-config:pkg-config
     runc:runc conmon:conmon nft:nftables ip:iproute2 skopeo:skopeo
-    slirp4netns:slirp4netns
+    slirp4netns:slirp4netns buildah:buildah
     mount:mount nsenter:util-linux git:git jq:jq curl:curl python3:python3
 )
 files=(
@@ -28,7 +28,7 @@ case "${1:-}" in
     "") ;;
     --tests)
         needs+=(
-            umoci:umoci docker:docker.io dockerd:docker.io mmdebstrap:mmdebstrap buildah:buildah docker-registry:docker-registry
+            umoci:umoci docker:docker.io dockerd:docker.io mmdebstrap:mmdebstrap docker-registry:docker-registry
             dpkg-deb:dpkg gpg:gnupg gpgconf:gpgconf psql:postgresql-client systemd-analyze:systemd conntrack:conntrack
         )
         # By its version of Debian 12: the server is not on the path.

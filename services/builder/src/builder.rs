@@ -205,6 +205,11 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
                     let context = self.sources.contexts().folder(&digest);
                     return Ok(Some(DebianRoot { suite: None, archives, context }));
                 }
+                // What its image names as its suite, from the site's archives.
+                Source::Containerfile(_) => {
+                    let context = self.sources.contexts().folder(&digest);
+                    return Ok(Some(DebianRoot { suite: None, archives: Vec::new(), context }));
+                }
                 Source::Scratch => return Ok(None),
             }
         }

@@ -1,10 +1,10 @@
 //! What differs between two locks beside their packages, for people.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use kiln_model::definition::Reach;
 use kiln_model::digest::Digest;
-use kiln_model::lock::{Lock, LockedBase, LockedFile, LockedStep, Provision};
+use kiln_model::lock::{Containerfile, Lock, LockedBase, LockedFile, LockedStep, Provision};
 
 /// More lines than this are summed up.
 const MAX_LINES: usize = 50;
@@ -16,6 +16,7 @@ pub fn differences(from: &Lock, to: &Lock) -> Vec<String> {
         LockedBase::Debian { suite, variant, .. } => format!("debian {suite} {variant}"),
         LockedBase::Archive { digest, .. } => format!("archive {}", digest.short()),
         LockedBase::Image { place, digest } => format!("{place} ({})", digest.short()),
+        LockedBase::Containerfile(of) => format!("Containerfile {}", of.file),
         LockedBase::Server { image_digest } => format!("image {}", image_digest.short()),
     };
     let mut compare = |what: &str, from: &str, to: &str| {
@@ -46,6 +47,7 @@ pub fn differences(from: &Lock, to: &Lock) -> Vec<String> {
     if scripts(from) != scripts(to) {
         lines.push("run: steps changed".to_owned());
     }
+    lines.extend(containerfile(from, to));
     lines.extend(provisions(from, to));
     if lines.is_empty() && from.timestamp != to.timestamp {
         lines.push("files: stamped with another time".to_owned());
@@ -64,6 +66,31 @@ fn files(lock: &Lock) -> BTreeMap<&str, &LockedFile> {
         _ => &[],
     });
     steps.map(|file| (file.dest.as_str(), file)).collect()
+}
+
+fn containerfile(from: &Lock, to: &Lock) -> Vec<String> {
+    let (LockedBase::Containerfile(before), LockedBase::Containerfile(after)) = (&from.base, &to.base) else {
+        return Vec::new();
+    };
+    let of = |image: &str, digest: Option<&Digest>| {
+        digest.map_or_else(|| format!("without {image}"), |digest| format!("{image} ({})", digest.short()))
+    };
+    let all: BTreeSet<&String> = before.images.keys().chain(after.images.keys()).collect();
+    let moved = all.into_iter().filter(|image| before.images.get(*image) != after.images.get(*image));
+    let mut lines: Vec<String> = moved
+        .map(|image| {
+            let (before, after) = (before.images.get(image), after.images.get(image));
+            format!("containerfile: {} -> {}", of(image, before), of(image, after))
+        })
+        .collect();
+    if before.files != after.files {
+        lines.push("containerfile: files changed".to_owned());
+    }
+    let how = |it: &'_ Containerfile| (it.target.clone(), it.args.clone(), it.secrets.clone());
+    if how(before) != how(after) {
+        lines.push("containerfile: is built in another way".to_owned());
+    }
+    lines
 }
 
 /// Of each playbook or manifest, what makes it run anew.

@@ -2,6 +2,7 @@
 
 mod check;
 mod context;
+mod from;
 mod node;
 mod number;
 mod parents;
@@ -75,10 +76,37 @@ pub enum Source {
         place: ImagePlace,
         archives: Vec<ArchiveSpec>,
     },
+    /// What a Containerfile makes.
+    Containerfile(ContainerfileSpec),
     /// The newest image of another server.
     Server {
         name: ServerName,
     },
+}
+
+/// A Containerfile, also called Dockerfile, and what it is built with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContainerfileSpec {
+    /// Relative to the definition's folder, and inside of `context`.
+    pub file: String,
+    /// The folder that `COPY` takes from, relative to the definition's.
+    pub context: String,
+    /// The stage that is wanted; none for the last one.
+    pub target: Option<String>,
+    /// In the place of what `ARG` says.
+    pub args: BTreeMap<String, String>,
+    /// By their names in the site's settings, for `RUN --mount=type=secret`.
+    pub secrets: Vec<String>,
+}
+
+impl ContainerfileSpec {
+    /// The file's path in the context; none where it lies outside.
+    pub fn file_in_context(&self) -> Option<&str> {
+        if self.context == "." {
+            return Some(&self.file);
+        }
+        self.file.strip_prefix(self.context.as_str())?.strip_prefix('/')
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,6 +125,7 @@ impl Source {
     pub fn named_files(&self) -> Vec<&str> {
         let (path, archives) = match self {
             Self::Scratch | Self::Server { .. } => return Vec::new(),
+            Self::Containerfile(spec) => return vec![&spec.file, &spec.context],
             Self::Debian { archives, .. }
             | Self::Archive { place: ArchivePlace::Url { .. }, archives }
             | Self::Image { place: ImagePlace::Registry(_), archives } => (None, archives),

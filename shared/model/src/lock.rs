@@ -48,10 +48,26 @@ pub enum LockedBase {
         /// Of its manifest for this architecture.
         digest: Digest,
     },
+    /// What a Containerfile makes.
+    Containerfile(Containerfile),
     /// Another server's image.
     Server {
         image_digest: Digest,
     },
+}
+
+/// A Containerfile, with everything that it is built with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Containerfile {
+    /// Among `files`.
+    pub file: String,
+    /// The context: `dest` is the path inside it, with a `/` in front.
+    pub files: Vec<LockedFile>,
+    pub target: Option<String>,
+    pub args: BTreeMap<String, String>,
+    pub secrets: Vec<String>,
+    /// What it names as images, with the digest of the manifest for this architecture.
+    pub images: BTreeMap<String, Digest>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -140,6 +156,7 @@ impl Lock {
             LockedBase::Scratch
             | LockedBase::Archive { .. }
             | LockedBase::Image { .. }
+            | LockedBase::Containerfile(_)
             | LockedBase::Server { .. } => &[],
         };
         let steps = self.steps.iter().flat_map(|step| match step {

@@ -14,7 +14,7 @@ const MAX_NAME: usize = 255;
 /// `registry.example/team/app`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Repository {
-    /// With the port, where one is said.
+    /// With the port, where one is said; empty where the name says none and docker knows where to look.
     pub host: String,
     pub path: String,
 }
@@ -41,6 +41,24 @@ impl Repository {
             _ => &self.host,
         };
         bare == "localhost" || bare == "127.0.0.1" || bare == "[::1]"
+    }
+}
+
+impl ImageReference {
+    /// As docker and Containerfiles have it: also without a registry, such as `debian:12`.
+    ///
+    /// # Errors
+    /// It is no name of an image in this form either.
+    pub fn as_docker_reads(text: &str) -> Result<Self, NotARepository> {
+        let is_short = |text: &str| text.split_once('/').is_none_or(|(first, _)| !is_host(first));
+        let (name, _) = text.split_once('@').unwrap_or((text, ""));
+        if !is_short(name) {
+            return text.parse();
+        }
+        // Any host will do to read the rest by.
+        let mut read: Self = format!("localhost/{text}").parse()?;
+        read.repository.host.clear();
+        Ok(read)
     }
 }
 
@@ -113,6 +131,9 @@ pub(crate) fn is_tag(text: &str) -> bool {
 
 impl fmt::Display for Repository {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.host.is_empty() {
+            return f.write_str(&self.path);
+        }
         write!(f, "{}/{}", self.host, self.path)
     }
 }
@@ -146,6 +167,28 @@ mod tests {
         let digest = Digest::of(b"x");
         let pinned: ImageReference = format!("registry.example/app:1@{digest}").parse().unwrap();
         assert_eq!(pinned.to_string(), format!("registry.example/app@{digest}"));
+    }
+
+    #[test]
+    fn docker_s_names_may_leave_the_registry_out() {
+        let digest = Digest::of(b"x");
+        for (text, shown) in [
+            ("debian", "debian:latest".to_owned()),
+            ("debian:12", "debian:12".to_owned()),
+            ("team/app:1", "team/app:1".to_owned()),
+            ("localhost/app", "localhost/app:latest".to_owned()),
+            ("registry.example:5000/app:1", "registry.example:5000/app:1".to_owned()),
+            (&format!("debian:12@{digest}"), format!("debian@{digest}")),
+        ] {
+            let read = ImageReference::as_docker_reads(text).unwrap();
+            assert_eq!(read.to_string(), shown);
+            assert!(!read.repository.is_on_loopback() || text.starts_with("localhost"), "{text}");
+        }
+        for wrong in
+            ["", "-x", "Debian", "debian:", "a//b", "a b", "../a", "debian\n", "user:x@debian", "a:1:2"]
+        {
+            assert!(ImageReference::as_docker_reads(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

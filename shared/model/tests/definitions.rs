@@ -87,6 +87,18 @@ fn an_image_can_begin_with_one_that_others_have_made() {
 }
 
 #[test]
+fn an_image_can_begin_with_what_a_containerfile_makes() {
+    let definition = parse(good("containerfile.yaml").as_bytes(), "server.yaml").expect("a good definition");
+    assert_eq!(definition.image.named_files(), ["app.conf", "app/Containerfile", "app"]);
+    let Source::Containerfile(spec) = &definition.image.from else { panic!("{:?}", definition.image.from) };
+    assert_eq!((spec.file_in_context(), spec.target.as_deref()), (Some("Containerfile"), Some("run")));
+    assert_eq!(spec.secrets, ["npm-token", "pip-token"]);
+    let alone = "name: app\nimage: { from: { containerfile: docker/Dockerfile }, command: [x] }";
+    let definition = parse(alone.as_bytes(), "server.yaml").expect("a good definition");
+    assert_eq!(definition.image.named_files(), ["docker/Dockerfile", "."]);
+}
+
+#[test]
 fn an_alias_stands_for_its_anchor() {
     let definition = parse(good("aliases.yaml").as_bytes(), "server.yaml").expect("a good definition");
     assert_eq!(definition.run.env, definition.image.env);

@@ -7,7 +7,7 @@
 //! <key>     blobs/<hex>: hard links into the image stores
 //! ```
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -28,6 +28,9 @@ pub(crate) struct Record {
     pub(crate) size: u64,
     /// Seconds: the youngest time in it and below it.
     pub(crate) stamp: i64,
+    /// What the image that it was taken from says of the environment.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) env: BTreeMap<String, String>,
     /// The layers that it was made on. A `run` step may give other bytes the next time, so the key alone does not tell.
     pub(crate) below: Vec<Digest>,
 }
@@ -113,6 +116,7 @@ pub(crate) fn keys(lock: &Lock) -> Result<Vec<Digest>, BakeError> {
         LockedBase::Debian { packages, .. } => json!({"packages": packages}),
         LockedBase::Archive { digest, .. } => json!({"archive": digest}),
         LockedBase::Image { digest, .. } => json!({"others": digest}),
+        LockedBase::Containerfile(of) => json!({"containerfile": of, "timestamp": lock.timestamp}),
         LockedBase::Server { image_digest } => json!({"image": image_digest}),
     };
     let mut keys =
@@ -180,7 +184,7 @@ mod tests {
         let store = ImageStore::open(&folder.path().join("images")).unwrap();
         let put = |content: &[u8]| {
             let (diff_id, size) = store.put_blob(&mut &*content, None).unwrap();
-            let record = Record { diff_id, size, stamp: 0, below: Vec::new() };
+            let record = Record { diff_id, size, stamp: 0, env: [].into(), below: Vec::new() };
             let key = Digest::of(&[content, b"key"].concat());
             cache.put(&key, &record, &store).unwrap();
             (key, diff_id)

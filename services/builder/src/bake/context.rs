@@ -50,6 +50,11 @@ impl Contents {
         Ok(file)
     }
 
+    /// Gives a content that is here a second name, on the same file system.
+    pub(crate) fn link(&self, digest: &Digest, to: &Path) -> Result<(), BakeError> {
+        fs::hard_link(self.root.join(digest.hex()), to).map_err(BakeError::io("link to", to))
+    }
+
     /// For what is written here before it gets its name.
     pub(crate) fn folder(&self) -> Result<tempfile::TempDir, BakeError> {
         tempfile::tempdir_in(&self.root).map_err(BakeError::io("make a folder in", &self.root))

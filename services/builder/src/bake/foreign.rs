@@ -3,6 +3,7 @@
 //! Nothing that is said of an image is believed: each part has the digest that the part above it gives, the topmost that of the
 //! lock.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -58,6 +59,23 @@ pub(crate) struct Images<'a> {
     pub(crate) log: &'a LogSink,
     pub(crate) cancel: &'a CancellationToken,
 }
+
+/// A root file system that was taken from an image.
+pub(crate) struct Unpacked {
+    /// The time of its youngest file, in seconds.
+    pub(crate) newest: i64,
+    /// What the image says of the environment.
+    pub(crate) env: BTreeMap<String, String>,
+}
+
+impl Unpacked {
+    pub(crate) fn without_env(newest: i64) -> Self {
+        Self { newest, env: BTreeMap::new() }
+    }
+}
+
+/// Where a layer's bytes are.
+type LayerSource<'a> = dyn Fn(&Blob) -> Result<File, BakeError> + 'a;
 
 /// A manifest that is here, and what it names.
 struct Found {
@@ -120,6 +138,22 @@ impl Images<'_> {
     }
 
     fn of_layout(&self, layout: &Layout<'_>, tag: Option<&str>) -> Result<Found, BakeError> {
+        let (found, parts) = self.look(layout, tag)?;
+        for layer in &found.manifest.layers {
+            let (file, path) = layout.blob(layer)?;
+            let (digest, _) = self.contents.put_file(&file, LAYER_LIMIT, &path)?;
+            if digest != layer.digest {
+                return Err(malformed(&path, "it holds something else than its name says"));
+            }
+        }
+        for part in &parts {
+            self.contents.put(part)?;
+        }
+        Ok(found)
+    }
+
+    /// With manifest and configuration as they are.
+    fn look(&self, layout: &Layout<'_>, tag: Option<&str>) -> Result<(Found, [Vec<u8>; 2]), BakeError> {
         let shown = layout.shown();
         let refused = |error: kiln_image::Error| malformed(&shown, &error.to_string());
         let mut blob = parse_layout(&layout.small("index.json")?, tag).map_err(refused)?;
@@ -132,16 +166,7 @@ impl Images<'_> {
         let text = layout.small_blob(&manifest.config)?;
         let config =
             parse_foreign_config(&text, self.architecture, manifest.layers.len()).map_err(refused)?;
-        for layer in &manifest.layers {
-            let (file, path) = layout.blob(layer)?;
-            let (digest, _) = self.contents.put_file(&file, LAYER_LIMIT, &path)?;
-            if digest != layer.digest {
-                return Err(malformed(&path, "it holds something else than its name says"));
-            }
-        }
-        self.contents.put(&content)?;
-        self.contents.put(&text)?;
-        Ok(Found { digest: blob.digest, manifest, config })
+        Ok((Found { digest: blob.digest, manifest, config }, [content, text]))
     }
 
     fn manifest(&self, content: &[u8], shown: &str) -> Result<ForeignManifest, BakeError> {
@@ -163,7 +188,7 @@ impl Images<'_> {
                 system.status = of_layer.status;
             }
             if system.status.is_some() && system.os_release.is_some()
-                || self.hidden(layer)?.hides(dpkg::STATUS)
+                || self.hidden(layer, &|it| self.contents.get(&it.digest))?.hides(dpkg::STATUS)
             {
                 break;
             }
@@ -180,33 +205,80 @@ impl Images<'_> {
         bytes: u64,
     ) -> Result<i64, BakeError> {
         let found = self.bring(place, digest)?;
+        self.unpack_found(&found, &|layer| self.contents.get(&layer.digest), to, bytes)
+    }
+
+    /// As [`Images::unpack`], of the one image of a layout in a folder of this machine.
+    pub(crate) fn unpack_layout(
+        &self,
+        above: &Path,
+        folder: &str,
+        to: &Path,
+        bytes: u64,
+    ) -> Result<Unpacked, BakeError> {
+        let layout = Layout { context: above, folder };
+        let (found, _) = self.look(&layout, None)?;
+        let newest = self.unpack_found(&found, &|layer| Ok(layout.blob(layer)?.0), to, bytes)?;
+        Ok(Unpacked { newest, env: found.config.env })
+    }
+
+    /// Puts an image into a folder that is not there yet, as skopeo's and buildah's transport `dir` has it.
+    pub(crate) fn put_folder(
+        &self,
+        reference: &ImageReference,
+        digest: &Digest,
+        to: &Path,
+    ) -> Result<(), BakeError> {
+        let found = self.bring(&ImagePlace::Registry(reference.clone()), digest)?;
+        fs::create_dir(to).map_err(BakeError::io("make folder", to))?;
+        let version = to.join("version");
+        fs::write(&version, "Directory Transport Version: 1.1\n")
+            .map_err(BakeError::io("write", &version))?;
+        self.contents.link(digest, &to.join("manifest.json"))?;
+        let mut parts: BTreeSet<Digest> = found.manifest.layers.iter().map(|layer| layer.digest).collect();
+        parts.insert(found.manifest.config.digest);
+        parts.iter().try_for_each(|part| self.contents.link(part, &to.join(part.hex())))
+    }
+
+    fn unpack_found(
+        &self,
+        found: &Found,
+        source: &LayerSource<'_>,
+        to: &Path,
+        bytes: u64,
+    ) -> Result<i64, BakeError> {
         let root = open_root(to).map_err(BakeError::io("open", to))?;
         let mut newest = 0;
         for (layer, diff_id) in found.manifest.layers.iter().zip(&found.config.diff_ids) {
             let problem = |problem: Problem| malformed(&shown(layer), &problem.to_string());
             // Read to its end once before anything of it is written.
-            let hidden = self.verified(layer, diff_id)?;
+            let hidden = self.verified(layer, diff_id, source)?;
             hidden.remove_from(&root).map_err(problem)?;
-            let tar = self.open(layer)?;
+            let tar = self.open(layer, source)?;
             newest =
                 newest.max(unpack_layer(tar, &root, Limits { bytes, ..Limits::default() }).map_err(problem)?);
         }
         Ok(newest)
     }
 
-    fn open(&self, layer: &Blob) -> Result<impl Read + use<>, BakeError> {
-        archive::open(self.contents.get(&layer.digest)?, &layer.digest, self.cancel)
+    fn open(&self, layer: &Blob, source: &LayerSource<'_>) -> Result<impl Read + use<>, BakeError> {
+        archive::open(source(layer)?, &layer.digest, self.cancel)
     }
 
-    fn hidden(&self, layer: &Blob) -> Result<Hidden, BakeError> {
-        Hidden::read(self.open(layer)?, Limits::default())
+    fn hidden(&self, layer: &Blob, source: &LayerSource<'_>) -> Result<Hidden, BakeError> {
+        Hidden::read(self.open(layer, source)?, Limits::default())
             .map_err(|problem| malformed(&shown(layer), &problem.to_string()))
     }
 
     /// What a layer hides, where it unpacks to what the configuration says.
-    fn verified(&self, layer: &Blob, diff_id: &Digest) -> Result<Hidden, BakeError> {
+    fn verified(
+        &self,
+        layer: &Blob,
+        diff_id: &Digest,
+        source: &LayerSource<'_>,
+    ) -> Result<Hidden, BakeError> {
         let shown = shown(layer);
-        let mut tar = HashingReader::new(self.open(layer)?);
+        let mut tar = HashingReader::new(self.open(layer, source)?);
         let hidden = Hidden::read(&mut tar, Limits::default())
             .map_err(|problem| malformed(&shown, &problem.to_string()))?;
         io::copy(&mut tar, &mut io::sink()).map_err(|error| malformed(&shown, &error.to_string()))?;

@@ -14,7 +14,7 @@ use super::dpkg::Database;
 use super::error::BakeError;
 use super::owners;
 use super::packages::PackageStore;
-use super::sandbox::{Access, Folder, Job, PATH, Sandbox};
+use super::sandbox::{Access, Folder, Job, PATH, Rights, Sandbox};
 use super::tree::{SHIFT, Tree};
 use super::unpack::{Trouble, Unpacked, unpack};
 use super::work::mount_shifted;
@@ -231,6 +231,7 @@ impl Installer<'_> {
             hide_ischroot: hides_ischroot(tree)?,
             own_run: false,
             resolver: None,
+            rights: Rights::Step,
         })
     }
 }

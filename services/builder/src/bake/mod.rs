@@ -7,9 +7,11 @@ mod ahead;
 mod ansible;
 mod apt;
 mod archive;
+mod buildah;
 mod cache;
 mod command;
 mod compression;
+mod containerfile;
 mod context;
 mod deb;
 pub(crate) mod deb822;
@@ -312,6 +314,7 @@ impl Baker {
                 contents: context::Contents::open(&config.home)?,
                 archive: OnceCell::new(),
                 image: OnceCell::new(),
+                bases: OnceCell::new(),
             }
             .resolve()
         })

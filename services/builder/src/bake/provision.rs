@@ -15,7 +15,7 @@ use super::error::BakeError;
 use super::install::{Installer, forbid_services, hides_ischroot};
 use super::offered::Offered;
 use super::packages::PackageStore;
-use super::sandbox::{Access, Folder, Job};
+use super::sandbox::{Access, Folder, Job, Rights};
 use super::snapshot::{PORT, Snapshot};
 use super::tools::{self, Recipe};
 use super::tree::{SHIFT, Tree};
@@ -132,6 +132,7 @@ pub(crate) fn run(provision: &Provision, place: Place<'_>) -> Result<(), BakeErr
         hide_ischroot: hidden,
         own_run: true,
         resolver: None,
+        rights: Rights::Step,
     };
     reach::run(sandbox, &reach::Step { at, reach: &provision.reach, upper }, &job)
 }

@@ -11,11 +11,13 @@ use std::time::Instant;
 use jiff::Timestamp;
 use kiln_image::{ForeignConfig, ImageStore, Stack};
 use kiln_model::definition::{
-    ArchivePlace, ArchiveSpec, DebianVariant, Definition, FileSpec, ImagePlace, ProvisionSpec, Provisioner,
-    RunStep, Source, Step,
+    ArchivePlace, ArchiveSpec, ContainerfileSpec, DebianVariant, Definition, FileSpec, ImagePlace,
+    Provisioner, RunStep, Source, Step,
 };
 use kiln_model::digest::Digest;
-use kiln_model::lock::{BUILDER_FORMAT, Lock, LockedBase, LockedFile, LockedPackage, LockedStep, Provision};
+use kiln_model::lock::{
+    BUILDER_FORMAT, Containerfile, Lock, LockedBase, LockedFile, LockedPackage, LockedStep, Provision,
+};
 use kiln_model::revision::PackageVersions;
 use tokio_util::sync::CancellationToken;
 
@@ -28,7 +30,8 @@ use super::snapshot::Snapshot;
 use super::solutions::Solutions;
 use super::system::System;
 use super::{
-    BakeConfig, Current, DebianRoot, LogSink, ParentImage, Resolution, archive, provision, secrets, sources,
+    BakeConfig, Current, DebianRoot, LogSink, ParentImage, Resolution, archive, buildah, containerfile,
+    provision, secrets, sources,
 };
 use crate::describe;
 
@@ -47,6 +50,8 @@ pub(crate) struct Resolver<'a> {
     pub(crate) archive: OnceCell<(Digest, u64)>,
     /// The image that others have made, once it was found.
     pub(crate) image: OnceCell<(Digest, ForeignConfig)>,
+    /// The images that the Containerfile named when the lock was made that is to be kept.
+    pub(crate) bases: OnceCell<BTreeMap<String, Digest>>,
 }
 
 /// Of each playbook and manifest: the packages that it is run by, and what the archives held.
@@ -65,6 +70,9 @@ struct Packages {
 impl Resolver<'_> {
     pub(crate) fn resolve(&self) -> Result<Resolution, BakeError> {
         let requested = self.requested()?;
+        if let Source::Containerfile(spec) = &self.definition.image.from {
+            secrets::are_known(&spec.secrets, self.config)?;
+        }
         for reach in self.definition.image.steps.iter().filter_map(Step::reach) {
             secrets::are_known(&reach.secrets, self.config)?;
         }
@@ -97,6 +105,7 @@ impl Resolver<'_> {
                 env.extend(config.env.clone());
                 LockedBase::Image { place: place.clone(), digest: *digest }
             }
+            Source::Containerfile(spec) => LockedBase::Containerfile(self.containerfile(spec)?),
             Source::Server { name } => LockedBase::Server { image_digest: self.parent_image(name)?.digest },
         };
         env.extend(image.env.clone());
@@ -121,7 +130,7 @@ impl Resolver<'_> {
                     LockedStep::Provision(Provision {
                         by: spec.by.clone(),
                         file: spec.file.rsplit('/').next().unwrap_or_default().to_owned(),
-                        files: provision_files(&context, spec)?,
+                        files: all_files(&context, spec.folder())?,
                         idempotent: spec.idempotent,
                         reach: spec.reach.clone(),
                         host: self.definition.name.to_string(),
@@ -208,6 +217,11 @@ impl Resolver<'_> {
                 self.keep_others_image(place, digest)?;
                 Vec::new()
             }
+            // What its names meant then.
+            (LockedBase::Containerfile(of), Source::Containerfile(_)) => {
+                self.bases.get_or_init(|| of.images.clone());
+                Vec::new()
+            }
             _ => return Ok(None),
         };
         let locked: Vec<_> = pinned
@@ -262,6 +276,34 @@ impl Resolver<'_> {
         Ok(())
     }
 
+    /// With what each of its images is now, or was in the lock that is kept.
+    fn containerfile(&self, spec: &ContainerfileSpec) -> Result<Containerfile, BakeError> {
+        let nothing = BTreeMap::new();
+        let context = Context::open(self.context, &self.contents, &self.definition.name, &nothing)?;
+        let files = all_files(&context, &spec.context)?;
+        let file = spec.file_in_context().unwrap_or_default().to_owned();
+        let text = buildah::read(&file, &files, &self.contents)?;
+        let names = containerfile::images(&text, &spec.args, architecture()?)
+            .map_err(|refused| buildah::not_understood(&file, &refused))?;
+        let kept = self.bases.get();
+        let images = names.into_iter().map(|name| {
+            let reference = buildah::reference(&name)?;
+            let digest = match kept.and_then(|kept| kept.get(&name)) {
+                Some(digest) => *digest,
+                None => self.images()?.find(&ImagePlace::Registry(reference), self.context)?.0,
+            };
+            Ok((name, digest))
+        });
+        Ok(Containerfile {
+            file,
+            images: images.collect::<Result<_, BakeError>>()?,
+            files,
+            target: spec.target.clone(),
+            args: spec.args.clone(),
+            secrets: spec.secrets.clone(),
+        })
+    }
+
     fn solve(&self, requested: &[&Vec<String>]) -> Result<(Lock, Vec<super::ReleaseFile>), BakeError> {
         let (suite, root, base_wanted, status) = match &self.definition.image.from {
             Source::Scratch => return self.nothing_to_solve(requested, "the source is scratch"),
@@ -288,6 +330,9 @@ impl Resolver<'_> {
                 let suite = root.suite.clone().map_or_else(|| system.suite(&what), Ok)?;
                 let status = system.keep_status(&what, &parent.digest, &self.config.home)?;
                 (suite, root.clone(), Vec::new(), Some(status))
+            }
+            Source::Containerfile(_) => {
+                return self.nothing_to_solve(requested, "it begins with what a Containerfile makes");
             }
             Source::Archive { place, archives } => {
                 if self.needs_no_archive(requested) {
@@ -450,10 +495,9 @@ fn installed_by_provisions(lock: &Lock, stack: &Stack, what: &str) -> Result<BTr
     Ok(names)
 }
 
-/// All that lies in the folder of a playbook or a manifest, but for `server.yaml`: what is said there of how instances run
-/// changes no image.
-fn provision_files(context: &Context<'_>, spec: &ProvisionSpec) -> Result<Vec<LockedFile>, BakeError> {
-    let folder = spec.folder();
+/// All that lies in the folder of a playbook, a manifest or a Containerfile, but for `server.yaml`: what is said there of how
+/// instances run changes no image.
+fn all_files(context: &Context<'_>, folder: &str) -> Result<Vec<LockedFile>, BakeError> {
     let all = FileSpec {
         src: folder.to_owned(),
         dest: "/".to_owned(),

@@ -31,6 +31,22 @@ const CAPABILITIES: [&str; 8] = [
     "CAP_SETFCAP",
     "CAP_SYS_CHROOT",
 ];
+/// What containers.conf(5) gives a build's commands, and the right to mount for buildah, which makes their root file systems: in
+/// a mount namespace of its own, as the root of a user namespace.
+const OF_CONTAINERS: [&str; 12] = [
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_SETFCAP",
+    "CAP_SETGID",
+    "CAP_SETPCAP",
+    "CAP_SETUID",
+    "CAP_SYS_ADMIN",
+    "CAP_SYS_CHROOT",
+];
 pub(crate) const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 #[derive(Clone, Copy)]
@@ -58,6 +74,25 @@ pub(crate) struct Job<'a> {
     pub(crate) own_run: bool,
     /// The file with whom to ask for names, where it has a network.
     pub(crate) resolver: Option<&'a Path>,
+    pub(crate) rights: Rights,
+}
+
+/// What a job may ask of the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Rights {
+    /// What dpkg and scripts need.
+    Step,
+    /// To make containers inside.
+    Containers,
+}
+
+impl Rights {
+    fn capabilities(self) -> &'static [&'static str] {
+        match self {
+            Self::Step => &CAPABILITIES,
+            Self::Containers => &OF_CONTAINERS,
+        }
+    }
 }
 
 /// A folder of the machine, with the sandbox's owners, that a job sees.
@@ -150,6 +185,12 @@ impl Sandbox<'_> {
                 // The flags that its mount has can't be taken away in there, so they are said again.
                 "source": job.root.join("usr/bin/true"), "options": ["bind", "ro", "nosuid", "nodev"]}));
         }
+        if job.rights == Rights::Containers {
+            // Where they are made. It binds parts of it again with fewer restrictions, which the kernel allows for a mount of the
+            // sandbox's own.
+            mounts.push(json!({"destination": "/var", "type": "tmpfs", "source": "var",
+                "options": ["mode=755", format!("size={}", limits.tree)]}));
+        }
         if job.own_run {
             mounts.push(json!({"destination": "/run", "type": "tmpfs", "source": "run",
                 "options": ["nosuid", "nodev", "mode=755", format!("size={}", limits.tree)]}));
@@ -172,6 +213,7 @@ impl Sandbox<'_> {
             None => Cow::Borrowed(job.script),
         };
         let env: Vec<String> = job.env.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        let capabilities = job.rights.capabilities();
         let mapping = json!([{"containerID": 0, "hostID": SHIFT, "size": IDS}]);
         let mut resources = json!({
             "memory": {"limit": i64::try_from(limits.memory).unwrap_or(i64::MAX)},
@@ -197,7 +239,7 @@ impl Sandbox<'_> {
                 "cwd": "/",
                 "noNewPrivileges": true,
                 "capabilities": {
-                    "bounding": CAPABILITIES, "effective": CAPABILITIES, "permitted": CAPABILITIES,
+                    "bounding": capabilities, "effective": capabilities, "permitted": capabilities,
                 },
                 "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 4096, "soft": 1024},
                             {"type": "RLIMIT_CORE", "hard": 0, "soft": 0}],
@@ -213,7 +255,7 @@ impl Sandbox<'_> {
                 "resources": resources,
                 // Of a network of its own, without a device: `nginx -t` opens its ports.
                 "sysctl": {"net.ipv4.ip_unprivileged_port_start": "0"},
-                "seccomp": seccomp::profile(),
+                "seccomp": seccomp::profile(job.rights),
                 "maskedPaths": ["/proc/acpi", "/proc/asound", "/proc/kcore", "/proc/keys", "/proc/latency_stats",
                     "/proc/sched_debug", "/proc/scsi", "/proc/timer_list", "/proc/timer_stats", "/sys/firmware",
                     "/sys/devices/virtual/powercap"],

@@ -11,17 +11,18 @@ use jiff::Timestamp;
 use kiln_image::{ImageStore, Layer, NewImage, Packer, Whiteouts};
 use kiln_model::definition::ImagePlace;
 use kiln_model::digest::Digest;
-use kiln_model::lock::{Lock, LockedBase, LockedPackage, LockedStep};
+use kiln_model::lock::{Containerfile, Lock, LockedBase, LockedPackage, LockedStep};
 
 use super::ahead::Ahead;
+use super::buildah::Build;
 use super::cache::{LayerCache, Record, keys};
 use super::context::Contents;
 use super::error::BakeError;
-use super::foreign::Images;
+use super::foreign::{Images, Unpacked};
 use super::install::Installer;
 use super::packages::PackageStore;
 use super::provision::Place;
-use super::sandbox::{Job, PATH, Sandbox};
+use super::sandbox::{Job, PATH, Rights, Sandbox};
 use super::seal::seal;
 use super::tree::{SHIFT, Tree};
 use super::work::{Work, mount_overlay, mount_shifted, unmount_below};
@@ -35,6 +36,7 @@ enum Step<'a> {
     Base(&'a [LockedPackage]),
     Archive(&'a Digest),
     Image(&'a ImagePlace, &'a Digest),
+    Containerfile(&'a Containerfile),
     Locked(&'a LockedStep),
 }
 
@@ -52,6 +54,7 @@ impl<'a> Plan<'a> {
             Step::Locked(LockedStep::Provision(provision)) => &provision.tools,
             Step::Archive(_)
             | Step::Image(..)
+            | Step::Containerfile(_)
             | Step::Locked(LockedStep::Files { .. } | LockedStep::Run { .. }) => &[],
         }
     }
@@ -71,6 +74,7 @@ pub(crate) fn bake(config: &BakeConfig, lock: &Lock, run: &BakeRun) -> Result<Ba
     let plans = plan(lock)?;
     (run.progress)(Progress::Steps { total: u32::try_from(plans.len()).unwrap_or(u32::MAX) });
 
+    let mut env = BTreeMap::new();
     let mut stamp = below.iter().map(|layer| seconds(&layer.created)).max().unwrap_or(0);
     let mut reports = Vec::new();
     let mut missing = plans.as_slice();
@@ -81,6 +85,7 @@ pub(crate) fn bake(config: &BakeConfig, lock: &Lock, run: &BakeRun) -> Result<Ba
             break;
         };
         stamp = record.stamp;
+        env.extend(record.env);
         below.push(Layer {
             diff_id: record.diff_id,
             size: record.size,
@@ -95,9 +100,10 @@ pub(crate) fn bake(config: &BakeConfig, lock: &Lock, run: &BakeRun) -> Result<Ba
     }
     if !missing.is_empty() {
         let kitchen = Kitchen { config, lock, run, store: &store, cache: &cache };
-        kitchen.make(missing, &mut below, stamp, &mut reports)?;
+        kitchen.make(missing, &mut below, &mut env, stamp, &mut reports)?;
     }
-    let digest = store.put_image(&new_image(lock, &below)?)?;
+    env.extend(lock.env.clone());
+    let digest = store.put_image(&new_image(lock, env, &below)?)?;
     describe::attach_sbom(&store, &digest)?;
     let layers = below
         .into_iter()
@@ -112,7 +118,8 @@ fn parent_layers(lock: &Lock, store: &ImageStore) -> Result<Vec<Layer>, BakeErro
         LockedBase::Scratch
         | LockedBase::Debian { .. }
         | LockedBase::Archive { .. }
-        | LockedBase::Image { .. } => Ok(Vec::new()),
+        | LockedBase::Image { .. }
+        | LockedBase::Containerfile(_) => Ok(Vec::new()),
     }
 }
 
@@ -133,6 +140,13 @@ fn plan(lock: &Lock) -> Result<Vec<Plan<'_>>, BakeError> {
         }
         (LockedBase::Image { place, digest }, Some(key)) => {
             plans.push(Plan { name: format!("image {place}"), key, step: Step::Image(place, digest) });
+        }
+        (LockedBase::Containerfile(of), Some(key)) => {
+            plans.push(Plan {
+                name: format!("containerfile {}", of.file),
+                key,
+                step: Step::Containerfile(of),
+            });
         }
         _ => {}
     }
@@ -162,8 +176,11 @@ fn tell(run: &BakeRun, step: usize, report: &StepReport) {
     (run.progress)(Progress::Ended { step, report: report.clone() });
 }
 
-fn new_image(lock: &Lock, layers: &[Layer]) -> Result<NewImage, BakeError> {
-    let mut env = lock.env.clone();
+fn new_image(
+    lock: &Lock,
+    mut env: BTreeMap<String, String>,
+    layers: &[Layer],
+) -> Result<NewImage, BakeError> {
     env.entry("PATH".to_owned()).or_insert_with(|| PATH.to_owned());
     let key = lock.key().map_err(|e| BakeError::io("write", "the lock")(e.into()))?;
     Ok(NewImage {
@@ -213,6 +230,7 @@ impl Kitchen<'_> {
         &self,
         plans: &[Plan<'_>],
         below: &mut Vec<Layer>,
+        env: &mut BTreeMap<String, String>,
         mut stamp: i64,
         reports: &mut Vec<StepReport>,
     ) -> Result<(), BakeError> {
@@ -224,7 +242,7 @@ impl Kitchen<'_> {
 
         // While a step runs, the layers before it are packed: nothing writes to their trees any more.
         let made: Mutex<Vec<(usize, Result<Made, BakeError>)>> = Mutex::new(Vec::new());
-        let mut stamps = Vec::new();
+        let mut taken = Vec::new();
         let under_way = AtomicUsize::new(0);
         let ahead = Ahead { store: &packages, steps: wanted, step: &under_way, cancel: &self.run.cancel };
         let result = thread::scope(|scope| {
@@ -239,9 +257,11 @@ impl Kitchen<'_> {
                 let began = Instant::now();
                 let number = u32::try_from(reports.len()).unwrap_or(u32::MAX);
                 (self.run.progress)(Progress::Began { step: number, name: plan.name.clone() });
-                let cooked = self.cook(plan, &work, &packages, &lowers, at, stamp)?;
+                let below = Below { lowers: &lowers, env, stamp };
+                let cooked = self.cook(plan, &work, &packages, &below, at)?;
                 stamp = cooked.stamp;
-                stamps.push(stamp);
+                env.extend(cooked.env.clone());
+                taken.push((stamp, cooked.env));
                 lowers.insert(0, cooked.lower);
                 let packer = Packer {
                     whiteouts: if cooked.shift == 0 { Whiteouts::None } else { Whiteouts::Overlay },
@@ -270,11 +290,11 @@ impl Kitchen<'_> {
         result?;
         let mut made = made.into_inner().unwrap_or_default();
         made.sort_by_key(|(at, _)| *at);
-        for ((plan, (_, made)), stamp) in plans.iter().zip(made).zip(stamps) {
+        for ((plan, (_, made)), (stamp, env)) in plans.iter().zip(made).zip(taken) {
             let made = made?;
             let digests: Vec<Digest> = below.iter().map(|layer| layer.diff_id).collect();
             if self.run.use_layer_cache {
-                let record = Record { diff_id: made.digest, size: made.size, stamp, below: digests };
+                let record = Record { diff_id: made.digest, size: made.size, stamp, env, below: digests };
                 self.cache.put(&plan.key, &record, self.store)?;
             }
             below.push(Layer {
@@ -304,10 +324,10 @@ impl Kitchen<'_> {
         plan: &Plan<'_>,
         work: &Work,
         store: &PackageStore,
-        lowers: &[PathBuf],
+        below: &Below<'_>,
         at: usize,
-        stamp: i64,
     ) -> Result<Cooked, BakeError> {
+        let Below { lowers, stamp, .. } = *below;
         let sandbox = Sandbox {
             config: self.config,
             build: &self.run.build,
@@ -322,22 +342,28 @@ impl Kitchen<'_> {
                 let lower = work.folder(&format!("r{at}"), SHIFT)?;
                 let stamp = installer.base(&plan.name, packages, &tree, &lower)?;
                 seal(&tree, stamp, true).map_err(BakeError::io("seal", &tree))?;
-                return Ok(Cooked { tree, lower, shift: 0, stamp });
+                return Ok(Cooked { tree, lower, shift: 0, stamp, env: BTreeMap::new() });
             }
             Step::Archive(digest) => {
                 let file = Contents::open(&self.config.home)?.get(digest)?;
                 let (bytes, cancel) = (self.config.limits.tree, &self.run.cancel);
-                return whole(work, at, |tree| archive::unpack(file, digest, tree, bytes, cancel));
+                return whole(work, at, |tree| {
+                    archive::unpack(file, digest, tree, bytes, cancel).map(Unpacked::without_env)
+                });
             }
             Step::Image(place, digest) => {
-                let images = Images {
-                    config: self.config,
-                    architecture: &self.lock.architecture,
-                    contents: &Contents::open(&self.config.home)?,
-                    log: &self.run.log,
-                    cancel: &self.run.cancel,
-                };
-                return whole(work, at, |tree| images.unpack(place, digest, tree, self.config.limits.tree));
+                let contents = Contents::open(&self.config.home)?;
+                let images = self.images(&contents);
+                // What it says of the environment is in the lock.
+                return whole(work, at, |tree| {
+                    images.unpack(place, digest, tree, self.config.limits.tree).map(Unpacked::without_env)
+                });
+            }
+            Step::Containerfile(of) => {
+                let contents = Contents::open(&self.config.home)?;
+                let images = &self.images(&contents);
+                let (sandbox, step, time) = (&sandbox, &plan.name, self.lock.timestamp.as_second());
+                return whole(work, at, |tree| Build { sandbox, images, of, at, step, time }.run(tree));
             }
             Step::Locked(step) => step,
         };
@@ -365,7 +391,7 @@ impl Kitchen<'_> {
             }
             LockedStep::Run { script, reach, .. } => {
                 let tree = Tree::open(&overlay.root, SHIFT).map_err(BakeError::io("open", &overlay.root))?;
-                let env = self.step_env(stamp);
+                let env = self.step_env(below);
                 let hidden = super::install::hides_ischroot(&tree)?;
                 super::install::forbid_services(&tree)?;
                 let job = Job {
@@ -377,6 +403,7 @@ impl Kitchen<'_> {
                     hide_ischroot: hidden,
                     own_run: false,
                     resolver: None,
+                    rights: Rights::Step,
                 };
                 reach::run(&sandbox, &reach::Step { at, reach, upper: &overlay.upper }, &job)?;
                 (stamp, true)
@@ -391,7 +418,7 @@ impl Kitchen<'_> {
                     step: &plan.name,
                     root: &overlay.root,
                     upper: &overlay.upper,
-                    env: self.step_env(stamp),
+                    env: self.step_env(&Below { stamp, ..*below }),
                 };
                 provision::run(provision, place)?;
                 (stamp, true)
@@ -401,13 +428,14 @@ impl Kitchen<'_> {
     }
 
     /// What a step's own programs see, where the definition does not say otherwise.
-    fn step_env(&self, stamp: i64) -> BTreeMap<String, String> {
-        let mut env = self.lock.env.clone();
+    fn step_env(&self, below: &Below<'_>) -> BTreeMap<String, String> {
+        let mut env = below.env.clone();
+        env.extend(self.lock.env.clone());
         for (name, value) in [
             ("PATH", PATH.to_owned()),
             ("HOME", "/root".to_owned()),
             ("DEBIAN_FRONTEND", "noninteractive".to_owned()),
-            ("SOURCE_DATE_EPOCH", stamp.to_string()),
+            ("SOURCE_DATE_EPOCH", below.stamp.to_string()),
         ] {
             env.entry(name.to_owned()).or_insert(value);
         }
@@ -418,22 +446,43 @@ impl Kitchen<'_> {
         let upper = overlay.upper.clone();
         drop(overlay);
         seal(&upper, stamp, with_content).map_err(BakeError::io("seal", &upper))?;
-        Ok(Cooked { tree: upper.clone(), lower: upper, shift: SHIFT, stamp })
+        Ok(Cooked { tree: upper.clone(), lower: upper, shift: SHIFT, stamp, env: BTreeMap::new() })
     }
+
+    fn images<'b>(&'b self, contents: &'b Contents) -> Images<'b> {
+        Images {
+            config: self.config,
+            architecture: &self.lock.architecture,
+            contents,
+            log: &self.run.log,
+            cancel: &self.run.cancel,
+        }
+    }
+}
+
+/// What a step is done on.
+#[derive(Clone, Copy)]
+struct Below<'a> {
+    /// The topmost first.
+    lowers: &'a [PathBuf],
+    /// What the image that was taken from elsewhere says.
+    env: &'a BTreeMap<String, String>,
+    /// Seconds: the youngest time of all.
+    stamp: i64,
 }
 
 /// A root file system that was made elsewhere, unpacked into a tree by what also gives the time of its youngest file.
 fn whole(
     work: &Work,
     at: usize,
-    unpack: impl FnOnce(&Path) -> Result<i64, BakeError>,
+    unpack: impl FnOnce(&Path) -> Result<Unpacked, BakeError>,
 ) -> Result<Cooked, BakeError> {
     let tree = work.folder(&format!("s{at}"), 0)?;
     let lower = work.folder(&format!("r{at}"), SHIFT)?;
-    let stamp = unpack(&tree)?;
+    let Unpacked { newest: stamp, env } = unpack(&tree)?;
     mount_shifted(&tree, &lower, true)?;
     seal(&tree, stamp, true).map_err(BakeError::io("seal", &tree))?;
-    Ok(Cooked { tree, lower, shift: 0, stamp })
+    Ok(Cooked { tree, lower, shift: 0, stamp, env })
 }
 
 /// A step's tree as it is when the step is done.
@@ -444,6 +493,7 @@ struct Cooked {
     lower: PathBuf,
     shift: u32,
     stamp: i64,
+    env: BTreeMap<String, String>,
 }
 
 /// A step's view: what is below, with its own changes on top.

@@ -15,6 +15,7 @@ use kiln_service::config::SigningKey as KeyOf;
 
 use super::*;
 
+mod built;
 mod described;
 mod foreign;
 mod provisioned;
@@ -351,8 +352,20 @@ async fn what_never_ends_is_ended(kitchen: &Kitchen, base: &Lock) {
     kitchen.assert_nothing_is_left();
 
     // What is out of reach.
+    let home = kitchen.folder.path().display();
+    let key = format!("cat {home}/signing.key");
+    let all = format!("ls {home} /run/kiln-bake-{}", kitchen.site);
     for (what, script) in [
         ("the network", "exec 3<>/dev/tcp/192.0.2.1/80"),
+        ("the signing key", key.as_str()),
+        ("the machine's folders", &all),
+        ("its devices", "cat /dev/vda /dev/sda /dev/mem"),
+        // CVE-2024-21626: a folder of the machine that the runtime has left open.
+        (
+            "a descriptor that leads out",
+            "for fd in {3..20}; do [ -d /proc/self/fd/$fd/. ] && exit 0; done; exit 1",
+        ),
+        ("processes of others", "[ $(ls -d /proc/[0-9]* | wc -l) -gt 8 ]"),
         ("a mount", "mount -t tmpfs none /mnt"),
         ("a device", "mknod /mnt/d b 254 0"),
         ("kernel settings", "echo 1 > /proc/sys/kernel/sysrq"),

@@ -13,7 +13,7 @@ use super::command::{self, Stdout};
 use super::error::BakeError;
 use super::install::Installer;
 use super::kept;
-use super::sandbox::Job;
+use super::sandbox::{Job, Rights};
 use super::tree::{SHIFT, Tree};
 use super::work::{mount_shifted, unmount_below};
 
@@ -105,6 +105,7 @@ fn make(
         hide_ischroot: false,
         own_run: false,
         resolver: None,
+        rights: Rights::Step,
     });
     unmount_below(&root).and_then(|()| fs::remove_dir(&root)).map_err(BakeError::io("unmount", &root))?;
     prepared.map(|()| built)

@@ -105,6 +105,12 @@ fn base(base: &LockedBase) -> String {
         LockedBase::Debian { suite, variant, .. } => format!("Debian {suite}, {variant}"),
         LockedBase::Archive { digest, .. } => format!("the root file system {digest}"),
         LockedBase::Image { place, digest } => format!("{place}, with the manifest {digest}"),
+        LockedBase::Containerfile(of) => {
+            let images = of.images.iter().map(|(name, digest)| format!("{name}, with the manifest {digest}"));
+            let images: Vec<_> = images.collect();
+            let on = if images.is_empty() { "nothing".to_owned() } else { images.join("; ") };
+            format!("what {} makes, on {on}", of.file)
+        }
         LockedBase::Server { image_digest } => format!("the image {image_digest}"),
     }
 }

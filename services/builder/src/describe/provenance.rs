@@ -71,6 +71,11 @@ fn dependencies(lock: &Lock, commit: &str) -> Vec<Value> {
         LockedBase::Image { place, digest } => {
             all.push(json!({"name": place, "digest": sha256(digest)}));
         }
+        LockedBase::Containerfile(of) => {
+            let images = of.images.iter();
+            all.extend(images.map(|(name, digest)| json!({"name": name, "digest": sha256(digest)})));
+            all.extend(of.files.iter().filter_map(|file| content(file, "context")));
+        }
         LockedBase::Server { image_digest } => {
             all.push(json!({"name": "parent image", "digest": sha256(image_digest)}));
         }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::from::{self, From};
 use super::node::quoted;
 use super::number::time_text;
 use super::problem::{Place, Problem};
@@ -10,8 +11,8 @@ use super::read::At;
 use super::test::{command, http, tcp};
 use super::text::{AbsolutePath, FileOrUrl, InnerPath, Text};
 use super::{
-    ArchivePlace, ArchiveSpec, Definition, FileSpec, ImageSpec, ProvisionSpec, Provisioner, Reach, RunStep,
-    Source, Step, UpdatePolicy,
+    ArchivePlace, ArchiveSpec, ContainerfileSpec, Definition, FileSpec, ImageSpec, ProvisionSpec,
+    Provisioner, Reach, RunStep, Source, Step, UpdatePolicy,
 };
 use crate::name::ServerName;
 use crate::run::{HealthPolicy, Limits, Port, RolloutPolicy, RunSpec, Strategy};
@@ -24,6 +25,28 @@ const MAX_TESTS: usize = 64;
 const MAX_PORTS: usize = 100;
 const MAX_WRITABLE: usize = 100;
 const MAX_ARCHIVES: usize = 50;
+
+/// What an image begins with, where no archive goes with it, and what would be right.
+#[derive(Clone, Copy)]
+struct NoPackages {
+    what: &'static str,
+    help: &'static str,
+}
+
+fn takes_no_packages(from: &Source) -> Option<NoPackages> {
+    match from {
+        Source::Scratch => Some(NoPackages {
+            what: "an image that begins with nothing",
+            help: "wanted `from: { debian: SUITE }`",
+        }),
+        // Which packages it will hold is known once it is built, and is different each time.
+        Source::Containerfile(_) => Some(NoPackages {
+            what: "what a Containerfile makes",
+            help: "do it in the Containerfile, or make that a server of its own and begin with `{ server: NAME }`",
+        }),
+        Source::Debian { .. } | Source::Archive { .. } | Source::Image { .. } | Source::Server { .. } => None,
+    }
+}
 
 /// The kernel's own, which an instance has in any case.
 const KERNEL_TREES: [&str; 3] = ["/proc", "/sys", "/dev"];
@@ -85,8 +108,8 @@ impl Checker<'_> {
             self.problem(self.place(program), "the program's name is empty", "wanted one such as nginx");
         }
         self.at_most(MAX_TESTS, "tests", &raw.tests);
-        let (from, is_scratch) = self.source(raw.from, name);
-        let steps = self.steps(raw.steps, is_scratch);
+        let from = self.source(raw.from, name);
+        let steps = self.steps(raw.steps, takes_no_packages(&from));
         ImageSpec {
             from,
             steps,
@@ -97,20 +120,20 @@ impl Checker<'_> {
         }
     }
 
-    fn source(&mut self, from: raw::From, name: &ServerName) -> (Source, bool) {
+    fn source(&mut self, from: From, name: &ServerName) -> Source {
         match from {
-            raw::From::Scratch => (Source::Scratch, true),
-            raw::From::Server(parent) => {
+            From::Scratch => Source::Scratch,
+            From::Server(parent) => {
                 if parent.value.0 == *name {
                     let message = format!("the server `{name}` can't be its own parent");
                     self.problem(self.place(&parent), message, "wanted another server's name");
                 }
-                (Source::Server { name: parent.value.0 }, false)
+                Source::Server { name: parent.value.0 }
             }
-            raw::From::Debian { suite, variant, archives } => {
-                (Source::Debian { suite: suite.0, variant, archives: self.archives(archives) }, false)
+            From::Debian { suite, variant, archives } => {
+                Source::Debian { suite: suite.0, variant, archives: self.archives(archives) }
             }
-            raw::From::Archive { place, sha256, archives } => {
+            From::Archive { place, sha256, archives } => {
                 let at = self.place(&place);
                 let place = match (place.value.0, sha256) {
                     (FileOrUrl::File(path), None) => ArchivePlace::File(path),
@@ -130,15 +153,40 @@ impl Checker<'_> {
                         ArchivePlace::File(url)
                     }
                 };
-                (Source::Archive { place, archives: self.archives(archives) }, false)
+                Source::Archive { place, archives: self.archives(archives) }
             }
-            raw::From::Image { place, archives } => {
-                (Source::Image { place: place.0, archives: self.archives(archives) }, false)
+            From::Image { place, archives } => {
+                Source::Image { place: place.0, archives: self.archives(archives) }
             }
+            From::Containerfile(raw) => self.containerfile(raw),
         }
     }
 
-    fn archives(&mut self, archives: At<Vec<raw::Archive>>) -> Vec<ArchiveSpec> {
+    fn containerfile(&mut self, raw: from::Containerfile) -> Source {
+        let place = self.place(&raw.file);
+        let mut secrets: Vec<_> = raw.secrets.into_iter().map(|name| name.0).collect();
+        secrets.sort();
+        secrets.dedup();
+        let spec = ContainerfileSpec {
+            file: raw.file.value.0,
+            context: raw.context.map_or_else(|| ".".to_owned(), |folder| folder.0),
+            target: raw.target.map(|stage| stage.0),
+            args: raw.args.into_iter().map(|(name, value)| (name.0, value)).collect(),
+            secrets,
+        };
+        if spec.file_in_context().is_none_or(|file| file == ".") {
+            let message =
+                format!("{} is no file of the folder {}", quoted(&spec.file), quoted(&spec.context));
+            self.problem(
+                place,
+                message,
+                "wanted a file of `context`, which is the folder of server.yaml where it is not said",
+            );
+        }
+        Source::Containerfile(spec)
+    }
+
+    fn archives(&mut self, archives: At<Vec<from::Archive>>) -> Vec<ArchiveSpec> {
         self.at_most(MAX_ARCHIVES, "archives", &archives);
         if !archives.is_default() {
             self.not_empty(&archives, "the list of archives", "remove it to use the site's archives");
@@ -155,7 +203,7 @@ impl Checker<'_> {
         archives.collect()
     }
 
-    fn steps(&mut self, steps: At<Vec<raw::Step>>, is_scratch: bool) -> Vec<Step> {
+    fn steps(&mut self, steps: At<Vec<raw::Step>>, refuses: Option<NoPackages>) -> Vec<Step> {
         self.at_most(MAX_STEPS, "steps", &steps);
         let mut files_so_far = 0;
         let mut packages_so_far = 0;
@@ -168,9 +216,9 @@ impl Checker<'_> {
             checked.push(match step.does {
                 raw::Does::Packages(packages) => {
                     self.not_empty(&packages, "the list of packages", "wanted names, or no such step");
-                    if is_scratch {
-                        let message = "packages can't be installed into an image that begins with nothing";
-                        self.problem(self.place(&packages), message, "wanted `from: { debian: SUITE }`");
+                    if let Some(NoPackages { what, help }) = refuses {
+                        let message = format!("packages can't be installed into {what}");
+                        self.problem(self.place(&packages), message, help);
                     }
                     packages_so_far += packages.value.len();
                     if packages_so_far > MAX_PACKAGES {
@@ -197,31 +245,31 @@ impl Checker<'_> {
                     let raw::Ansible { playbook, vars, idempotent } = step.value;
                     let vars = vars.into_iter().map(|(name, value)| (name.0, value)).collect();
                     let by = Provisioner::Ansible { vars };
-                    self.provision(by, playbook, idempotent, reach, is_scratch.then_some(place))
+                    self.provision(by, playbook, idempotent, reach, refuses.map(|why| (place, why)))
                 }
                 raw::Does::Puppet(step) => {
                     let place = self.place(&step);
                     let raw::Puppet { manifest, idempotent } = step.value;
-                    let nothing_below = is_scratch.then_some(place);
-                    self.provision(Provisioner::Puppet, manifest, idempotent, reach, nothing_below)
+                    let refused = refuses.map(|why| (place, why));
+                    self.provision(Provisioner::Puppet, manifest, idempotent, reach, refused)
                 }
             });
         }
         checked
     }
 
-    /// `nothing_below` is the place of the step, where the image begins with nothing.
+    /// `refused` is the place of the step, where it can't be run.
     fn provision(
         &mut self,
         by: Provisioner,
         file: At<Text<InnerPath>>,
         idempotent: bool,
         reach: Reach,
-        nothing_below: Option<Place>,
+        refused: Option<(Place, NoPackages)>,
     ) -> Step {
-        if let Some(place) = nothing_below {
-            let message = format!("{} can't be run in an image that begins with nothing", by.as_str());
-            self.problem(place, message, "wanted `from: { debian: SUITE }`");
+        if let Some((place, NoPackages { what, help })) = refused {
+            let message = format!("{} can't be run in {what}", by.as_str());
+            self.problem(place, message, help);
         }
         if file.value.0 == "." {
             self.problem(

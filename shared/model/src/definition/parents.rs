@@ -35,7 +35,11 @@ impl Definition {
     pub fn parent(&self) -> Option<&ServerName> {
         match &self.image.from {
             Source::Server { name } => Some(name),
-            Source::Scratch | Source::Debian { .. } | Source::Archive { .. } | Source::Image { .. } => None,
+            Source::Scratch
+            | Source::Debian { .. }
+            | Source::Archive { .. }
+            | Source::Image { .. }
+            | Source::Containerfile(_) => None,
         }
     }
 }

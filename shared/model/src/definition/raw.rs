@@ -3,20 +3,20 @@
 
 use std::collections::BTreeMap;
 
-use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{Error, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
+use super::Mode;
+use super::from::From;
 use super::number::{Cpus, Memory, Port, Time, Whole};
 use super::read::At;
 use super::text::{
-    AbsolutePath, Address, ArchiveUrl, Capability, ComponentName, EnvName, FileMode, InnerPath, Machine,
-    Name, Owner, PackageName, PackageVersion, PlaceOfImage, ProgramName, RootPlace, Script, SecretName,
-    Sha256, SuiteName, Text, UrlPath, User, UserName, VariableName, Wanted,
+    AbsolutePath, Address, Capability, EnvName, FileMode, InnerPath, Machine, Name, Owner, PackageName,
+    PackageVersion, ProgramName, Script, SecretName, Text, UrlPath, User, UserName, VariableName, Wanted,
 };
-use super::{DebianVariant, Mode};
 use crate::time::Millis;
 
 const SECOND: u64 = 1000;
@@ -81,160 +81,6 @@ pub(super) struct Image {
 
 fn root() -> Text<User> {
     Text("root".to_owned())
-}
-
-pub(super) enum From {
-    Scratch,
-    Debian { suite: Text<SuiteName>, variant: DebianVariant, archives: At<Vec<Archive>> },
-    Archive { place: At<Text<RootPlace>>, sha256: Option<At<Text<Sha256>>>, archives: At<Vec<Archive>> },
-    Image { place: Text<PlaceOfImage>, archives: At<Vec<Archive>> },
-    Server(At<Text<Name>>),
-}
-
-/// A Debian suite, a root file system as tar, an image that others have made, or another server's image.
-#[derive(Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct FromKeys {
-    /// A Debian suite such as bookworm.
-    debian: Option<Text<SuiteName>>,
-    /// A root file system as tar, plain or compressed by gzip, xz or zstd: a file of the definition's folder, or its address.
-    archive: Option<At<Text<RootPlace>>>,
-    /// For an archive's address: the hash of the file, 64 hexadecimal digits.
-    sha256: Option<At<Text<Sha256>>>,
-    /// An image of a registry, such as registry.example/app:1.2, or an OCI layout in the definition's folder, such as
-    /// oci:folder:tag. Of its configuration only the environment is taken over.
-    image: Option<Text<PlaceOfImage>>,
-    /// The name of another server: its newest image.
-    server: Option<At<Text<Name>>>,
-    /// For debian: which packages are there from the beginning.
-    variant: Option<At<DebianVariant>>,
-    /// For debian, archive and image: where packages come from. Without it the host's or the site's archives for the suite.
-    archives: Option<At<Vec<Archive>>>,
-}
-
-impl FromKeys {
-    /// The one thing that the image begins with, where nothing is said that goes with another.
-    fn checked(self) -> Result<From, String> {
-        let sources = [
-            ("debian", self.debian.is_some()),
-            ("archive", self.archive.is_some()),
-            ("image", self.image.is_some()),
-            ("server", self.server.is_some()),
-        ];
-        let mut said = sources.iter().filter(|(_, said)| *said).map(|(name, _)| *name);
-        let (first, second) = (said.next(), said.next());
-        if let (Some(first), Some(second)) = (first, second) {
-            return Err(format!(
-                "an image begins with one thing, found `{first}` and `{second}`\nremove one of the two"
-            ));
-        }
-        let more = [
-            (
-                "variant",
-                self.variant.is_some(),
-                &["debian"][..],
-                "it says which packages of Debian are there",
-            ),
-            (
-                "archives",
-                self.archives.is_some(),
-                &["debian", "archive", "image"],
-                "they are those of the other server",
-            ),
-            ("sha256", self.sha256.is_some(), &["archive"], "it is the hash of an archive"),
-        ];
-        for (name, said, with, why) in more {
-            if let Some(source) = first.filter(|source| said && !with.contains(source)) {
-                return Err(format!("`{name}` does not go with `{source}`\n{why}"));
-            }
-        }
-        match self {
-            Self { debian: Some(suite), variant, archives, .. } => Ok(From::Debian {
-                suite,
-                variant: variant.map_or(DebianVariant::Minbase, |variant| variant.value),
-                archives: archives.unwrap_or_default(),
-            }),
-            Self { archive: Some(place), sha256, archives, .. } => {
-                Ok(From::Archive { place, sha256, archives: archives.unwrap_or_default() })
-            }
-            Self { image: Some(place), archives, .. } => {
-                Ok(From::Image { place, archives: archives.unwrap_or_default() })
-            }
-            Self { server: Some(server), .. } => Ok(From::Server(server)),
-            _ => Err(format!("it is not said what the image begins with\nwanted {SOURCES}")),
-        }
-    }
-}
-
-const SOURCES: &str = "{ debian: SUITE }, { image: NAME }, { archive: FILE }, { server: NAME } or scratch";
-
-impl<'de> Deserialize<'de> for From {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Form;
-
-        impl<'de> Visitor<'de> for Form {
-            type Value = From;
-
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str(SOURCES)
-            }
-
-            fn visit_str<E: Error>(self, text: &str) -> Result<From, E> {
-                match text {
-                    "scratch" => Ok(From::Scratch),
-                    other => Err(E::invalid_type(serde::de::Unexpected::Str(other), &self)),
-                }
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<From, A::Error> {
-                FromKeys::deserialize(MapAccessDeserializer::new(map))?.checked().map_err(A::Error::custom)
-            }
-        }
-
-        deserializer.deserialize_any(Form)
-    }
-}
-
-impl JsonSchema for From {
-    fn schema_name() -> std::borrow::Cow<'static, str> {
-        "From".into()
-    }
-
-    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
-        let mut keys = FromKeys::json_schema(generator);
-        keys.insert(
-            "oneOf".to_owned(),
-            serde_json::json!([
-                { "required": ["debian"], "not": { "required": ["sha256"] } },
-                { "required": ["archive"], "not": { "required": ["variant"] } },
-                { "required": ["image"], "not": { "anyOf": [{ "required": ["variant"] }, { "required": ["sha256"] }] } },
-                { "required": ["server"], "not": {
-                    "anyOf": [{ "required": ["variant"] }, { "required": ["archives"] }, { "required": ["sha256"] }]
-                } },
-            ]),
-        );
-        json_schema!({
-            "description": "What the image begins with: a Debian suite, a root file system as tar, an image that others have made, another server's image, or nothing.",
-            "anyOf": [{ "const": "scratch", "description": "Nothing." }, keys]
-        })
-    }
-}
-
-/// One archive to resolve packages from.
-#[derive(Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", deny_unknown_fields, expecting = "a mapping with url, suite and signedBy")]
-pub(super) struct Archive {
-    pub(super) url: Text<ArchiveUrl>,
-    /// A suite as the archive names it, such as bookworm-security.
-    pub(super) suite: Text<SuiteName>,
-    #[serde(default = "main_component")]
-    pub(super) components: At<Vec<Text<ComponentName>>>,
-    /// The key ring that the archive is signed with: a file in the definition's folder.
-    pub(super) signed_by: Text<InnerPath>,
-}
-
-fn main_component() -> At<Vec<Text<ComponentName>>> {
-    vec![Text("main".to_owned())].into()
 }
 
 /// One thing that is done to the image.

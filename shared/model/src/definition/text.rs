@@ -207,6 +207,20 @@ syntax!(
     |text| whole(text, is_secret_name(text))
 );
 
+syntax!(
+    StageName,
+    "the name of a Containerfile's stage",
+    "wanted what stands behind AS, out of letters, digits, `-`, `_` and `.`, or the stage's number",
+    "^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
+    |text| {
+        let good = text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
+        whole(
+            text,
+            good && text.len() <= 128 && text.starts_with(|first: char| first.is_ascii_alphanumeric()),
+        )
+    }
+);
+
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct PlaceOfImage;
 

@@ -10,18 +10,18 @@ use serde_json::{Value, json};
 use super::*;
 
 /// Of the user `kiln`; in docker's `config.json`; and as `htpasswd -B` writes it.
-const PASSWORD: &str = "canary-of-the-registry-5b1c8";
+pub(super) const PASSWORD: &str = "canary-of-the-registry-5b1c8";
 const CREDENTIALS: &str = "a2lsbjpjYW5hcnktb2YtdGhlLXJlZ2lzdHJ5LTViMWM4";
 const HTPASSWD: &str = "kiln:$2b$05$BpvRrKoJf.wQoshIEs2CDukAob8ryfwmj9RVcj8kDs34FJRSPeFdO\n";
 
-struct Registry {
+pub(super) struct Registry {
     folder: tempfile::TempDir,
     port: u16,
     process: Option<Child>,
 }
 
 impl Registry {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
         let folder = tempfile::tempdir().unwrap();
         let at = folder.path().display();
@@ -37,11 +37,23 @@ impl Registry {
         Self { folder, port, process: None }
     }
 
-    fn host(&self) -> String {
+    pub(super) fn host(&self) -> String {
         format!("127.0.0.1:{}", self.port)
     }
 
-    fn start(&mut self) {
+    /// A file of docker's with the credentials for it.
+    pub(super) fn credentials(&self) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        self.write_credentials(file.path(), CREDENTIALS);
+        file
+    }
+
+    fn write_credentials(&self, file: &Path, auth: &str) {
+        let text = json!({"auths": {self.host(): {"auth": auth}}}).to_string();
+        fs::write(file, text).unwrap();
+    }
+
+    pub(super) fn start(&mut self) {
         let mut command = Command::new("docker-registry");
         command.arg("serve").arg(self.folder.path().join("config.yml"));
         self.process = Some(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
@@ -60,7 +72,7 @@ impl Registry {
     }
 
     /// Puts an image of a layout there.
-    fn push(&self, layout: &Path, tag: &str) {
+    pub(super) fn push(&self, layout: &Path, tag: &str) {
         let to = format!("docker://{}/app:{tag}", self.host());
         succeeds(
             Command::new("skopeo")
@@ -79,7 +91,7 @@ impl Drop for Registry {
 }
 
 /// An image of one layer for each tar, as a layout.
-fn layout(folder: &Path, layers: &[Vec<u8>], env: &[&str]) {
+pub(super) fn layout(folder: &Path, layers: &[Vec<u8>], env: &[&str]) {
     let blobs = folder.join("blobs/sha256");
     fs::create_dir_all(&blobs).unwrap();
     let put = |content: &[u8]| {
@@ -114,7 +126,7 @@ fn layout(folder: &Path, layers: &[Vec<u8>], env: &[&str]) {
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 
 /// The tar of a folder that is made by a shell script.
-fn tar(script: &str) -> Vec<u8> {
+pub(super) fn tar(script: &str) -> Vec<u8> {
     let folder = tempfile::tempdir().unwrap();
     succeeds(Command::new("sh").args(["-ec", script]).current_dir(folder.path()));
     let output = Command::new("tar").args(["-c", "--sort=name", "."]).current_dir(folder.path()).output();
@@ -237,18 +249,13 @@ fn relabel(folder: &Path, change: impl FnOnce(&mut Value)) {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_of_a_registry_is_pinned_and_its_passing_failures_are_waited_out() {
     let mut registry = Registry::new();
-    let credentials = tempfile::NamedTempFile::new().unwrap();
+    let credentials = registry.credentials();
     let settings = Settings {
         repository: format!("{}/kiln", registry.host()).parse().unwrap(),
         ca: None,
         credentials: Some(credentials.path().to_owned()),
     };
     let host = registry.host();
-    let auths = |auth: &str| {
-        let text = json!({"auths": {&host: {"auth": auth}}}).to_string();
-        fs::write(credentials.path(), text).unwrap();
-    };
-    auths(CREDENTIALS);
     let kitchen = Kitchen::with_registry("be00000d", settings);
     registry.start();
     let local = tempfile::tempdir().unwrap();
@@ -282,10 +289,10 @@ async fn an_image_of_a_registry_is_pinned_and_its_passing_failures_are_waited_ou
     let missing = begun.replace("app:1", "app:2");
     let error = kitchen.try_lock(&missing, None, None).await.unwrap_err();
     assert!(error.is_transient() && error.to_string().contains("app:2"), "{error}");
-    auths("a2lsbjp3cm9uZw==");
+    registry.write_credentials(credentials.path(), "a2lsbjp3cm9uZw==");
     let error = kitchen.try_lock(&begun, None, None).await.unwrap_err().to_string();
     assert!(error.contains("unauthorized") || error.contains("authentication required"), "{error}");
-    auths(CREDENTIALS);
+    registry.write_credentials(credentials.path(), CREDENTIALS);
     assert_eq!(kitchen.lock(&begun, None, None).await.lock, two);
     kitchen.assert_nothing_is_left();
 }
