@@ -36,15 +36,21 @@ struct Alive {
 const ALL_ALIVE: Alive =
     Alive { builder: Replica::First, deployer: Replica::Second, monitor: Replica::Second };
 
+/// Two of each service take longer on a busy machine, and another replica its time to notice that one is gone.
+fn patiently(repo: &Repo) -> Result<()> {
+    repo.replace("web/server.yaml", "deadline: 20s", "deadline: 90s")
+}
+
 /// Slow enough for something to happen in the middle of a rollout.
 fn slowly(repo: &Repo) -> Result<()> {
+    patiently(repo)?;
     repo.replace("web/server.yaml", "soak: 300ms", "soak: 1s")
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn with_every_service_double_each_commit_goes_out_once() -> Result<()> {
     let (site, second) = Site::up_double("double").await?;
-    let web = Web::start(site).await?;
+    let web = Web::start_with(site, patiently).await?;
     let load = web.load();
     for release in 2..5 {
         web.say(&format!("release {release}"))?;
