@@ -27,13 +27,14 @@ step() {
     echo "== $1 ($((SECONDS - started)) s)"
 }
 
-step "what the tests need"
-# One waits for the network, the other for the disk.
-cargo fetch --quiet --locked &
-fetched=$!
-deploy/prerequisites.sh --tests
-tests/tools.sh
-wait "$fetched"
+step "lints, while what the tests need is installed"
+# The one waits for the processor, the other for the network and the disk.
+{ deploy/prerequisites.sh --tests && tests/tools.sh; } &
+installed=$!
+# Whatever ends this, nothing is left half installed.
+trap wait EXIT
+cargo clippy --quiet --release --workspace --all-targets --locked -- -D warnings
+wait "$installed"
 export PATH="$PWD/target/tools:$PATH"
 
 if [ "$(id -u)" -ne 0 ]; then
@@ -47,11 +48,9 @@ tests/mutants.sh --check
 (cd proto && buf lint && buf breaking --against ../tests/earlier/proto.binpb)
 cargo deny --log-level error check bans licenses sources
 
-step "lints"
-cargo clippy --quiet --release --workspace --all-targets --locked -- -D warnings
-
 step "build"
-cargo build --quiet --release --workspace --bins --locked
+# At once, so that no core waits for the last of the programs before it begins with the tests.
+cargo build --quiet --release --workspace --bins --tests --locked
 
 # Several sites that write to one disk at once wait for it, most of all for its syncs.
 memory=/dev/shm
