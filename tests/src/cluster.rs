@@ -9,8 +9,8 @@ use serde_json::Value;
 
 use crate::Result;
 use crate::command::run;
+use crate::free_port;
 use crate::load::fetch;
-use crate::site::free_port;
 use crate::wait::until;
 
 const SIZE: usize = 3;

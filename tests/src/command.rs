@@ -1,27 +1,10 @@
-//! Commands that must succeed, with their output in the error where they don't.
+//! Kiln's own programs, and how others are run.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+
+pub use kiln_test_servers::command::{both, run};
 
 use crate::Result;
-
-/// Runs a command to its end.
-///
-/// # Errors
-/// Where it can't be started, or its exit status is not 0; the error holds what it printed.
-pub fn run(command: &mut Command) -> Result<String> {
-    let output = command.output().map_err(|error| format!("{command:?} can't be started: {error}"))?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    if output.status.success() {
-        return Ok(text);
-    }
-    Err(format!("{command:?} ended with {}:\n{}", output.status, both(&output)).into())
-}
-
-/// What a command printed, for a message.
-pub fn both(output: &Output) -> String {
-    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
-}
 
 /// Where the built binaries of the workspace are: two folders above this test's own.
 ///

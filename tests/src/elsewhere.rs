@@ -8,7 +8,8 @@ use kiln_model::event::Service;
 
 use crate::Result;
 use crate::command::{binary, both};
-use crate::site::{Site, free_port};
+use crate::free_port;
+use crate::site::Site;
 
 /// A port of this machine for each service.
 pub struct Ports(Vec<(Service, u16)>);

@@ -1,7 +1,6 @@
 //! What the scenario tests stand on: a real site made by `kiln up`, Git repositories, a small Debian archive of their
 //! own, load from this machine, and waits with a bound.
 
-pub mod archive;
 pub mod cluster;
 pub mod command;
 pub mod docker;
@@ -13,7 +12,6 @@ pub mod netns;
 pub mod otlp;
 pub mod process;
 pub mod random;
-pub mod registry;
 pub mod replicas;
 pub mod repo;
 pub mod server;
@@ -22,8 +20,5 @@ pub mod site;
 pub mod stores;
 pub mod tree;
 pub mod unit;
-pub mod wait;
 
-/// What went wrong, with where; tests show it and stop.
-pub type Error = Box<dyn std::error::Error + Send + Sync>;
-pub type Result<T> = std::result::Result<T, Error>;
+pub use kiln_test_servers::{Error, Result, archive, free_port, registry, wait};

@@ -26,7 +26,8 @@ use kiln_test_postgres::Server as Postgres;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::command::{binary, run};
-use crate::site::{Site, folder, free_port, settled};
+use crate::free_port;
+use crate::site::{Site, folder, settled};
 use crate::wait::until;
 use crate::{Error, Result};
 

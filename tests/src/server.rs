@@ -10,9 +10,10 @@ use kiln_api::engine::{InstanceState, ListInstancesRequest};
 use kiln_api::types::Revision;
 
 use crate::Result;
+use crate::free_port;
 use crate::load::{Load, Options};
 use crate::repo::Repo;
-use crate::site::{Site, edge, free_port};
+use crate::site::{Site, edge};
 
 /// From an apply or a commit to a whole fleet, with everything that must be fetched and baked.
 pub const SETTLES: Duration = Duration::from_secs(120);

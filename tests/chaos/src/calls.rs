@@ -12,7 +12,8 @@ use kiln_api::types::{ListOptions, Remedy, Signal};
 use kiln_service::requests::new_id;
 use kiln_tests::Result;
 use kiln_tests::command::run;
-use kiln_tests::site::{Site, edge, free_port};
+use kiln_tests::free_port;
+use kiln_tests::site::{Site, edge};
 use kiln_tests::wait::until;
 
 /// On an acknowledgement: whoever is away comes back within it.

@@ -10,9 +10,10 @@ use kiln_model::event::Service;
 use kiln_tests::Result;
 use kiln_tests::command::{binary, run};
 use kiln_tests::docker::Docker;
+use kiln_tests::free_port;
 use kiln_tests::load::fetch;
 use kiln_tests::server::SETTLES;
-use kiln_tests::site::{Site, cache_folder, edge, example, free_port};
+use kiln_tests::site::{Site, cache_folder, edge, example};
 use serde_json::Value;
 
 use crate::containers::{compose, filled, root, stages, texts, whole};

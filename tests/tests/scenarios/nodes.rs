@@ -83,7 +83,7 @@ async fn a_server_runs_on_the_machine_that_it_names_with_an_image_from_the_regis
         if status.contains("node `edge-2` can't be reached") { Ok(()) } else { Err(status.into()) }
     })
     .await?;
-    let beside = kiln_tests::site::free_port()?;
+    let beside = kiln_tests::free_port()?;
     let folder = web.folder().join("beside");
     command::run(std::process::Command::new("cp").arg("-r").arg(web.repo.path().join("web")).arg(&folder))?;
     let text = std::fs::read_to_string(folder.join("server.yaml"))?;

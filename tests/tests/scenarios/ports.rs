@@ -11,8 +11,9 @@ use std::time::Duration;
 use kiln_model::event::Service;
 use kiln_tests::Result;
 use kiln_tests::command::both;
+use kiln_tests::free_port;
 use kiln_tests::server::Web;
-use kiln_tests::site::{Site, free_port};
+use kiln_tests::site::Site;
 use kiln_tests::wait::until;
 
 /// Processes of the site in the machine's own network: all that have its folder in their command line. What runs in an

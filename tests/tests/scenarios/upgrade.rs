@@ -10,12 +10,13 @@ use kiln_api::engine::{InstanceState, ListInstancesRequest};
 use kiln_model::event::Service;
 use kiln_tests::Result;
 use kiln_tests::command::binary;
+use kiln_tests::free_port;
 use kiln_tests::kept::Kept;
 use kiln_tests::load::{Load, Options, fetch};
 use kiln_tests::process::begun;
 use kiln_tests::repo::Repo;
 use kiln_tests::server::{SETTLES, Web};
-use kiln_tests::site::{Site, edge, free_port};
+use kiln_tests::site::{Site, edge};
 use kiln_tests::wait::until;
 use rustix::process::Signal;
 

@@ -2,9 +2,9 @@
 
 use std::os::unix::fs::MetadataExt as _;
 
-use kiln_service::config::Registry as Settings;
+use kiln_test_servers::registry::{PASSWORD, Registry};
 
-use super::foreign::{PASSWORD, Registry, layout, tar};
+use super::foreign::{HERE, layout, push, settings, tar};
 use super::*;
 
 const SECRET: &str = "canary-of-a-containerfile-c41d";
@@ -24,32 +24,27 @@ ENV ADDED=yes
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_containerfile_is_built_on_pinned_images_and_what_it_makes_is_sealed() {
-    let mut registry = Registry::new();
-    let host = registry.host();
-    let credentials = registry.credentials();
+    let mut registry = Registry::on_loopback().unwrap();
+    let host = registry.host(HERE);
+    let (settings, _credentials) = settings(&registry);
     let folder = tempfile::tempdir().unwrap();
     let token = folder.path().join("token");
     fs::write(&token, SECRET).unwrap();
-    let settings = Settings {
-        repository: format!("{host}/kiln").parse().unwrap(),
-        ca: None,
-        credentials: Some(credentials.path().to_owned()),
-    };
     let secrets = [("token".to_owned(), token)].into();
     let kitchen = Kitchen::of("be000012", BakeLimits::default(), Some(settings), secrets);
-    registry.start();
+    registry.resume().await.unwrap();
     let base = kitchen.lock("  from: { debian: bookworm, variant: essential }", None, None).await;
     let base = kitchen.bake(&base.lock, 1).await;
     let layer = kitchen.folder.path().join("images/blobs/sha256").join(base.layers[0].digest.hex());
     let layer = fs::read(layer).unwrap();
-    let push = |which: &str| {
+    let push_app = |which: &str| {
         let local = tempfile::tempdir().unwrap();
         let more =
             tar(&format!("mkdir opt; echo {which} >opt/which; printf {SECRET} | sha256sum >opt/wanted"));
         layout(local.path(), &[layer.clone(), more], &[&format!("FROM={which}"), "PATH=/usr/bin:/usr/sbin"]);
-        registry.push(local.path(), "1");
+        push(&registry, local.path(), "1");
     };
-    push("one");
+    push_app("one");
 
     let context = kitchen.folder.path().join("context/app");
     fs::create_dir_all(&context).unwrap();
@@ -62,7 +57,7 @@ async fn a_containerfile_is_built_on_pinned_images_and_what_it_makes_is_sealed()
     );
     let one = kitchen.lock(&definition, None, None).await.lock;
     // The tag moves on before the image was brought here.
-    push("two");
+    push_app("two");
     let image = kitchen.bake(&one, 2).await;
     assert_eq!(kitchen.read(&image, "opt/greeting").unwrap(), "hello kiln, one\n");
     assert_eq!(kitchen.read(&image, "opt/copied").unwrap(), "mine\n");

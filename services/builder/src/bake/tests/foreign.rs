@@ -1,93 +1,36 @@
 //! Images that begin with one that others have made: out of a layout, and out of a real registry with a password.
 
-use std::net::{Ipv4Addr, TcpListener};
-use std::process::{Child, Stdio};
-use std::time::Instant;
+use std::net::Ipv4Addr;
 
 use kiln_service::config::Registry as Settings;
+use kiln_test_servers::registry::{CREDENTIALS, PASSWORD, Registry};
 use serde_json::{Value, json};
 
 use super::*;
 
-/// Of the user `kiln`; in docker's `config.json`; and as `htpasswd -B` writes it.
-pub(super) const PASSWORD: &str = "canary-of-the-registry-5b1c8";
-const CREDENTIALS: &str = "a2lsbjpjYW5hcnktb2YtdGhlLXJlZ2lzdHJ5LTViMWM4";
-const HTPASSWD: &str = "kiln:$2b$05$BpvRrKoJf.wQoshIEs2CDukAob8ryfwmj9RVcj8kDs34FJRSPeFdO\n";
+pub(super) const HERE: Ipv4Addr = Ipv4Addr::LOCALHOST;
 
-pub(super) struct Registry {
-    folder: tempfile::TempDir,
-    port: u16,
-    process: Option<Child>,
+/// A site's settings for it, with credentials in a file of docker's.
+pub(super) fn settings(registry: &Registry) -> (Settings, tempfile::NamedTempFile) {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    registry.write_credentials(file.path(), HERE, CREDENTIALS).unwrap();
+    let settings = Settings {
+        repository: registry.repository(HERE).parse().unwrap(),
+        ca: None,
+        credentials: Some(file.path().to_owned()),
+    };
+    (settings, file)
 }
 
-impl Registry {
-    pub(super) fn new() -> Self {
-        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
-        let folder = tempfile::tempdir().unwrap();
-        let at = folder.path().display();
-        fs::write(
-            folder.path().join("config.yml"),
-            format!(
-                "version: 0.1\nlog: {{ level: warn }}\nstorage: {{ filesystem: {{ rootdirectory: {at}/data }} }}\n\
-                 auth: {{ htpasswd: {{ realm: kiln, path: {at}/htpasswd }} }}\nhttp: {{ addr: '127.0.0.1:{port}' }}\n"
-            ),
-        )
-        .unwrap();
-        fs::write(folder.path().join("htpasswd"), HTPASSWD).unwrap();
-        Self { folder, port, process: None }
-    }
-
-    pub(super) fn host(&self) -> String {
-        format!("127.0.0.1:{}", self.port)
-    }
-
-    /// A file of docker's with the credentials for it.
-    pub(super) fn credentials(&self) -> tempfile::NamedTempFile {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        self.write_credentials(file.path(), CREDENTIALS);
-        file
-    }
-
-    fn write_credentials(&self, file: &Path, auth: &str) {
-        let text = json!({"auths": {self.host(): {"auth": auth}}}).to_string();
-        fs::write(file, text).unwrap();
-    }
-
-    pub(super) fn start(&mut self) {
-        let mut command = Command::new("docker-registry");
-        command.arg("serve").arg(self.folder.path().join("config.yml"));
-        self.process = Some(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
-        let end = Instant::now() + Duration::from_secs(20);
-        while std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).is_err() {
-            assert!(Instant::now() < end, "the registry does not come up");
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-
-    fn stop(&mut self) {
-        if let Some(mut process) = self.process.take() {
-            process.kill().unwrap();
-            process.wait().unwrap();
-        }
-    }
-
-    /// Puts an image of a layout there.
-    pub(super) fn push(&self, layout: &Path, tag: &str) {
-        let to = format!("docker://{}/app:{tag}", self.host());
-        succeeds(
-            Command::new("skopeo")
-                .args(["copy", "--quiet", "--dest-tls-verify=false", "--dest-creds"])
-                .arg(format!("kiln:{PASSWORD}"))
-                .arg(format!("oci:{}", layout.display()))
-                .arg(to),
-        );
-    }
-}
-
-impl Drop for Registry {
-    fn drop(&mut self) {
-        self.stop();
-    }
+/// Puts an image of a layout there, as `app`.
+pub(super) fn push(registry: &Registry, layout: &Path, tag: &str) {
+    succeeds(
+        Command::new("skopeo")
+            .args(["copy", "--quiet", "--dest-tls-verify=false", "--dest-creds"])
+            .arg(format!("kiln:{PASSWORD}"))
+            .arg(format!("oci:{}", layout.display()))
+            .arg(format!("docker://{}/app:{tag}", registry.host(HERE))),
+    );
 }
 
 /// An image of one layer for each tar, as a layout.
@@ -248,26 +191,21 @@ fn relabel(folder: &Path, change: impl FnOnce(&mut Value)) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_image_of_a_registry_is_pinned_and_its_passing_failures_are_waited_out() {
-    let mut registry = Registry::new();
-    let credentials = registry.credentials();
-    let settings = Settings {
-        repository: format!("{}/kiln", registry.host()).parse().unwrap(),
-        ca: None,
-        credentials: Some(credentials.path().to_owned()),
-    };
-    let host = registry.host();
+    let mut registry = Registry::on_loopback().unwrap();
+    let (settings, credentials) = settings(&registry);
+    let host = registry.host(HERE);
     let kitchen = Kitchen::with_registry("be00000d", settings);
-    registry.start();
+    registry.resume().await.unwrap();
     let local = tempfile::tempdir().unwrap();
     layout(local.path(), &[tar("mkdir etc; echo one >etc/which")], &[]);
-    registry.push(local.path(), "1");
+    push(&registry, local.path(), "1");
 
     let begun = format!("  from: {{ image: '{host}/app:1' }}");
     let one = kitchen.lock(&begun, None, None).await.lock;
     // The tag moves on before the image was brought here.
     let local = tempfile::tempdir().unwrap();
     layout(local.path(), &[tar("mkdir etc; echo two >etc/which")], &[]);
-    registry.push(local.path(), "1");
+    push(&registry, local.path(), "1");
     let image = kitchen.bake(&one, 1).await;
     assert_eq!(kitchen.read(&image, "etc/which").unwrap(), "one\n");
     let pinned = kitchen.lock(&begun, None, Some(&one)).await;
@@ -276,10 +214,10 @@ async fn an_image_of_a_registry_is_pinned_and_its_passing_failures_are_waited_ou
     assert_ne!(two.key().unwrap(), one.key().unwrap());
 
     // It is away for a moment.
-    registry.stop();
+    registry.kill().unwrap();
     let (baked, ()) = tokio::join!(kitchen.bake(&two, 2), async {
         tokio::time::sleep(Duration::from_millis(1500)).await;
-        tokio::task::block_in_place(|| registry.start());
+        registry.resume().await.unwrap();
     });
     assert_eq!(kitchen.read(&baked, "etc/which").unwrap(), "two\n");
     let log = kitchen.log.lock().unwrap().join("\n");
@@ -289,10 +227,10 @@ async fn an_image_of_a_registry_is_pinned_and_its_passing_failures_are_waited_ou
     let missing = begun.replace("app:1", "app:2");
     let error = kitchen.try_lock(&missing, None, None).await.unwrap_err();
     assert!(error.is_transient() && error.to_string().contains("app:2"), "{error}");
-    registry.write_credentials(credentials.path(), "a2lsbjp3cm9uZw==");
+    registry.write_credentials(credentials.path(), HERE, "a2lsbjp3cm9uZw==").unwrap();
     let error = kitchen.try_lock(&begun, None, None).await.unwrap_err().to_string();
     assert!(error.contains("unauthorized") || error.contains("authentication required"), "{error}");
-    registry.write_credentials(credentials.path(), CREDENTIALS);
+    registry.write_credentials(credentials.path(), HERE, CREDENTIALS).unwrap();
     assert_eq!(kitchen.lock(&begun, None, None).await.lock, two);
     kitchen.assert_nothing_is_left();
 }

@@ -1,13 +1,12 @@
-//! A real registry, with TLS and a password.
+//! A real registry with a password.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use crate::Result;
-use crate::site::free_port;
 use crate::wait::until;
+use crate::{Result, free_port};
 
 /// Of the user `kiln`.
 pub const PASSWORD: &str = "canary-of-the-registry-5b1c8";
@@ -23,28 +22,44 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// Answers at a port of each of these addresses of the host.
+    /// Answers over TLS at a port of each of these addresses of the host.
     ///
     /// # Errors
     /// Where it does not come up.
     pub async fn start(addresses: &[Ipv4Addr]) -> Result<Self> {
-        let folder = tempfile::tempdir()?;
-        let port = free_port()?;
-        let names = addresses.iter().map(ToString::to_string).collect::<Vec<_>>();
-        let made = rcgen::generate_simple_self_signed(names)?;
-        std::fs::write(folder.path().join("ca.pem"), made.cert.pem())?;
-        std::fs::write(folder.path().join("key.pem"), made.signing_key.serialize_pem())?;
-        std::fs::write(folder.path().join("htpasswd"), HTPASSWD)?;
-        let at = folder.path().display();
-        let config = format!(
-            "version: 0.1\nlog: {{ level: warn }}\nstorage: {{ filesystem: {{ rootdirectory: {at}/data }} }}\n\
-             auth: {{ htpasswd: {{ realm: kiln, path: {at}/htpasswd }} }}\n\
-             http: {{ addr: \":{port}\", tls: {{ certificate: {at}/ca.pem, key: {at}/key.pem }} }}\n"
-        );
-        std::fs::write(folder.path().join("config.yml"), config)?;
-        let mut registry = Self { folder, port, process: None };
+        let mut registry = Self::make(addresses)?;
         registry.resume().await?;
         Ok(registry)
+    }
+
+    /// Not running yet; on loopback, where it needs no TLS.
+    ///
+    /// # Errors
+    /// Where no port is free, or the disk fails.
+    pub fn on_loopback() -> Result<Self> {
+        Self::make(&[])
+    }
+
+    fn make(addresses: &[Ipv4Addr]) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let port = free_port()?;
+        let at = folder.path().display();
+        let http = if addresses.is_empty() {
+            format!("addr: \"{}:{port}\"", Ipv4Addr::LOCALHOST)
+        } else {
+            let names = addresses.iter().map(ToString::to_string).collect::<Vec<_>>();
+            let made = rcgen::generate_simple_self_signed(names)?;
+            std::fs::write(folder.path().join("ca.pem"), made.cert.pem())?;
+            std::fs::write(folder.path().join("key.pem"), made.signing_key.serialize_pem())?;
+            format!("addr: \":{port}\", tls: {{ certificate: {at}/ca.pem, key: {at}/key.pem }}")
+        };
+        std::fs::write(folder.path().join("htpasswd"), HTPASSWD)?;
+        let config = format!(
+            "version: 0.1\nlog: {{ level: warn }}\nstorage: {{ filesystem: {{ rootdirectory: {at}/data }} }}\n\
+             auth: {{ htpasswd: {{ realm: kiln, path: {at}/htpasswd }} }}\nhttp: {{ {http} }}\n"
+        );
+        std::fs::write(folder.path().join("config.yml"), config)?;
+        Ok(Self { folder, port, process: None })
     }
 
     /// # Errors
@@ -56,7 +71,7 @@ impl Registry {
         self.process = Some(command.spawn()?);
         let port = self.port;
         until("the registry", Duration::from_secs(20), async || {
-            std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).map(drop).map_err(Into::into)
+            TcpStream::connect((Ipv4Addr::LOCALHOST, port)).map(drop).map_err(Into::into)
         })
         .await
     }
@@ -71,9 +86,14 @@ impl Registry {
         Ok(())
     }
 
-    /// Of the images, as whoever has the registry at this address calls it.
+    /// As whoever has the registry at this address calls it.
+    pub fn host(&self, address: Ipv4Addr) -> String {
+        format!("{address}:{}", self.port)
+    }
+
+    /// Of the images.
     pub fn repository(&self, address: Ipv4Addr) -> String {
-        format!("{address}:{}/kiln", self.port)
+        format!("{}/kiln", self.host(address))
     }
 
     /// The certificate, and the credentials for this address, in a folder of keys.
@@ -82,10 +102,16 @@ impl Registry {
     /// Where they can't be written.
     pub fn give_keys(&self, keys: &Path, address: Ipv4Addr) -> Result<()> {
         std::fs::copy(self.folder.path().join("ca.pem"), keys.join("registry-ca.pem"))?;
-        let auths = serde_json::json!({
-            "auths": { format!("{address}:{}", self.port): { "auth": CREDENTIALS } }
-        });
-        Ok(std::fs::write(keys.join("registry.json"), auths.to_string())?)
+        self.write_credentials(&keys.join("registry.json"), address, CREDENTIALS)
+    }
+
+    /// As docker's `config.json` has them.
+    ///
+    /// # Errors
+    /// Where they can't be written.
+    pub fn write_credentials(&self, file: &Path, address: Ipv4Addr, credentials: &str) -> Result<()> {
+        let auths = serde_json::json!({ "auths": { self.host(address): { "auth": credentials } } });
+        Ok(std::fs::write(file, auths.to_string())?)
     }
 
     pub fn folder(&self) -> PathBuf {

@@ -7,6 +7,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use kiln_model::digest::Digest;
@@ -18,6 +19,7 @@ pub struct Archive {
     folder: PathBuf,
     address: SocketAddr,
     packages: Vec<Package>,
+    is_away: Arc<AtomicBool>,
 }
 
 struct Package {
@@ -33,32 +35,32 @@ impl Archive {
     /// # Errors
     /// Where gpg, the disk or the port fails.
     pub fn serve(folder: &Path) -> Result<Self> {
-        let keys = folder.join("keys");
-        std::fs::create_dir_all(&keys)?;
         std::fs::create_dir_all(folder.join("www/pool"))?;
-        run(Command::new("chmod").arg("700").arg(&keys))?;
-        run(gpg(&keys).args([
-            "--quick-generate-key",
-            "--passphrase",
-            "",
-            "Kiln test archive",
-            "ed25519",
-            "sign",
-            "0",
-        ]))?;
+        let keys = make_key(folder, KEYS)?;
         run(gpg(&keys).arg("--output").arg(folder.join("archive.gpg")).arg("--export"))?;
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let address = listener.local_addr()?;
         let root: Arc<Path> = folder.join("www").into();
+        let is_away = Arc::new(AtomicBool::new(false));
+        let away = Arc::clone(&is_away);
         std::thread::spawn(move || {
             for connection in listener.incoming().flatten() {
+                // Closed without an answer.
+                if away.load(Ordering::Relaxed) {
+                    continue;
+                }
                 let root = Arc::clone(&root);
                 std::thread::spawn(move || answer(&connection, &root));
             }
         });
-        let archive = Self { folder: folder.to_path_buf(), address, packages: Vec::new() };
+        let archive = Self { folder: folder.to_path_buf(), address, packages: Vec::new(), is_away };
         archive.publish()?;
         Ok(archive)
+    }
+
+    /// Whether connections are closed without an answer from now on.
+    pub fn set_away(&self, away: bool) {
+        self.is_away.store(away, Ordering::Relaxed);
     }
 
     pub fn url(&self) -> String {
@@ -99,16 +101,54 @@ impl Archive {
         self.publish()
     }
 
-    fn publish(&self) -> Result<()> {
+    /// Changes a byte of the newest package, or puts it back.
+    ///
+    /// # Errors
+    /// Where there is none, or the disk fails.
+    pub fn flip_a_byte(&self) -> Result<()> {
+        let package = self.packages.last().ok_or("there is no package")?;
+        let path = self.folder.join("www").join(&package.filename);
+        let mut content = std::fs::read(&path)?;
+        *content.last_mut().ok_or("it is empty")? ^= 1;
+        Ok(std::fs::write(path, content)?)
+    }
+
+    /// As it is, from now on.
+    ///
+    /// # Errors
+    /// Where gpg or the disk fails.
+    pub fn publish(&self) -> Result<()> {
+        self.release(&self.packages, "now", KEYS)
+    }
+
+    /// As it is, by a key that nobody trusts.
+    ///
+    /// # Errors
+    /// Where gpg or the disk fails.
+    pub fn publish_by_a_stranger(&self) -> Result<()> {
+        make_key(&self.folder, STRANGERS)?;
+        self.release(&self.packages, "now", STRANGERS)
+    }
+
+    /// As it was an hour ago, before the newest package came.
+    ///
+    /// # Errors
+    /// Where gpg or the disk fails.
+    pub fn publish_of_before(&self) -> Result<()> {
+        let (_, before) = self.packages.split_last().ok_or("there is no package")?;
+        self.release(before, "1 hour ago", KEYS)
+    }
+
+    fn release(&self, packages: &[Package], date: &str, keys: &str) -> Result<()> {
         let mut index = String::new();
-        for Package { control, filename, size, digest } in &self.packages {
+        for Package { control, filename, size, digest } in packages {
             writeln!(index, "{control}Filename: {filename}\nSize: {size}\nSHA256: {}\n", digest.hex())?;
         }
         let suite = self.folder.join("www/dists/test");
         let binary = suite.join("main/binary-amd64");
         std::fs::create_dir_all(&binary)?;
         std::fs::write(binary.join("Packages"), &index)?;
-        let date = run(Command::new("date").args(["--utc", "--rfc-email"]))?;
+        let date = run(Command::new("date").args(["--utc", "--rfc-email", "--date", date]))?;
         let release = format!(
             "Origin: Test\nSuite: test\nCodename: test\nArchitectures: amd64 all\nComponents: main\nDate: {}\n\
              SHA256:\n {} {} main/binary-amd64/Packages\n",
@@ -118,7 +158,7 @@ impl Archive {
         );
         std::fs::write(self.folder.join("Release"), release)?;
         let signed = suite.join("InRelease.new");
-        run(gpg(&self.folder.join("keys"))
+        run(gpg(&self.folder.join(keys))
             .args(["--yes", "--clearsign", "--output"])
             .arg(&signed)
             .arg(self.folder.join("Release")))?;
@@ -127,13 +167,34 @@ impl Archive {
     }
 }
 
+/// Folders of gpg's: the archive's own key, and another one.
+const KEYS: &str = "keys";
+const STRANGERS: &str = "strangers-keys";
+
+fn make_key(folder: &Path, name: &str) -> Result<PathBuf> {
+    let keys = folder.join(name);
+    std::fs::create_dir_all(&keys)?;
+    run(Command::new("chmod").arg("700").arg(&keys))?;
+    run(gpg(&keys).args([
+        "--quick-generate-key",
+        "--passphrase",
+        "",
+        "Kiln test archive",
+        "ed25519",
+        "sign",
+        "0",
+    ]))?;
+    Ok(keys)
+}
+
 impl Drop for Archive {
     fn drop(&mut self) {
-        // gpg starts an agent for the key folder, which would outlive the test.
-        let _ = Command::new("gpgconf")
-            .env("GNUPGHOME", self.folder.join("keys"))
-            .args(["--kill", "gpg-agent"])
-            .status();
+        // gpg starts an agent for each folder of keys, which would outlive the test.
+        for keys in [KEYS, STRANGERS].map(|name| self.folder.join(name)) {
+            if keys.exists() {
+                let _ = Command::new("gpgconf").env("GNUPGHOME", keys).args(["--kill", "gpg-agent"]).status();
+            }
+        }
     }
 }
 
