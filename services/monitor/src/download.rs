@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use kiln_monitor_core::release::ReleaseFile;
+use kiln_model::release_file::ReleaseFile;
 use tokio::process::Command;
 
 use crate::child;

@@ -9,9 +9,9 @@ use kiln_api::{builder, deployer, engine, monitor};
 use kiln_model::check::{Check, CheckResult};
 use kiln_model::digest::Digest;
 use kiln_model::name::{InstanceId, NodeName, ServerName};
+use kiln_model::release_file::ReleaseFile;
 use kiln_model::run::HealthPolicy;
 use kiln_model::time::Millis;
-use kiln_monitor_core::release::ReleaseFile;
 
 /// Somebody could not be asked, or refused. It says who, what and why.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -8,6 +8,7 @@ pub mod digest;
 pub mod event;
 pub mod lock;
 pub mod name;
+pub mod release_file;
 pub mod repository;
 pub mod revision;
 pub mod run;

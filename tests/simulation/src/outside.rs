@@ -10,8 +10,8 @@ use kiln_builder::repositories::Repositories;
 use kiln_builder::tree::{Node, Tree};
 use kiln_builder_core::source::SourceId;
 use kiln_model::digest::Digest;
+use kiln_model::release_file::ReleaseFile;
 use kiln_monitor::ports::{Archive, Git, Problem};
-use kiln_monitor_core::release::ReleaseFile;
 
 use crate::life::Life;
 use crate::nature::Nature;

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::command::{self, Outcome, Stdout};
 use super::error::BakeError;
 use super::sources::{Archive, render};
-use super::{LogSink, ReleaseFile};
+use super::{LogSink, ReleaseFile, set_back};
 
 const TIME_LIMIT: Duration = Duration::from_secs(600);
 /// Between two looks at a lock that another holds.
@@ -118,6 +118,8 @@ impl<'a> Apt<'a> {
     /// Brings the lists up to date; apt checks the signatures.
     pub(crate) fn update(&self, cancel: &CancellationToken) -> Result<(), BakeError> {
         let began = Instant::now();
+        let lists = self.folder.join("lists");
+        let known = set_back::Known::of(&lists)?;
         let mut command = self.command("apt-get", None);
         // Without the first option a list that could not be had is a warning, and an old one is used in its place; without
         // the second the cache of all packages is made anew also where no list has changed. Where one has,
@@ -127,6 +129,7 @@ impl<'a> Apt<'a> {
         if !outcome.succeeded() {
             return Err(self.archive_error(&outcome));
         }
+        known.tell(&String::from_utf8_lossy(&outcome.stdout), self.log, cancel)?;
         (self.log)(&format!("package lists are up to date ({} ms)", began.elapsed().as_millis()));
         Ok(())
     }
@@ -142,7 +145,7 @@ impl<'a> Apt<'a> {
             .unwrap_or_default();
         let unsigned = ["NO_PUBKEY", "not signed", "BADSIG", "EXPKEYSIG", "signature", "GPG error"];
         let remedy = if unsigned.iter().any(|sign| why.contains(sign)) {
-            "if the archive is the right one, name the key ring that it is signed with in `signed_by`"
+            "if the archive is the right one, name the key ring that it is signed with in `signedBy`"
         } else {
             "see that the address is right and that this machine reaches it; the build can be tried again"
         };

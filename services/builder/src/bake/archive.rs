@@ -41,7 +41,8 @@ pub(crate) fn take(
             }
             let folder = contents.folder()?;
             let to = folder.path().join("archive");
-            let wanted = [Wanted { url: url.clone(), to: to.clone(), sha256: *sha256, largest: FILE_LIMIT }];
+            let wanted =
+                [Wanted { url: url.clone(), to: to.clone(), sha256: Some(*sha256), largest: FILE_LIMIT }];
             fetch(&wanted, log, cancel)?.map_err(|why| BakeError::Archive {
                 archive: url.clone(),
                 why,

@@ -18,7 +18,8 @@ const TIME_LIMIT: Duration = Duration::from_secs(1800);
 pub(crate) struct Wanted {
     pub(crate) url: String,
     pub(crate) to: PathBuf,
-    pub(crate) sha256: Digest,
+    /// Where it is known beforehand.
+    pub(crate) sha256: Option<Digest>,
     /// Bytes that it may have; what has more is cut, and so is not what is wanted.
     pub(crate) largest: u64,
 }
@@ -37,7 +38,9 @@ pub(crate) fn fetch(
     for Wanted { url, to, sha256, .. } in wanted {
         // `file:` gives a link to the archive's own file, `copy:` a copy.
         let url = url.strip_prefix("file:").map_or(url.clone(), |path| format!("copy:{path}"));
-        command.arg(url).arg(to).arg(format!("SHA256:{}", sha256.hex()));
+        command.arg(url).arg(to);
+        // Without one there is an empty word in its place, since the files come in threes.
+        command.arg(sha256.as_ref().map(|it| format!("SHA256:{}", it.hex())).unwrap_or_default());
     }
     let outcome = command::run(&mut command, Stdout::Keep, log, cancel, TIME_LIMIT)?;
     Ok(match outcome.succeeded() {

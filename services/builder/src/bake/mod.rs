@@ -40,6 +40,7 @@ mod sandbox;
 mod seal;
 mod seccomp;
 mod secrets;
+mod set_back;
 mod snapshot;
 mod solutions;
 mod sources;

@@ -113,7 +113,7 @@ impl PackageStore {
                 remedy: "resolve the packages anew: build without pinning".to_owned(),
             })?;
             let to = folder.join(package.sha256.hex());
-            wanted.push(Wanted { url, to, sha256: package.sha256, largest: package.size });
+            wanted.push(Wanted { url, to, sha256: Some(package.sha256), largest: package.size });
         }
         fetch(&wanted, log, cancel)?.map_err(|why| BakeError::Archive {
             archive: "of the lock's packages".to_owned(),

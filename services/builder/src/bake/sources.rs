@@ -80,7 +80,7 @@ fn suite_archives(
             what: format!("suite {suite}"),
             why: "neither the definition, nor the configuration, nor this machine's own apt sources have an archive for it"
                 .to_owned(),
-            remedy: "write `archives` below `from` in server.yaml, each with url, suite, components and signed_by"
+            remedy: "write `archives` below `from` in server.yaml, each with url, suite, components and signedBy"
                 .to_owned(),
         });
     }

@@ -2,7 +2,6 @@
 //! follow from what was seen. Time is an argument; nothing here asks a clock, a network or a store.
 
 pub mod health;
-pub mod release;
 pub mod remote;
 pub mod schedule;
 pub mod signal;

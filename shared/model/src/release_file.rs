@@ -1,8 +1,9 @@
-//! An archive's release file: which one it is, and since when.
+//! An archive's release file: which one it is, and of when.
 
 use jiff::Timestamp;
 use jiff::fmt::rfc2822;
-use kiln_model::digest::Digest;
+
+use crate::digest::Digest;
 
 /// A release file of an archive as it was seen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
