@@ -175,7 +175,9 @@ impl Registry {
             let place = self.by_digest(manifest);
             for (blob, _) in images.parts_of(manifest)? {
                 let name = blob.to_string();
-                if self.client.blob_exists(&place, &name).await.map_err(failed)? {
+                if self.client.blob_exists(&place, &name).await.map_err(failed)?
+                    || self.takes_over(&place, &name).await
+                {
                     continue;
                 }
                 let (file, size) = images.open_blob(&blob)?;
@@ -191,6 +193,19 @@ impl Registry {
         let index = self.index(images, &referrers)?.to_string();
         let place = self.referrers_tag(image);
         self.push_manifest(&place, index.into(), OCI_IMAGE_INDEX_MEDIA_TYPE).await.map_err(failed)
+    }
+
+    /// Whether the registry has given the repository a blob that another one of it has. Where it has not, for whatever
+    /// reason, the blob is sent.
+    async fn takes_over(&self, place: &Reference, blob: &str) -> bool {
+        for Repository { host, path } in &self.settings.mount_from {
+            let from = Reference::with_digest(host.clone(), path.clone(), blob.to_owned());
+            match self.client.mount_blob(place, &from, blob).await {
+                Ok(()) => return true,
+                Err(error) => tracing::debug!(%error, %from, "a blob is not taken over"),
+            }
+        }
+        false
     }
 
     async fn push_manifest(

@@ -111,6 +111,7 @@ impl World {
             repository: Repository { host: address.to_string(), path: "kiln".to_owned() },
             ca: None,
             credentials: None,
+            mount_from: Vec::new(),
         };
         let registry = Registry::new(&settings).unwrap();
         let layer = theirs.image(&image).unwrap().layers[0].diff_id;

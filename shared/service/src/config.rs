@@ -519,7 +519,7 @@ git = "1s"
         let all: toml::Table = file.to_text().unwrap().parse().unwrap();
         let shown: toml::Table = text.parse().unwrap();
         assert_eq!(names(&all), names(&shown));
-        assert_eq!(names(&all).len(), 32);
+        assert_eq!(names(&all).len(), 33);
     }
 
     fn names(table: &toml::Table) -> Vec<String> {

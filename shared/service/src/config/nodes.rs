@@ -21,6 +21,9 @@ pub struct RegistryFile {
     /// A `config.json` of docker with `auths`, relative to the home.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub credentials: Option<String>,
+    /// Others of the same registry: what they have is taken over from them by its name instead of being sent.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mount_from: Vec<String>,
 }
 
 /// Where the builder puts images, and nodes on other machines find them.
@@ -29,19 +32,28 @@ pub struct Registry {
     pub repository: Repository,
     pub ca: Option<PathBuf>,
     pub credentials: Option<PathBuf>,
+    /// On the same host.
+    pub mount_from: Vec<Repository>,
 }
 
 impl RegistryFile {
     /// # Errors
     /// What is wrong, in words.
     pub(super) fn check(self, home: &Path) -> Result<Registry, String> {
-        let Self { repository, ca, credentials } = self;
-        let repository =
-            repository.parse().map_err(|why| format!("`{repository}` is no repository: {why}"))?;
+        let Self { repository, ca, credentials, mount_from } = self;
+        let parse = |text: &String| -> Result<Repository, String> {
+            text.parse().map_err(|why| format!("`{text}` is no repository: {why}"))
+        };
+        let repository = parse(&repository)?;
+        let mount_from = mount_from.iter().map(parse).collect::<Result<Vec<_>, _>>()?;
+        if let Some(other) = mount_from.iter().find(|other| other.host != repository.host) {
+            return Err(format!("`mount_from`: {other} is of another registry than {repository}"));
+        }
         Ok(Registry {
             repository,
             ca: ca.map(|file| home.join(file)),
             credentials: credentials.map(|file| home.join(file)),
+            mount_from,
         })
     }
 }
@@ -66,7 +78,13 @@ mod tests {
     use super::*;
 
     fn registry(repository: &str) -> Result<Registry, String> {
-        let file = RegistryFile { repository: repository.to_owned(), ca: None, credentials: None };
+        mounting(repository, &[])
+    }
+
+    fn mounting(repository: &str, from: &[&str]) -> Result<Registry, String> {
+        let mount_from = from.iter().map(|&text| text.to_owned()).collect();
+        let file =
+            RegistryFile { repository: repository.to_owned(), ca: None, credentials: None, mount_from };
         file.check(Path::new("/home"))
     }
 
@@ -76,6 +94,17 @@ mod tests {
         assert_eq!(found.repository.to_string(), "registry.example:5000/team/kiln");
         for wrong in ["", "kiln", "team/kiln", "registry.example/kiln:tag", "registry.example/kiln@sha256"] {
             assert!(registry(wrong).is_err(), "{wrong:?} was taken");
+        }
+    }
+
+    #[test]
+    fn what_is_taken_over_is_of_the_same_registry() {
+        let found =
+            mounting("registry.example/kiln", &["registry.example/a", "registry.example/b/c"]).unwrap();
+        assert_eq!(found.mount_from.len(), 2);
+        for wrong in ["registry.example:5000/a", "other.example/a", "a"] {
+            let why = mounting("registry.example/kiln", &[wrong]).unwrap_err();
+            assert!(why.contains(wrong), "{why}");
         }
     }
 

@@ -18,6 +18,7 @@ pub(super) fn settings(registry: &Registry) -> (Settings, tempfile::NamedTempFil
         repository: registry.repository(HERE).parse().unwrap(),
         ca: None,
         credentials: Some(file.path().to_owned()),
+        mount_from: Vec::new(),
     };
     (settings, file)
 }
