@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use kiln_model::digest::Digest;
 use kiln_model::lock::LockedPackage;
+use proptest::prelude::*;
 use tar::EntryType;
 use tokio_util::sync::CancellationToken;
 
@@ -105,9 +106,12 @@ impl Bench {
 
     /// Whether it was unpacked; whatever became of it, nothing outside is touched.
     fn unpack(&self, what: &str, data: &[Vec<u8>]) -> bool {
+        self.unpack_it(what, self.open(&deb(data)).unwrap())
+    }
+
+    fn unpack_it(&self, what: &str, deb: Deb) -> bool {
         let root = self.folder.path().join("tree");
         fs::create_dir(&root).unwrap();
-        let deb = self.open(&deb(data)).unwrap();
         let tree = Tree::open(&root, 0).unwrap();
         let unpacked = unpack(&[deb], &tree, &CancellationToken::new()).is_ok();
         use std::os::unix::fs::MetadataExt as _;
@@ -210,4 +214,25 @@ fn what_is_no_package_is_refused_before_anything_of_it_is_unpacked() {
         assert!(bench.open(&bytes).is_err(), "{what}");
     }
     assert!(bench.open(&good).is_ok());
+}
+
+proptest! {
+    /// A good one with a part cut out, doubled or changed.
+    #[test]
+    fn a_changed_package_ends_no_reader(
+        at in any::<prop::sample::Index>(),
+        length in 0_usize..80,
+        by in prop::collection::vec(any::<u8>(), 0..80),
+    ) {
+        let bench = Bench::new();
+        let file = entry("./usr/x", EntryType::Regular, "", b"content");
+        let link = entry("./usr/y", EntryType::Symlink, "/etc/passwd", b"");
+        let mut bytes = deb(&[file, link, entry("./usr/z", EntryType::Link, "./usr/x", b"")]);
+        let at = at.index(bytes.len());
+        let end = (at + length).min(bytes.len());
+        bytes.splice(at..end, by);
+        if let Ok(deb) = bench.open(&bytes) {
+            bench.unpack_it("changed", deb);
+        }
+    }
 }

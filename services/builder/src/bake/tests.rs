@@ -482,4 +482,15 @@ async fn what_takes_too_much_is_ended_within_its_bound_and_leaves_nothing() {
         assert!(began.elapsed() < Duration::from_secs(50), "{what}: {:?}", began.elapsed());
         kitchen.assert_nothing_is_left();
     }
+
+    // Of what an image may be large by, little is in the builder's memory at once.
+    let mut lock = base;
+    let script = "head -c 700M /dev/urandom >/var/large".to_owned();
+    lock.steps.push(LockedStep::Run { script, reach: Reach::default(), archives: None });
+    kitchen.bake(&lock, 7).await;
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.strip_suffix("kB")).unwrap();
+    let peak: u64 = peak.trim().parse().unwrap();
+    println!("{peak} KiB at most");
+    assert!(peak < 300 << 10, "{peak} KiB");
 }

@@ -3,6 +3,8 @@ use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 
+use proptest::prelude::*;
+
 use super::*;
 
 /// A header as anyone can write it, with a right checksum.
@@ -378,5 +380,88 @@ fn what_a_layer_hides_is_known_before_it_is_unpacked() {
         ("usr/x", false),
     ] {
         assert_eq!(hidden.hides(path.as_bytes()), is_hidden, "{path}");
+    }
+}
+
+/// An entry of names that get in each other's way.
+fn entry() -> impl Strategy<Value = Vec<u8>> {
+    let name = || {
+        prop::sample::select(vec![
+            "a",
+            "a/",
+            "a/b",
+            "a/b/c",
+            "./",
+            "./a",
+            "out",
+            "out/",
+            "out/new",
+            "out/secret",
+            "../outside/new",
+            "/a",
+            "a/../../outside/new",
+            ".wh.a",
+            "a/.wh.b",
+            "out/.wh.secret",
+            "a/.wh..wh..opq",
+            "out/.wh..wh..opq",
+            ".wh...",
+        ])
+    };
+    let link =
+        || prop::sample::select(vec!["../outside", "../outside/secret", "a", "a/b", "out/secret", ".", ".."]);
+    prop_oneof![
+        3 => (name(), prop::sample::select(b"0125347xgLKSZ".to_vec()), link())
+            .prop_map(|(name, flag, link)| member(name.as_bytes(), flag, b"", link.as_bytes())),
+        3 => (name(), prop::collection::vec(any::<u8>(), 0..40))
+            .prop_map(|(name, content)| member(name.as_bytes(), b'0', &content, b"")),
+        2 => link().prop_map(|link| member(b"out", b'2', b"", link.as_bytes())),
+        1 => (prop::sample::select(vec!["path", "linkpath", "size", "uid", "mtime", "SCHILY.xattr.user.x", "GNU.sparse.size"]), name())
+            .prop_map(|(key, value)| pax(&[(key, value.as_bytes())])),
+    ]
+}
+
+/// As if whoever made it had meant it.
+fn with_right_checksums(mut tar: Vec<u8>) -> Vec<u8> {
+    for block in tar.chunks_exact_mut(512).filter(|block| block[257..262] == *b"ustar") {
+        block[148..156].fill(b' ');
+        let sum: u32 = block.iter().map(|byte| u32::from(*byte)).sum();
+        block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    }
+    tar
+}
+
+proptest! {
+    /// Whatever a tar holds, it is taken or refused, by whoever unpacks it.
+    #[test]
+    fn no_tar_ends_a_reader_or_reaches_outside(
+        entries in prop::collection::vec(entry(), 1..8),
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6),
+        cut in prop::option::of(any::<prop::sample::Index>()),
+    ) {
+        let mut bytes = tar(&entries);
+        for (at, byte) in changes {
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+        }
+        let mut bytes = with_right_checksums(bytes);
+        if let Some(cut) = cut {
+            bytes.truncate(cut.index(bytes.len()));
+        }
+        let limits = Limits { entries: 50, bytes: 4096 };
+        let root = |place: &Place| rfs::open(place.root(), OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).unwrap();
+        let place = Place::new();
+        let _ = place.extract(&bytes);
+        place.outside_is_untouched();
+        let place = Place::new();
+        let _ = unpack_root(bytes.as_slice(), &root(&place), limits);
+        place.outside_is_untouched();
+        // On top of what the same entries make.
+        if let Ok(hidden) = Hidden::read(bytes.as_slice(), limits) {
+            let _ = hidden.remove_from(&root(&place));
+            place.outside_is_untouched();
+        }
+        let _ = unpack_layer(bytes.as_slice(), &root(&place), limits);
+        place.outside_is_untouched();
     }
 }
