@@ -2,14 +2,14 @@
 # Runs one benchmark against its peer, both on the same work in turn, and prints one JSON line last. Ends with 1 where the
 # line's `ratio` is below its `least_ratio`.
 #
-#   tests/bench.sh launch | replace | cold-bake | rebake-nothing | replicas
+#   tests/bench.sh launch | replace | replicas | cold-bake | cold-bake-empty-store | rebake-package | rebake-file | rebake-nothing
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 case "${1:-}" in
-    launch | replace | cold-bake | rebake-nothing | replicas) ;;
+    launch | replace | replicas | cold-bake | cold-bake-empty-store | rebake-package | rebake-file | rebake-nothing) ;;
     *)
-        echo "usage: tests/bench.sh launch | replace | cold-bake | rebake-nothing | replicas" >&2
+        sed -n 's/^#   /usage: /p' "$0" >&2
         exit 2
         ;;
 esac

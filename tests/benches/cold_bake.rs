@@ -1,5 +1,6 @@
-//! A bake with no layer there yet, the packages' files at hand: `kiln apply` against mmdebstrap with a warm cache. Both
-//! refresh the archive's lists, resolve, unpack and configure minbase and nginx-light, with their trees in memory.
+//! A bake with no layer there yet: `kiln apply` against mmdebstrap, with the packages' files at hand for both, or for
+//! neither. Both refresh the archive's lists, resolve, unpack and configure minbase and nginx-light, with their trees in
+//! memory.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -28,7 +29,14 @@ run:
   replicas: 1
 ";
 
-pub(crate) async fn run() -> Result<Pairs> {
+/// Where the packages' files are when a bake begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Files {
+    AtHand,
+    Elsewhere,
+}
+
+pub(crate) async fn run(files: Files) -> Result<Pairs> {
     let folder = tempfile::tempdir()?;
     let cache = folder.path().join("archives");
     std::fs::create_dir(&cache)?;
@@ -46,43 +54,63 @@ pub(crate) async fn run() -> Result<Pairs> {
 
     let mut pairs = Pairs::new("mmdebstrap");
     let mut opened = Vec::new();
-    // The first round fills both caches and is not counted.
+    // The first round is not counted; where the files are to be at hand it fills both caches.
     for number in 0..=ROUNDS {
-        // What Kiln keeps of the packages beside their files is put away: each side begins with `.deb` files alone.
-        let opened_files = packages.join("opened");
         if number > 0 {
-            std::fs::rename(&opened_files, done.join(format!("opened-{number}")))?;
+            match files {
+                // What Kiln keeps of the packages beside their files is put away: each side begins with `.deb` files alone.
+                Files::AtHand => {
+                    std::fs::rename(packages.join("opened"), done.join(format!("opened-{number}")))?;
+                }
+                Files::Elsewhere => std::fs::rename(&packages, done.join(format!("packages-{number}")))?,
+            }
         }
         let kiln = bake(&repo, &packages, &archives, &done.join(format!("{number}"))).await?;
-        // With what the bake just now has kept, as the next one would find it.
-        let again = bake(&repo, &packages, &archives, &done.join(format!("{number}-again"))).await?;
+        let theirs = mmdebstrap(files, number == 0, &memory.path, &cache, &archives)?;
+        if number > 0 {
+            pairs.add(kiln, theirs);
+        }
+        if files == Files::AtHand {
+            // With what the bake just now has kept, as the next one would find it.
+            let again = bake(&repo, &packages, &archives, &done.join(format!("{number}-again"))).await?;
+            if number > 0 {
+                eprintln!("kiln with opened packages {:.3} s", again.as_secs_f64());
+                opened.push(again);
+            }
+        }
+    }
+    if files == Files::AtHand {
+        pairs.note("kiln_opened_s", round(median(&opened)));
+    }
+    Ok(pairs)
+}
 
-        let output = memory.path.join("root.tar");
-        let mut mmdebstrap = Command::new("mmdebstrap");
+/// Takes the packages from the archives that Kiln took them from.
+fn mmdebstrap(
+    files: Files,
+    fills_the_cache: bool,
+    memory: &Path,
+    cache: &Path,
+    archives: &Path,
+) -> Result<Duration> {
+    let output = memory.join("root.tar");
+    let mut mmdebstrap = Command::new("mmdebstrap");
+    mmdebstrap.env("TMPDIR", memory).args(["--variant=minbase", "--include=nginx-light"]);
+    if files == Files::AtHand {
         mmdebstrap
-            .env("TMPDIR", &memory.path)
-            .args(["--variant=minbase", "--include=nginx-light"])
             .args(["--skip=download/empty", "--skip=essential/unlink"])
             .arg("--setup-hook=mkdir -p \"$1\"/var/cache/apt/archives/")
             .arg(format!("--setup-hook=sync-in {} /var/cache/apt/archives/", cache.display()));
-        if number == 0 {
-            let hook = format!("--customize-hook=sync-out /var/cache/apt/archives {}", cache.display());
-            mmdebstrap.arg(hook);
-        }
-        // The archives that Kiln took the packages from.
-        mmdebstrap.arg(SUITE).arg(&output).arg(&archives);
-        let began = Instant::now();
-        run_command(&mut mmdebstrap)?;
-        let theirs = began.elapsed();
-        std::fs::remove_file(&output)?;
-        if number > 0 {
-            pairs.add(kiln, theirs);
-            eprintln!("kiln with opened packages {:.3} s", again.as_secs_f64());
-            opened.push(again);
+        if fills_the_cache {
+            mmdebstrap.arg(format!("--customize-hook=sync-out /var/cache/apt/archives {}", cache.display()));
         }
     }
-    pairs.note("kiln_opened_s", round(median(&opened)));
-    Ok(pairs)
+    mmdebstrap.arg(SUITE).arg(&output).arg(archives);
+    let began = Instant::now();
+    run_command(&mut mmdebstrap)?;
+    let took = began.elapsed();
+    std::fs::remove_file(&output)?;
+    Ok(took)
 }
 
 /// From nothing but a store of packages to an image; leaves the archives that were asked at `archives`, and everything
@@ -95,7 +123,7 @@ async fn bake(repo: &Repo, packages: &Path, archives: &Path, done: &Path) -> Res
     let site = Site::up_with("bench-cold", &settings.each_ref().map(String::as_str))?;
     let began = Instant::now();
     site.kiln(&["apply", &repo.url(), "--branch", "main"])?;
-    site.built("cold", BOUND).await?;
+    site.built("cold", None, BOUND).await?;
     let took = began.elapsed();
     let found = run_command(Command::new("find").arg(site.home()).args(["-name", "sources.sources"]))?;
     std::fs::copy(found.lines().next().ok_or("the archives that were asked")?, archives)?;

@@ -3,6 +3,7 @@
 
 mod cold_bake;
 mod launch;
+mod rebake;
 mod rebake_nothing;
 mod replace;
 mod replicas;
@@ -10,16 +11,21 @@ mod replicas;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use crate::cold_bake::Files;
+
 #[tokio::main]
 async fn main() -> ExitCode {
     let name = std::env::args().nth(1).unwrap_or_default();
     let measured = match name.as_str() {
         "launch" => launch::run().await.map(|pairs| pairs.json(&name)),
         "replace" => replace::run().await.map(|pairs| pairs.json(&name)),
-        "cold-bake" => cold_bake::run().await.map(|pairs| pairs.json(&name)),
+        "cold-bake" => cold_bake::run(Files::AtHand).await.map(|pairs| pairs.json(&name)),
+        "cold-bake-empty-store" => cold_bake::run(Files::Elsewhere).await.map(|pairs| pairs.json(&name)),
+        "rebake-file" => rebake::a_file().await.map(|pairs| pairs.json(&name)),
+        "rebake-package" => rebake::a_package().await.map(|pairs| pairs.json(&name)),
         "rebake-nothing" => rebake_nothing::run().await.map(|pairs| pairs.json(&name)),
         "replicas" => replicas::run().await,
-        _ => Err("usage: kiln-bench launch | replace | cold-bake | rebake-nothing | replicas".into()),
+        _ => Err(format!("{name:?} is no benchmark; tests/bench.sh names them").into()),
     };
     match measured {
         Ok(line) => {

@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use kiln_api::builder::builder_service_client::BuilderServiceClient;
-use kiln_api::builder::{BuildState, ListBuildsRequest};
+use kiln_api::builder::{Build, BuildState, ListBuildsRequest};
 use kiln_api::deployer::deployer_service_client::DeployerServiceClient;
 use kiln_api::deployer::{Fleet, GetFleetRequest, InstanceState};
 use kiln_api::engine::engine_service_client::EngineServiceClient;
@@ -308,15 +308,17 @@ impl Site {
         .await
     }
 
-    /// Waits until the one build of a server has succeeded, and gives its id.
+    /// Waits until a build of a server has succeeded that is newer than one that is known, if any is, and gives its id.
     ///
     /// # Errors
-    /// When the bound is over, with the build as it is.
-    pub async fn built(&self, server: &str, bound: Duration) -> Result<String> {
+    /// When the bound is over, with the newest build as it is.
+    pub async fn built(&self, server: &str, after: Option<&str>, bound: Duration) -> Result<String> {
         until("the build", bound, async || {
             let request = ListBuildsRequest { server: server.to_owned(), ..Default::default() };
             let builds = self.builder().list_builds(request).await?.into_inner().builds;
-            match builds.first() {
+            let created = |build: &&Build| build.created.map(|at| (at.seconds, at.nanos));
+            match builds.iter().max_by_key(created) {
+                Some(build) if after == Some(&build.id) => Err("it has not begun".into()),
                 Some(build) if build.state() == BuildState::Succeeded => Ok(build.id.clone()),
                 other => Err(format!("{other:?}").into()),
             }

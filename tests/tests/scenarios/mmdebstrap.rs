@@ -33,7 +33,7 @@ async fn the_tree_is_what_mmdebstrap_makes_of_the_same_packages() -> Result<()> 
     std::fs::write(definition.join("server.yaml"), DEFINITION)?;
     site.kiln(&["apply", definition.to_str().ok_or("a text")?])?;
     // The server has it a moment later.
-    let build = site.built("plain", SETTLES).await?;
+    let build = site.built("plain", None, SETTLES).await?;
     let layout = site.export(&build, folder.path())?;
     run(Command::new("umoci")
         .args(["unpack", "--image"])
