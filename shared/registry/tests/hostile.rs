@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 
 use ed25519_dalek::SigningKey;
 use ed25519_dalek::pkcs8::EncodePrivateKey as _;
-use kiln_image::{ImageStore, Layer, NewImage, Signer};
+use kiln_image::{ImageStore, Signer};
 use kiln_model::digest::Digest;
 use kiln_model::repository::Repository;
 use kiln_registry::Registry;
@@ -18,6 +18,8 @@ use kiln_service::config;
 use serde_json::json;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{TcpListener, TcpStream};
+
+mod made;
 
 /// Answers what it was told to, whoever asks.
 struct Fake {
@@ -70,22 +72,8 @@ struct World {
     signature: Digest,
 }
 
-fn layer(store: &ImageStore, content: &[u8]) -> Layer {
-    let (diff_id, size) = store.put_blob(&mut &*content, None).unwrap();
-    Layer { diff_id, size, created_by: "a step".to_owned(), created: "2026-01-01T00:00:00Z".to_owned() }
-}
-
 fn signed(store: &ImageStore, content: &[u8], folder: &Path) -> Digest {
-    let image = NewImage {
-        architecture: "amd64".to_owned(),
-        created: "2026-01-01T00:00:00Z".to_owned(),
-        env: BTreeMap::new(),
-        user: "0".to_owned(),
-        command: vec!["true".to_owned()],
-        labels: BTreeMap::new(),
-        layers: vec![layer(store, content)],
-    };
-    let image = store.put_image(&image).unwrap();
+    let image = made::image(store, &[content]);
     let key = SigningKey::from_bytes(&[7; 32]).to_pkcs8_pem(Default::default()).unwrap();
     std::fs::write(folder.join("key"), key.as_bytes()).unwrap();
     store.sign(&image, &Signer::file(&folder.join("key")).unwrap()).unwrap();

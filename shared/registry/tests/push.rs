@@ -2,19 +2,20 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use kiln_image::{ImageStore, Layer, NewImage};
+use kiln_image::ImageStore;
 use kiln_model::digest::Digest;
 use kiln_registry::Registry;
 use kiln_service::config;
 use kiln_test_servers::registry::{CREDENTIALS, Registry as Server};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
+
+mod made;
 
 const LAYER: usize = 3 << 20;
 
@@ -63,22 +64,10 @@ impl Way {
 }
 
 /// Of layers that nothing else has.
-fn image(store: &ImageStore, layers: &[u8]) -> Digest {
-    let layer = |seed: &u8| {
-        let content: Vec<u8> = (0..LAYER).map(|at| (at % 251) as u8 ^ seed).collect();
-        let (diff_id, size) = store.put_blob(&mut content.as_slice(), None).unwrap();
-        Layer { diff_id, size, created_by: "a step".to_owned(), created: "2026-01-01T00:00:00Z".to_owned() }
-    };
-    let image = NewImage {
-        architecture: "amd64".to_owned(),
-        created: "2026-01-01T00:00:00Z".to_owned(),
-        env: BTreeMap::new(),
-        user: "0".to_owned(),
-        command: vec!["true".to_owned()],
-        labels: BTreeMap::new(),
-        layers: layers.iter().map(layer).collect(),
-    };
-    store.put_image(&image).unwrap()
+fn image(store: &ImageStore, seeds: &[u8]) -> Digest {
+    let layer = |seed: &u8| -> Vec<u8> { (0..LAYER).map(|at| (at % 251) as u8 ^ seed).collect() };
+    let layers: Vec<_> = seeds.iter().map(layer).collect();
+    made::image(store, &layers.iter().map(Vec::as_slice).collect::<Vec<_>>())
 }
 
 /// A repository of the registry at the end of a way.
