@@ -18,8 +18,9 @@ use crate::packages::with_archive;
 use kiln_tests::server::{SETTLES, Web};
 use kiln_tests::site::Site;
 
-/// Longer than anything here takes, and far shorter than what the commands wait by themselves.
-const PATIENCE: &str = "60";
+/// As [`SETTLES`], in seconds: the first bake of a fresh machine is waited for here as well. Far shorter than what the
+/// commands wait by themselves.
+const PATIENCE: &str = "120";
 
 /// Runs a command that succeeds in both of its forms, and gives the document; the table holds `word`.
 fn shown(site: &Site, arguments: &[&str], word: &str) -> Result<Value> {

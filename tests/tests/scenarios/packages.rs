@@ -30,12 +30,17 @@ pub(crate) fn with_archive(archive: &Archive) -> impl FnOnce(&Repo) -> Result<()
     }
 }
 
+/// A site that asks archives often.
+fn watching(name: &str) -> Result<Site> {
+    Site::up_with(name, &["poll.archive=1500ms"])
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_update_of_a_package_goes_out_by_itself() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let mut archive = Archive::serve(folder.path())?;
     archive.add("greeting", "1.0", "/var/www/html/greeting.html", "Hello 1.0\n")?;
-    let web = Web::apply(Site::up("packages")?, with_archive(&archive))?;
+    let web = Web::apply(watching("packages")?, with_archive(&archive))?;
     web.site.settled("web", 1, SETTLES).await?;
     assert!(fetch(web.address(), "/greeting.html").await?.contains("Hello 1.0"));
     let load = web.load();
@@ -94,7 +99,7 @@ async fn a_bad_commit_does_not_hold_back_a_package_update() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let mut archive = Archive::serve(folder.path())?;
     archive.add("greeting", "1.0", "/var/www/html/greeting.html", "Hello 1.0\n")?;
-    let web = Web::apply(Site::up("lastgood")?, with_archive(&archive))?;
+    let web = Web::apply(watching("lastgood")?, with_archive(&archive))?;
     web.site.settled("web", 1, SETTLES).await?;
 
     web.repo.replace("web/server.yaml", "deadline: 20s", "deadline: 5s")?;
