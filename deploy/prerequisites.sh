@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Installs what Kiln needs on Debian 12, and only what is missing; where nothing is, it ends at once.
 #
-#   deploy/prerequisites.sh           to build and run Kiln
-#   deploy/prerequisites.sh --tests   also what the tests and benchmarks use
+#   deploy/prerequisites.sh                to build and run Kiln
+#   deploy/prerequisites.sh --tests        also what the tests use
+#   deploy/prerequisites.sh --benchmarks   also the programs that Kiln is compared with
 #
 # Needs root or sudo where a package is missing. The pinned nats-server goes into cargo's target folder,
 # where `kiln up` finds it, not into the system.
@@ -26,16 +27,18 @@ files=(
 )
 case "${1:-}" in
     "") ;;
-    --tests)
+    --tests | --benchmarks)
         needs+=(
             umoci:umoci docker:docker.io dockerd:docker.io mmdebstrap:mmdebstrap docker-registry:docker-registry
             dpkg-deb:dpkg gpg:gnupg gpgconf:gpgconf psql:postgresql-client systemd-analyze:systemd conntrack:conntrack
         )
         # By its version of Debian 12: the server is not on the path.
         files+=(/usr/lib/postgresql/15/bin/postgres:postgresql-15)
+        # With the connection to buildah, which ansible-core lacks.
+        [ "$1" = --tests ] || needs+=(ansible-galaxy:ansible)
         ;;
     *)
-        echo "prerequisites.sh: unknown argument '$1'; there is --tests" >&2
+        echo "prerequisites.sh: unknown argument '$1'; there are --tests and --benchmarks" >&2
         exit 2
         ;;
 esac
@@ -52,7 +55,7 @@ for file in "${files[@]}"; do
 done
 
 # Where it is missing, `python3 -m venv` is there and fails.
-if [ "${1:-}" = --tests ] && ! python3 -c 'import ensurepip' 2>/dev/null; then
+if [ -n "${1:-}" ] && ! python3 -c 'import ensurepip' 2>/dev/null; then
     missing+=(python3-venv)
 fi
 
@@ -102,7 +105,7 @@ if [ -n "$need_nats" ]; then
     fi
 fi
 
-if [ "${1:-}" = --tests ] && [ -x "$nats" ]; then
+if [ -n "${1:-}" ] && [ -x "$nats" ]; then
     # Tests that start a broker of their own look for it on the path, where tests/run.sh puts this folder.
     mkdir -p target/tools
     ln -sfn "$(realpath "$nats")" target/tools/nats-server

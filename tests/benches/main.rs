@@ -1,6 +1,9 @@
 //! `kiln-bench NAME`: one piece of work by Kiln and by a peer, in turn, in one run. Prints each time on standard error
 //! and one JSON line with the medians on standard output.
 
+mod ansible;
+mod bench;
+mod buildah;
 mod cold_bake;
 mod launch;
 mod rebake;
@@ -23,6 +26,7 @@ async fn main() -> ExitCode {
         "cold-bake-empty-store" => cold_bake::run(Files::Elsewhere).await.map(|pairs| pairs.json(&name)),
         "rebake-file" => rebake::a_file().await.map(|pairs| pairs.json(&name)),
         "rebake-package" => rebake::a_package().await.map(|pairs| pairs.json(&name)),
+        "ansible" => ansible::run().await.map(|pairs| pairs.json(&name)),
         "rebake-nothing" => rebake_nothing::run().await.map(|pairs| pairs.json(&name)),
         "replicas" => replicas::run().await,
         _ => Err(format!("{name:?} is no benchmark; tests/bench.sh names them").into()),

@@ -7,9 +7,10 @@ use std::time::Instant;
 use kiln_tests::Result;
 use kiln_tests::command::run as run_command;
 use kiln_tests::server::Web;
-use kiln_tests::site::{Site, tagged};
+use kiln_tests::site::Site;
 
 use crate::Pairs;
+use crate::buildah::Buildah;
 
 const ROUNDS: u64 = 15;
 
@@ -26,21 +27,10 @@ pub(crate) async fn run() -> Result<Pairs> {
     let context = web.folder().join("context");
     run_command(Command::new("cp").arg("-r").arg(web.repo.path().join("web")).arg(&context))?;
     std::fs::write(context.join("Containerfile"), CONTAINERFILE)?;
-    let storage = web.folder().join("buildah");
-    let bud = || {
-        let mut bud = Command::new("buildah");
-        bud.arg("--root").arg(storage.join("root")).arg("--runroot").arg(storage.join("run"));
-        bud.args(["--storage-driver", "overlay"]);
-        bud.args(["bud", "--layers", "--quiet", "--pull-never", "--isolation", "chroot", "--tag", "web"]);
-        bud.arg(&context);
-        bud
-    };
-    let (root, run) = (storage.join("root"), storage.join("run"));
-    let base = format!("containers-storage:[overlay@{}+{}]localhost/base", root.display(), run.display());
-    let image = format!("oci:{}", tagged(&web.export()?)?);
-    run_command(Command::new("skopeo").args(["--insecure-policy", "copy", "--quiet", &image, &base]))?;
+    let buildah = Buildah::new(&web.folder().join("buildah"))?;
+    buildah.take(&web.export()?)?;
     // Fills its cache.
-    run_command(&mut bud())?;
+    buildah.build(&context)?;
 
     let mut pairs = Pairs::new("buildah bud --layers");
     for _ in 0..ROUNDS {
@@ -52,7 +42,7 @@ pub(crate) async fn run() -> Result<Pairs> {
             return Err(format!("something was built: {said}").into());
         }
         let began = Instant::now();
-        run_command(&mut bud())?;
+        buildah.build(&context)?;
         pairs.add(kiln, began.elapsed());
     }
     web.site.down()?;
