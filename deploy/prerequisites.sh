@@ -31,6 +31,7 @@ case "${1:-}" in
         needs+=(
             umoci:umoci docker:docker.io dockerd:docker.io mmdebstrap:mmdebstrap docker-registry:docker-registry
             dpkg-deb:dpkg gpg:gnupg gpgconf:gpgconf psql:postgresql-client systemd-analyze:systemd conntrack:conntrack
+            qemu-aarch64-static:qemu-user-static
         )
         # By its version of Debian 12: the server is not on the path.
         files+=(/usr/lib/postgresql/15/bin/postgres:postgresql-15)

@@ -6,7 +6,9 @@ use std::time::Instant;
 
 use jiff::Timestamp;
 use kiln_api::engine;
+use kiln_model::architecture::Architecture;
 use kiln_model::digest::Digest;
+use kiln_service::emulation;
 use kiln_service::error::ApiError;
 use kiln_store::{Batch, Store};
 use tracing::{Instrument, info_span};
@@ -202,6 +204,13 @@ fn prepare(
     let workdir = text(config.and_then(|config| config.working_dir().as_ref()));
     let mut command = list(config.and_then(|config| config.entrypoint().as_ref()));
     command.extend(list(config.and_then(|config| config.cmd().as_ref())));
+    let architecture = verified.image.config.architecture().to_string();
+    if let Some(wanted) = Architecture::named(&architecture)
+        && let Err(why) = emulation::can_run(wanted)
+    {
+        let doing = format!("launching {hostname}, whose image is for {wanted}");
+        return Err(Failure::new(doing, format!("{why}: {}", emulation::REMEDY)));
+    }
     if command.is_empty() {
         return Err(Failure::new(
             format!("launching {hostname}"),

@@ -29,6 +29,7 @@ pub use self::place::{ImagePlace, NotAPlace};
 pub use self::problem::{DefinitionErrors, Problem, Report};
 pub use self::schema::json_schema;
 pub use self::template::{TemplateError, render};
+use crate::architecture::Architecture;
 use crate::check::Check;
 use crate::digest::Digest;
 use crate::name::ServerName;
@@ -47,6 +48,9 @@ pub struct Definition {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageSpec {
     pub from: Source,
+    /// Without it the parent server's, or the builder's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub architecture: Option<Architecture>,
     pub steps: Vec<Step>,
     pub env: BTreeMap<String, String>,
     pub user: String,

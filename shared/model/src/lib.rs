@@ -1,6 +1,7 @@
 //! The words of Kiln as types: names and digests that can't hold a wrong value, the definition, the lock, the
 //! revision. Parsing and checking, no I/O.
 
+pub mod architecture;
 pub mod cause;
 pub mod check;
 pub mod definition;

@@ -9,6 +9,7 @@ pub mod changes;
 pub mod client;
 pub mod clock;
 pub mod config;
+pub mod emulation;
 pub mod error;
 pub mod follow;
 pub mod guard;

@@ -151,9 +151,9 @@ impl Build<'_> {
             script += &format!("buildah tag \"$(buildah pull --quiet dir:{BASES}/{at})\" {name}\n");
         }
         script += &format!(
-            "buildah build --pull-never --isolation chroot --format oci --timestamp {} --tag localhost/kiln-made \
-             --file {TOLD}/Containerfile",
-            self.time
+            "buildah build --pull-never --isolation chroot --format oci --platform linux/{} --timestamp {} \
+             --tag localhost/kiln-made --file {TOLD}/Containerfile",
+            self.images.architecture, self.time
         );
         for (name, value) in &self.of.args {
             script += &format!(" --build-arg {}", quoted(&format!("{name}={value}")));

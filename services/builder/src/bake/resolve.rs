@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use jiff::Timestamp;
 use kiln_image::{ForeignConfig, ImageStore, Stack};
+use kiln_model::architecture::Architecture;
 use kiln_model::definition::{
     ArchivePlace, ArchiveSpec, ContainerfileSpec, DebianVariant, Definition, FileSpec, ImagePlace,
     Provisioner, RunStep, Source, Step,
@@ -19,6 +20,7 @@ use kiln_model::lock::{
     BUILDER_FORMAT, Containerfile, Lock, LockedBase, LockedFile, LockedPackage, LockedStep, Provision,
 };
 use kiln_model::revision::PackageVersions;
+use kiln_service::emulation;
 use tokio_util::sync::CancellationToken;
 
 use super::apt::{Apt, Solved, is_request};
@@ -85,6 +87,31 @@ impl Resolver<'_> {
         }
     }
 
+    /// What processors the image is for, where this machine can run what is to be in it.
+    fn architecture(&self) -> Result<Architecture, BakeError> {
+        let architecture = match (self.definition.image.architecture, self.parent) {
+            (Some(architecture), _) => architecture,
+            (None, Some(parent)) => self.of_parent(parent)?,
+            (None, None) => of_machine()?,
+        };
+        emulation::can_run(architecture).map_err(|why| BakeError::Machine {
+            what: format!("architecture {architecture}"),
+            why,
+            remedy: emulation::REMEDY.to_owned(),
+        })?;
+        Ok(architecture)
+    }
+
+    fn of_parent(&self, parent: &ParentImage) -> Result<Architecture, BakeError> {
+        let image = ImageStore::open(&self.config.images)?.image(&parent.digest)?;
+        let name = image.config.architecture().to_string();
+        Architecture::named(&name).ok_or_else(|| BakeError::Definition {
+            what: format!("parent image {}", parent.digest.short()),
+            why: format!("it is for {}", name.escape_debug()),
+            remedy: "begin with an image for amd64 or arm64".to_owned(),
+        })
+    }
+
     fn lock(&self, packages: Packages) -> Result<Lock, BakeError> {
         let image = &self.definition.image;
         // What the definition says comes last, and so wins.
@@ -142,7 +169,7 @@ impl Resolver<'_> {
         });
         Ok(Lock {
             format: BUILDER_FORMAT,
-            architecture: architecture()?.to_owned(),
+            architecture: self.architecture()?.to_string(),
             base,
             steps: steps.collect::<Result<_, BakeError>>()?,
             env,
@@ -192,7 +219,9 @@ impl Resolver<'_> {
 
     /// Those of the pinned lock, where base and lists are what they were, so that solving would begin at the same place.
     fn pinned_packages(&self, requested: &[&Vec<String>]) -> Result<Option<Packages>, BakeError> {
-        let Some(pinned) = self.pinned.filter(|lock| lock.format == BUILDER_FORMAT) else { return Ok(None) };
+        let architecture = self.architecture()?.as_str();
+        let is_alike = |lock: &&Lock| lock.format == BUILDER_FORMAT && lock.architecture == architecture;
+        let Some(pinned) = self.pinned.filter(is_alike) else { return Ok(None) };
         let base = match (&pinned.base, &self.definition.image.from) {
             (LockedBase::Scratch, Source::Scratch) => Vec::new(),
             (
@@ -253,7 +282,7 @@ impl Resolver<'_> {
     fn images(&self) -> Result<Images<'_>, BakeError> {
         Ok(Images {
             config: self.config,
-            architecture: architecture()?,
+            architecture: self.architecture()?.as_str(),
             contents: &self.contents,
             log: self.log,
             cancel: self.cancel,
@@ -283,7 +312,7 @@ impl Resolver<'_> {
         let files = all_files(&context, &spec.context)?;
         let file = spec.file_in_context().unwrap_or_default().to_owned();
         let text = buildah::read(&file, &files, &self.contents)?;
-        let names = containerfile::images(&text, &spec.args, architecture()?)
+        let names = containerfile::images(&text, &spec.args, self.architecture()?.as_str())
             .map_err(|refused| buildah::not_understood(&file, &refused))?;
         let kept = self.bases.get();
         let images = names.into_iter().map(|name| {
@@ -357,7 +386,8 @@ impl Resolver<'_> {
         };
         let keys = self.config.home.join("apt/keys");
         let archives = sources::archives(&suite, &root, &self.config.archives, &keys)?;
-        let apt = Apt::open(&self.config.home, architecture()?, &archives, self.log, self.cancel)?;
+        let architecture = self.architecture()?.as_str();
+        let apt = Apt::open(&self.config.home, architecture, &archives, self.log, self.cancel)?;
         apt.update(self.cancel)?;
         let began = Instant::now();
         let package_lists = apt.package_lists(self.cancel)?;
@@ -580,17 +610,12 @@ fn packages_of(solved: &[Solved]) -> Vec<LockedPackage> {
     solved.iter().map(|solved| solved.package.clone()).collect()
 }
 
-pub(crate) fn architecture() -> Result<&'static str, BakeError> {
-    match std::env::consts::ARCH {
-        "x86_64" => Ok("amd64"),
-        "aarch64" => Ok("arm64"),
-        other => Err(BakeError::Machine {
-            what: format!("processor {other}"),
-            why: "images are made for the machine's own processor, and Kiln knows Debian's name for amd64 and arm64"
-                .to_owned(),
-            remedy: "run the builder on one of these".to_owned(),
-        }),
-    }
+fn of_machine() -> Result<Architecture, BakeError> {
+    Architecture::of_machine().ok_or_else(|| BakeError::Machine {
+        what: format!("processor {}", std::env::consts::ARCH),
+        why: "Kiln makes images for amd64 and arm64".to_owned(),
+        remedy: "say which of them in `image.architecture`, or run the builder on one of these".to_owned(),
+    })
 }
 
 fn variant_name(variant: DebianVariant) -> &'static str {

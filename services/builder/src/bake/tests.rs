@@ -17,6 +17,7 @@ use super::*;
 
 mod built;
 mod described;
+mod emulated;
 mod faults;
 mod foreign;
 mod provisioned;

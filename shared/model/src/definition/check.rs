@@ -112,6 +112,7 @@ impl Checker<'_> {
         let steps = self.steps(raw.steps, takes_no_packages(&from));
         ImageSpec {
             from,
+            architecture: raw.architecture,
             steps,
             env: env(raw.env),
             user: raw.user.0,

@@ -17,6 +17,7 @@ use super::text::{
     AbsolutePath, Address, Capability, EnvName, FileMode, InnerPath, Machine, Name, Owner, PackageName,
     PackageVersion, ProgramName, Script, SecretName, Text, UrlPath, User, UserName, VariableName, Wanted,
 };
+use crate::architecture::Architecture;
 use crate::time::Millis;
 
 const SECOND: u64 = 1000;
@@ -62,6 +63,9 @@ pub(super) enum ApiVersion {
 pub(super) struct Image {
     /// What the image begins with.
     pub(super) from: From,
+    /// What processors it is for; the builder's own where it is not said, or the parent server's. For another one than its own
+    /// the builder needs an emulator.
+    pub(super) architecture: Option<Architecture>,
     /// What is done to it, in this order; at most 64.
     #[serde(default)]
     pub(super) steps: At<Vec<Step>>,

@@ -103,6 +103,7 @@ impl World {
         let definition = Definition {
             name: server.clone(),
             image: ImageSpec {
+                architecture: None,
                 from: content.parent.clone().map_or(Source::Scratch, |name| Source::Server { name }),
                 steps: Vec::new(),
                 env: BTreeMap::from([("IMAGE".to_owned(), content.image.clone())]),
