@@ -171,7 +171,7 @@ async fn builder(url: &str, folder: &std::path::Path) -> Result<Builder<SqlStore
     let database = Database { url: url.parse()?, schema: "kiln_builder".to_owned(), password: None, seen };
     let documents = Documents::new(SqlStore::open(&Place::Postgres(database)).await?);
     let contexts = Contexts::new(folder.join("contexts"));
-    let mirrors = Arc::new(Mirrors::new(folder.join("sources")));
+    let mirrors = Arc::new(Mirrors::new(folder.join("sources"), None));
     Ok(Builder {
         sources: Sources::new(documents.clone(), contexts, mirrors),
         documents,

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use kiln_service::config::git_credentials;
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::process::Command;
@@ -73,7 +74,8 @@ impl Address {
                     let (user, host) = authority.rsplit_once('@').unwrap_or(("", authority));
                     if user.contains(':') || (scheme != "ssh" && !user.is_empty()) {
                         return refuse(
-                            "holds a password or user name, which would end up in logs: use ssh keys",
+                            "holds a password or user name, which would end up in logs: write it into the file of \
+                             `credentials.git` in site.toml, or use ssh keys",
                         );
                     }
                     if !is_host(host) || user.starts_with('-') {
@@ -140,6 +142,8 @@ fn shown(text: &str) -> String {
 pub struct Mirror {
     folder: PathBuf,
     address: Address,
+    /// As git-credential-store(1) has them.
+    credentials: Option<PathBuf>,
 }
 
 /// One line of a commit's listing.
@@ -151,8 +155,8 @@ struct Listed {
 }
 
 impl Mirror {
-    pub fn new(folder: PathBuf, address: Address) -> Self {
-        Self { folder, address }
+    pub fn new(folder: PathBuf, address: Address, credentials: Option<PathBuf>) -> Self {
+        Self { folder, address, credentials }
     }
 
     /// Fetches the branch's head, and gives its commit.
@@ -310,7 +314,8 @@ impl Mirror {
             let path = path.trim_end_matches('/').replace('\\', "\\\\").replace('"', "\\\"");
             format!("[safe]\n\tdirectory = \"{path}\"\n\tdirectory = \"{path}/.git\"\n")
         });
-        tokio::fs::write(self.folder.join("gitconfig"), safe).await.map_err(io)?;
+        let config = safe + &git_credentials(self.credentials.as_deref());
+        tokio::fs::write(self.folder.join("gitconfig"), config).await.map_err(io)?;
         if !self.folder.join("mirror/HEAD").exists() {
             let init = ["init", "--quiet", "--bare", "--template=", "--initial-branch=kiln", "."];
             tokio::fs::create_dir_all(self.mirror()).await.map_err(io)?;
@@ -552,7 +557,7 @@ mod tests {
 
         fn mirror(&self) -> Mirror {
             let address = Address::new(self.work().to_str().unwrap(), "main").unwrap();
-            Mirror::new(self.0.path().join("source"), address)
+            Mirror::new(self.0.path().join("source"), address, None)
         }
     }
 
@@ -623,10 +628,10 @@ mod tests {
         let repository = Repository::new();
         repository.commit(&[("server.yaml", "name: web")]);
         let address = Address::new(repository.work().to_str().unwrap(), "gone").unwrap();
-        let error = Mirror::new(repository.0.path().join("a"), address).fetch().await.unwrap_err();
+        let error = Mirror::new(repository.0.path().join("a"), address, None).fetch().await.unwrap_err();
         assert!(!error.is_transient() && error.to_string().contains("no branch `gone`"), "{error}");
         let address = Address::new("/nowhere/at/all", "main").unwrap();
-        let error = Mirror::new(repository.0.path().join("b"), address).fetch().await.unwrap_err();
+        let error = Mirror::new(repository.0.path().join("b"), address, None).fetch().await.unwrap_err();
         assert!(error.is_transient(), "{error}");
     }
 

@@ -80,7 +80,8 @@ pub async fn run(start: Start) -> Result<(), Failure> {
         audit_records::keep(&store, Service::Builder, &SystemClock::new(), &stop);
     let documents = Documents::new(store.clone());
     let contexts = Contexts::new(home.join("contexts"));
-    let mirrors = Arc::new(Mirrors::new(home.join("sources")));
+    let git = site.checked_credentials()?.git.clone();
+    let mirrors = Arc::new(Mirrors::new(home.join("sources"), git));
     let builder = Builder {
         sources: Sources::new(documents.clone(), contexts, mirrors).with_nodes(site.nodes.keys().cloned()),
         documents,
@@ -213,6 +214,7 @@ pub fn bake_config(site: &Site) -> BakeConfig {
         home: paths.service(Service::Builder),
         packages: site.builder.packages.clone(),
         secrets: site.secrets.clone(),
+        archive_credentials: site.credentials.archives.clone(),
         layer_cache: site.builder.layers.clone(),
         images: paths.images(),
         signing_keys: site.signing.keys.clone(),

@@ -23,18 +23,20 @@ pub trait Repositories: Debug + Send + Sync + 'static {
 #[derive(Debug)]
 pub struct Mirrors {
     folder: PathBuf,
+    credentials: Option<PathBuf>,
 }
 
 impl Mirrors {
-    pub fn new(folder: PathBuf) -> Self {
-        Self { folder }
+    /// `credentials` as git-credential-store(1) has them, for repositories that ask who is there.
+    pub fn new(folder: PathBuf, credentials: Option<PathBuf>) -> Self {
+        Self { folder, credentials }
     }
 }
 
 #[async_trait]
 impl Repositories for Mirrors {
     async fn head(&self, source: &SourceId, address: Address) -> Result<(String, Tree), Error> {
-        let mirror = Mirror::new(self.folder.join(source.as_str()), address);
+        let mirror = Mirror::new(self.folder.join(source.as_str()), address, self.credentials.clone());
         let commit = mirror.fetch().await?;
         let tree = mirror.read(&commit).await?;
         Ok((commit, tree))

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use kiln_model::release_file::ReleaseFile;
+use kiln_service::config::apt_credentials;
 use tokio::process::Command;
 
 use crate::child;
@@ -19,12 +20,13 @@ const MAX_SIZE: u64 = 16 * 1024 * 1024;
 #[derive(Debug)]
 pub struct AptHelper {
     folder: PathBuf,
+    credentials: Option<PathBuf>,
 }
 
 impl AptHelper {
-    /// Downloads into folders of their own under `folder`.
-    pub fn new(folder: &Path) -> Self {
-        Self { folder: folder.to_owned() }
+    /// Downloads into folders of their own under `folder`. `credentials` as apt_auth.conf(5) has them.
+    pub fn new(folder: &Path, credentials: Option<&Path>) -> Self {
+        Self { folder: folder.to_owned(), credentials: credentials.map(Path::to_owned) }
     }
 }
 
@@ -50,6 +52,7 @@ impl Archive for AptHelper {
             .args(["-o", "Acquire::http::Timeout=20"])
             .args(["-o", "Acquire::https::Timeout=20"])
             .args(["-o", "Acquire::AllowRedirect=true"])
+            .args(apt_credentials(self.credentials.as_deref()).iter().flat_map(|option| ["-o", option]))
             .args(["download-file", url])
             .arg(&target)
             .env("LC_ALL", "C.UTF-8");

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use kiln_monitor_core::remote::{branch_ref, check_url, head};
+use kiln_service::config::git_credentials;
 use tokio::process::Command;
 
 use crate::child;
@@ -23,15 +24,16 @@ pub struct LocalGit {
 }
 
 impl LocalGit {
-    /// Keeps git's configuration in `folder`.
+    /// Keeps git's configuration in `folder`. `credentials` as git-credential-store(1) has them.
     ///
     /// # Errors
     /// Where it can't be written.
-    pub fn new(folder: &Path) -> std::io::Result<Self> {
+    pub fn new(folder: &Path, credentials: Option<&Path>) -> std::io::Result<Self> {
         let config = folder.join("gitconfig");
         // A repository on this machine may belong to another user than the one this service runs as. Only its
         // upload-pack runs, which takes neither hooks nor configuration from it that name programs.
-        std::fs::write(&config, "[safe]\n\tdirectory = *\n[protocol \"ext\"]\n\tallow = never\n")?;
+        let safe = "[safe]\n\tdirectory = *\n[protocol \"ext\"]\n\tallow = never\n";
+        std::fs::write(&config, format!("{safe}{}", git_credentials(credentials)))?;
         Ok(Self { config })
     }
 
@@ -113,7 +115,7 @@ mod tests {
     #[tokio::test]
     async fn the_head_moves_with_a_commit() {
         let home = tempfile::tempdir().unwrap();
-        let remote = LocalGit::new(home.path()).unwrap();
+        let remote = LocalGit::new(home.path(), None).unwrap();
         let repository = repository();
         let path = repository.path().to_str().unwrap();
         for url in [path.to_owned(), format!("file://{path}")] {
@@ -128,7 +130,7 @@ mod tests {
     #[tokio::test]
     async fn a_repository_of_another_user_is_read() {
         let home = tempfile::tempdir().unwrap();
-        let remote = LocalGit::new(home.path()).unwrap();
+        let remote = LocalGit::new(home.path(), None).unwrap();
         let repository = repository();
         let head = git(repository.path(), &["rev-parse", "HEAD"]);
         let chowned = StdCommand::new("chown").args(["-R", "65534:65534"]).arg(repository.path()).status();
@@ -139,7 +141,7 @@ mod tests {
     #[tokio::test]
     async fn what_can_not_be_read_says_why() {
         let home = tempfile::tempdir().unwrap();
-        let remote = LocalGit::new(home.path()).unwrap();
+        let remote = LocalGit::new(home.path(), None).unwrap();
         let repository = repository();
         let path = repository.path().to_str().unwrap();
         for (url, branch, said) in [
@@ -156,7 +158,7 @@ mod tests {
     #[tokio::test]
     async fn no_address_runs_a_program() {
         let home = tempfile::tempdir().unwrap();
-        let remote = LocalGit::new(home.path()).unwrap();
+        let remote = LocalGit::new(home.path(), None).unwrap();
         let trace = home.path().join("ran");
         let url = format!("ext::sh -c touch% {}", trace.display());
         assert!(remote.head(&url, "main").await.is_err());

@@ -159,13 +159,14 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     std::fs::create_dir_all(&folder)?;
     let store = SqlStore::open(&site.store_of(Service::Monitor)?).await?;
     let bus = NatsBus::connect(site.nats(User::Monitor)?).await?;
+    let credentials = site.checked_credentials()?;
     let peer = |service| client::to(&site, Service::Monitor, service);
     let ports = Ports {
         deployer: Arc::new(DeployerPeer::new(peer(Service::Deployer)?)),
         builder: Arc::new(BuilderPeer::new(peer(Service::Builder)?)),
         engines: engines(&site)?,
-        git: Arc::new(LocalGit::new(&folder)?),
-        archive: Arc::new(AptHelper::new(&folder)),
+        git: Arc::new(LocalGit::new(&folder, credentials.git.as_deref())?),
+        archive: Arc::new(AptHelper::new(&folder, credentials.archives.as_deref())),
         others: Arc::new(OtherMonitors::new(site.tls(Service::Monitor))),
     };
     let clock = SystemClock::new();

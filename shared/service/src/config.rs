@@ -3,11 +3,13 @@
 //! What stands in the file ([`SiteFile`]) and what was checked ([`Site`]) are different types.
 
 mod broker;
+mod credentials;
 mod nodes;
 mod signing;
 mod store;
 
 pub use broker::NatsFile;
+pub use credentials::{Credentials, CredentialsFile, apt_credentials, git_credentials};
 pub use nodes::{Registry, RegistryFile};
 pub use signing::{Key as SigningKey, Signing, SigningFile, Trust};
 pub use store::{Store, StoreFile};
@@ -92,6 +94,8 @@ pub struct SiteFile {
     /// `pip-token = "keys/pip-token"`: what steps of definitions can be told while they run. Relative to the home.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub secrets: BTreeMap<String, String>,
+    #[serde(default, skip_serializing_if = "CredentialsFile::is_default")]
+    pub credentials: CredentialsFile,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -202,6 +206,8 @@ pub struct Site {
     pub signing: Signing,
     /// Files, by the names that definitions know them by.
     pub secrets: BTreeMap<String, PathBuf>,
+    /// Files that nobody has looked at; see [`Site::checked_credentials`].
+    pub credentials: Credentials,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -332,6 +338,7 @@ impl SiteFile {
             },
             signing,
             secrets: check_secrets(self.secrets, home).map_err(wrong("secrets"))?,
+            credentials: self.credentials.check(home),
             home: home.to_owned(),
             name,
             id,
@@ -519,7 +526,7 @@ git = "1s"
         let all: toml::Table = file.to_text().unwrap().parse().unwrap();
         let shown: toml::Table = text.parse().unwrap();
         assert_eq!(names(&all), names(&shown));
-        assert_eq!(names(&all).len(), 33);
+        assert_eq!(names(&all).len(), 35);
     }
 
     fn names(table: &toml::Table) -> Vec<String> {

@@ -6,8 +6,8 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kiln_model::digest::Digest;
@@ -19,7 +19,15 @@ pub struct Archive {
     folder: PathBuf,
     address: SocketAddr,
     packages: Vec<Package>,
-    is_away: Arc<AtomicBool>,
+    door: Arc<Door>,
+}
+
+/// Who is let in.
+#[derive(Default)]
+struct Door {
+    is_away: AtomicBool,
+    /// What has to stand after `Authorization:`.
+    asks_for: Mutex<Option<String>>,
 }
 
 struct Package {
@@ -41,26 +49,35 @@ impl Archive {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let address = listener.local_addr()?;
         let root: Arc<Path> = folder.join("www").into();
-        let is_away = Arc::new(AtomicBool::new(false));
-        let away = Arc::clone(&is_away);
+        let door = Arc::new(Door::default());
+        let seen = Arc::clone(&door);
         std::thread::spawn(move || {
             for connection in listener.incoming().flatten() {
                 // Closed without an answer.
-                if away.load(Ordering::Relaxed) {
+                if seen.is_away.load(Ordering::Relaxed) {
                     continue;
                 }
-                let root = Arc::clone(&root);
-                std::thread::spawn(move || answer(&connection, &root));
+                let (root, door) = (Arc::clone(&root), Arc::clone(&seen));
+                std::thread::spawn(move || answer(&connection, &root, &door));
             }
         });
-        let archive = Self { folder: folder.to_path_buf(), address, packages: Vec::new(), is_away };
+        let archive = Self { folder: folder.to_path_buf(), address, packages: Vec::new(), door };
         archive.publish()?;
         Ok(archive)
     }
 
     /// Whether connections are closed without an answer from now on.
     pub fn set_away(&self, away: bool) {
-        self.is_away.store(away, Ordering::Relaxed);
+        self.door.is_away.store(away, Ordering::Relaxed);
+    }
+
+    /// Lets in only who says this, such as `Basic a2lsbjpwdw==`.
+    ///
+    /// # Errors
+    /// Where a thread of the server broke off.
+    pub fn ask_for(&self, authorization: &str) -> Result<()> {
+        *self.door.asks_for.lock().map_err(|_| "the server broke off")? = Some(authorization.to_owned());
+        Ok(())
     }
 
     pub fn url(&self) -> String {
@@ -205,17 +222,26 @@ fn gpg(keys: &Path) -> Command {
 }
 
 /// Answers the requests of one connection with files below `root`.
-fn answer(connection: &TcpStream, root: &Path) {
+fn answer(connection: &TcpStream, root: &Path, door: &Door) {
     let served = || -> Result<()> {
         connection.set_read_timeout(Some(Duration::from_secs(30)))?;
         let mut lines = BufReader::new(connection).lines();
         let mut output = connection;
         while let Some(request) = lines.next() {
             let request = request?;
+            let mut said = None;
             for header in lines.by_ref() {
-                if header?.is_empty() {
+                let header = header?;
+                if header.is_empty() {
                     break;
                 }
+                said = header.strip_prefix("Authorization: ").map(str::to_owned).or(said);
+            }
+            let wanted = door.asks_for.lock().map_err(|_| "another thread broke off")?.clone();
+            if wanted.is_some() && said != wanted {
+                let status = "401 Unauthorized\r\nWWW-Authenticate: Basic realm=\"test\"";
+                write!(output, "HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n")?;
+                continue;
             }
             let path = request.split(' ').nth(1).unwrap_or("/").trim_start_matches('/');
             let file = root.join(path);

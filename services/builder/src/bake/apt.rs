@@ -15,8 +15,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::command::{self, Outcome, Stdout};
 use super::error::BakeError;
+use super::fetch::Transport;
 use super::sources::{Archive, render};
-use super::{LogSink, ReleaseFile, set_back};
+use super::{ReleaseFile, set_back};
 
 const TIME_LIMIT: Duration = Duration::from_secs(600);
 /// Between two looks at a lock that another holds.
@@ -60,7 +61,7 @@ pub(crate) struct Apt<'a> {
     folder: PathBuf,
     configuration: String,
     archives: &'a [Archive],
-    log: &'a LogSink,
+    transport: Transport<'a>,
     _lock: File,
 }
 
@@ -69,8 +70,7 @@ impl<'a> Apt<'a> {
         home: &Path,
         architecture: &str,
         archives: &'a [Archive],
-        log: &'a LogSink,
-        cancel: &CancellationToken,
+        transport: Transport<'a>,
     ) -> Result<Self, BakeError> {
         let sources = render(archives);
         let key = Digest::of(format!("{architecture}\n{sources}").as_bytes()).hex();
@@ -81,7 +81,7 @@ impl<'a> Apt<'a> {
         }
         let lock_path = folder.join("in-use");
         let lock = File::create(&lock_path).map_err(BakeError::io("open", &lock_path))?;
-        wait_for(&lock, log, cancel).map_err(BakeError::io("lock", &lock_path))??;
+        wait_for(&lock, transport).map_err(BakeError::io("lock", &lock_path))??;
         let write = |name: &str, content: &str| {
             let path = folder.join(name);
             // An unchanged file keeps its time, by which apt tells whether its cache is still good.
@@ -92,9 +92,12 @@ impl<'a> Apt<'a> {
         };
         write("sources.sources", &sources)?;
         write("state/status", "")?;
-        let configuration = configuration(&folder, architecture, &host_configuration()?);
+        let mut configuration = configuration(&folder, architecture, &host_configuration()?);
+        if let Some(credentials) = transport.credentials {
+            let _ = writeln!(configuration, "Dir::Etc::netrc \"{}\";", credentials.display());
+        }
         write("apt.conf", &configuration)?;
-        Ok(Self { folder, configuration, archives, log, _lock: lock })
+        Ok(Self { folder, configuration, archives, transport, _lock: lock })
     }
 
     /// Where all that belongs to this set of archives lies.
@@ -125,12 +128,12 @@ impl<'a> Apt<'a> {
         // the second the cache of all packages is made anew also where no list has changed. Where one has,
         // `release_files` makes it.
         command.args(["-q", "--error-on=any", "-o", "pkgCacheFile::Generate=false", "update"]);
-        let outcome = command::run(&mut command, Stdout::Keep, self.log, cancel, TIME_LIMIT)?;
+        let outcome = command::run(&mut command, Stdout::Keep, self.transport.log, cancel, TIME_LIMIT)?;
         if !outcome.succeeded() {
             return Err(self.archive_error(&outcome));
         }
-        known.tell(&String::from_utf8_lossy(&outcome.stdout), self.log, cancel)?;
-        (self.log)(&format!("package lists are up to date ({} ms)", began.elapsed().as_millis()));
+        known.tell(&String::from_utf8_lossy(&outcome.stdout), self.transport)?;
+        (self.transport.log)(&format!("package lists are up to date ({} ms)", began.elapsed().as_millis()));
         Ok(())
     }
 
@@ -171,7 +174,7 @@ impl<'a> Apt<'a> {
     ) -> Result<Vec<Solved>, BakeError> {
         let mut command = self.command("apt-get", status);
         command.args(words).args(wanted);
-        let outcome = command::run(&mut command, Stdout::Keep, self.log, cancel, TIME_LIMIT)?;
+        let outcome = command::run(&mut command, Stdout::Keep, self.transport.log, cancel, TIME_LIMIT)?;
         let stdout = String::from_utf8_lossy(&outcome.stdout);
         if !outcome.succeeded() {
             return Err(unsolvable(&said(&outcome), &stdout));
@@ -208,7 +211,7 @@ impl<'a> Apt<'a> {
             "$(REPO_URI)|$(BASE_URI)|$(FILENAME)|$(METAKEY)",
             "Created-By: Packages",
         ]);
-        let outcome = command::run(&mut command, Stdout::Keep, self.log, cancel, TIME_LIMIT)?;
+        let outcome = command::run(&mut command, Stdout::Keep, self.transport.log, cancel, TIME_LIMIT)?;
         if !outcome.succeeded() {
             return Err(self.archive_error(&outcome));
         }
@@ -268,20 +271,18 @@ pub(crate) fn list_name(key: &str) -> String {
 }
 
 /// Waits for another bake of the same archives, for as long as the caller does.
-fn wait_for(
-    lock: &File,
-    log: &LogSink,
-    cancel: &CancellationToken,
-) -> std::io::Result<Result<(), BakeError>> {
+fn wait_for(lock: &File, transport: Transport<'_>) -> std::io::Result<Result<(), BakeError>> {
     let mut told = false;
     loop {
         match lock.try_lock() {
             Ok(()) => return Ok(Ok(())),
             Err(TryLockError::Error(error)) => return Err(error),
-            Err(TryLockError::WouldBlock) if cancel.is_cancelled() => return Ok(Err(BakeError::Cancelled)),
+            Err(TryLockError::WouldBlock) if transport.cancel.is_cancelled() => {
+                return Ok(Err(BakeError::Cancelled));
+            }
             Err(TryLockError::WouldBlock) => {
                 if !std::mem::replace(&mut told, true) {
-                    log("waiting for another build that asks the same archives");
+                    (transport.log)("waiting for another build that asks the same archives");
                 }
                 std::thread::sleep(LOCK_TICK);
             }
@@ -421,7 +422,12 @@ pub(crate) fn is_request(text: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::super::LogSink;
     use super::*;
+
+    fn transport<'a>(log: &'a LogSink, cancel: &'a CancellationToken) -> Transport<'a> {
+        Transport { credentials: None, log, cancel }
+    }
 
     #[test]
     fn a_wait_for_anothers_apt_ends_with_its_caller() {
@@ -429,7 +435,7 @@ mod tests {
         let lines = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
         let cancel = CancellationToken::new();
         let quiet: LogSink = std::sync::Arc::new(|_: &str| {});
-        let _first = Apt::open(home.path(), "amd64", &[], &quiet, &cancel).unwrap();
+        let _first = Apt::open(home.path(), "amd64", &[], transport(&quiet, &cancel)).unwrap();
         // Cancelled once it says that it waits.
         let log: LogSink = {
             let (lines, cancel) = (lines.clone(), cancel.clone());
@@ -438,7 +444,7 @@ mod tests {
                 cancel.cancel();
             })
         };
-        let second = Apt::open(home.path(), "amd64", &[], &log, &cancel).err();
+        let second = Apt::open(home.path(), "amd64", &[], transport(&log, &cancel)).err();
         assert!(matches!(second, Some(BakeError::Cancelled)), "{second:?}");
         assert_eq!(*lines.lock().unwrap(), ["waiting for another build that asks the same archives"]);
     }

@@ -10,12 +10,11 @@ use kiln_model::definition::ArchivePlace;
 use kiln_model::digest::Digest;
 use tokio_util::sync::CancellationToken;
 
-use super::LogSink;
 use super::compression::Compression;
 use super::context::{Contents, open_in};
 use super::dpkg;
 use super::error::BakeError;
-use super::fetch::{Wanted, fetch};
+use super::fetch::{Transport, Wanted};
 use super::system::{OS_RELEASE, OS_RELEASE_LIMIT, STATUS_LIMIT, System};
 use super::tree::open_root;
 
@@ -30,8 +29,7 @@ pub(crate) fn take(
     place: &ArchivePlace,
     context: &Path,
     contents: &Contents,
-    log: &LogSink,
-    cancel: &CancellationToken,
+    transport: Transport<'_>,
 ) -> Result<(Digest, u64), BakeError> {
     match place {
         ArchivePlace::File(path) => contents.put_file(&open_in(context, path)?, FILE_LIMIT, path),
@@ -43,7 +41,7 @@ pub(crate) fn take(
             let to = folder.path().join("archive");
             let wanted =
                 [Wanted { url: url.clone(), to: to.clone(), sha256: Some(*sha256), largest: FILE_LIMIT }];
-            fetch(&wanted, log, cancel)?.map_err(|why| BakeError::Archive {
+            transport.fetch(&wanted)?.map_err(|why| BakeError::Archive {
                 archive: url.clone(),
                 why,
                 remedy: "see that this machine reaches it, and that `sha256` is that of the file it gives"

@@ -40,8 +40,8 @@ mod sandbox;
 mod seal;
 mod seccomp;
 mod secrets;
-mod set_back;
 mod snapshot;
+mod set_back;
 mod solutions;
 mod sources;
 mod steps;
@@ -96,6 +96,8 @@ pub struct BakeConfig {
     pub signing_keys: Vec<SigningKey>,
     /// What steps can be told, by its names.
     pub secrets: BTreeMap<String, PathBuf>,
+    /// For archives that ask who is there, as apt_auth.conf(5) has it.
+    pub archive_credentials: Option<PathBuf>,
     /// By which images get to other machines.
     pub registry: Option<kiln_service::config::Registry>,
     /// The OCI runtime's command: `runc`.
@@ -103,6 +105,12 @@ pub struct BakeConfig {
     /// Archives from the configuration, used before the host's own where the suite is theirs.
     pub archives: Vec<ConfiguredArchive>,
     pub limits: BakeLimits,
+}
+
+impl BakeConfig {
+    fn transport<'a>(&'a self, log: &'a LogSink, cancel: &'a CancellationToken) -> fetch::Transport<'a> {
+        fetch::Transport { credentials: self.archive_credentials.as_deref(), log, cancel }
+    }
 }
 
 /// An archive that the site's configuration names.

@@ -28,6 +28,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::LogSink;
 use super::apt::Solved;
 use super::error::BakeError;
+use super::fetch::Transport;
 use super::packages::PackageStore;
 use super::snapshot::Snapshot;
 
@@ -61,6 +62,7 @@ struct Archives {
     /// Bytes that may still be asked for.
     left: AtomicU64,
     fetching: Semaphore,
+    credentials: Option<PathBuf>,
     log: LogSink,
     cancel: CancellationToken,
 }
@@ -72,14 +74,13 @@ impl Offered {
         store: PackageStore,
         socket: &Path,
         bytes: u64,
-        log: LogSink,
-        cancel: &CancellationToken,
+        transport: Transport<'_>,
     ) -> Result<Self, BakeError> {
         let listener = UnixListener::bind(socket).map_err(BakeError::io("listen at", socket))?;
         // The sandbox's users are others than this process's.
         fs::set_permissions(socket, Permissions::from_mode(0o666))
             .map_err(BakeError::io("open up", socket))?;
-        let cancel = cancel.child_token();
+        let cancel = transport.cancel.child_token();
         let ended = cancel.clone().drop_guard();
         let archives = Arc::new(Archives {
             snapshot,
@@ -87,7 +88,8 @@ impl Offered {
             packages: OnceCell::new(),
             left: bytes.into(),
             fetching: Semaphore::new(FETCHES),
-            log,
+            credentials: transport.credentials.map(Path::to_owned),
+            log: Arc::clone(transport.log),
             cancel,
         });
         Ok(Self { serving: tokio::spawn(accept(listener, archives)), _ended: ended })
@@ -176,7 +178,9 @@ impl Archives {
         let Ok(_place) = self.fetching.acquire().await else { return Err(BakeError::Cancelled) };
         let fetch = || {
             self.store.remember(std::slice::from_ref(solved))?;
-            self.store.fetch(std::iter::once(&solved.package), &self.log, &self.cancel)
+            let credentials = self.credentials.as_deref();
+            let transport = Transport { credentials, log: &self.log, cancel: &self.cancel };
+            self.store.fetch(std::iter::once(&solved.package), transport)
         };
         tokio::task::block_in_place(fetch)?;
         Ok(Found::File(self.store.path(&solved.package.sha256)))
@@ -233,7 +237,8 @@ mod tests {
         fs::write(store.path(&nginx.sha256), b"content").unwrap();
         let (socket, log): (_, LogSink) = (home.join("socket"), Arc::new(|_: &str| {}));
         let cancel = CancellationToken::new();
-        let offered = Offered::begin(snapshot, store, &socket, 2 * nginx.size, log, &cancel).unwrap();
+        let transport = Transport { credentials: None, log: &log, cancel: &cancel };
+        let offered = Offered::begin(snapshot, store, &socket, 2 * nginx.size, transport).unwrap();
 
         assert_eq!(get(&socket, "/0/dists/bookworm/InRelease").await, (200, "first".to_owned()));
         for path in

@@ -16,13 +16,11 @@ use std::time::Instant;
 
 use kiln_model::digest::Digest;
 use kiln_model::lock::LockedPackage;
-use tokio_util::sync::CancellationToken;
 
-use super::LogSink;
 use super::apt::Solved;
 use super::context::HashingReader;
 use super::error::BakeError;
-use super::fetch::{Wanted, fetch};
+use super::fetch::{Transport, Wanted};
 use super::whole;
 
 /// Of files in one call, so that its arguments fit.
@@ -69,8 +67,7 @@ impl PackageStore {
     pub(crate) fn fetch<'a>(
         &self,
         packages: impl Iterator<Item = &'a LockedPackage>,
-        log: &LogSink,
-        cancel: &CancellationToken,
+        transport: Transport<'_>,
     ) -> Result<(), BakeError> {
         let missing: HashMap<Digest, &LockedPackage> =
             packages.filter(|package| !self.has(package)).map(|package| (package.sha256, package)).collect();
@@ -85,9 +82,9 @@ impl PackageStore {
             .map_err(BakeError::io("make a folder in", &self.root))?;
         let missing: Vec<_> = missing.into_values().collect();
         for some in missing.chunks(AT_ONCE) {
-            self.fetch_into(folder.path(), some, log, cancel)?;
+            self.fetch_into(folder.path(), some, transport)?;
         }
-        log(&format!(
+        (transport.log)(&format!(
             "fetched {} packages, {bytes} bytes ({} ms)",
             missing.len(),
             began.elapsed().as_millis()
@@ -99,8 +96,7 @@ impl PackageStore {
         &self,
         folder: &Path,
         missing: &[&LockedPackage],
-        log: &LogSink,
-        cancel: &CancellationToken,
+        transport: Transport<'_>,
     ) -> Result<(), BakeError> {
         let mut wanted = Vec::new();
         for package in missing {
@@ -115,7 +111,7 @@ impl PackageStore {
             let to = folder.join(package.sha256.hex());
             wanted.push(Wanted { url, to, sha256: Some(package.sha256), largest: package.size });
         }
-        fetch(&wanted, log, cancel)?.map_err(|why| BakeError::Archive {
+        transport.fetch(&wanted)?.map_err(|why| BakeError::Archive {
             archive: "of the lock's packages".to_owned(),
             why,
             remedy:

@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use kiln_model::definition::Provisioner;
 use kiln_model::lock::Provision;
@@ -103,9 +102,9 @@ pub(crate) fn run(provision: &Provision, place: Place<'_>) -> Result<(), BakeErr
         fs::write(&path, content).map_err(BakeError::io("write", &path))?;
     }
     let archives = folder("archives")?;
-    let (log, bytes) = (Arc::clone(sandbox.log), sandbox.config.limits.tree);
-    let _offered =
-        Offered::begin(snapshot, store.clone(), &archives.join("socket"), bytes, log, sandbox.cancel)?;
+    let transport = sandbox.config.transport(sandbox.log, sandbox.cancel);
+    let bytes = sandbox.config.limits.tree;
+    let _offered = Offered::begin(snapshot, store.clone(), &archives.join("socket"), bytes, transport)?;
 
     env.insert("APT_CONFIG".to_owned(), format!("{TOLD}/apt.conf"));
     env.insert("LANG".to_owned(), "C.UTF-8".to_owned());

@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 use super::apt::{Apt, Solved, is_request};
 use super::context::{Contents, Context};
 use super::error::BakeError;
+use super::fetch::Transport;
 use super::foreign::Images;
 use super::packages::PackageStore;
 use super::snapshot::Snapshot;
@@ -85,6 +86,10 @@ impl Resolver<'_> {
                 Ok(Resolution { lock, release_files: Some(release_files) })
             }
         }
+    }
+
+    fn transport(&self) -> Transport<'_> {
+        self.config.transport(self.log, self.cancel)
     }
 
     /// What processors the image is for, where this machine can run what is to be in it.
@@ -275,7 +280,7 @@ impl Resolver<'_> {
         if let Some(known) = self.archive.get() {
             return Ok(*known);
         }
-        let taken = archive::take(place, self.context, &self.contents, self.log, self.cancel)?;
+        let taken = archive::take(place, self.context, &self.contents, self.transport())?;
         Ok(*self.archive.get_or_init(|| taken))
     }
 
@@ -386,8 +391,7 @@ impl Resolver<'_> {
         };
         let keys = self.config.home.join("apt/keys");
         let archives = sources::archives(&suite, &root, &self.config.archives, &keys)?;
-        let architecture = self.architecture()?.as_str();
-        let apt = Apt::open(&self.config.home, architecture, &archives, self.log, self.cancel)?;
+        let apt = Apt::open(&self.config.home, self.architecture()?.as_str(), &archives, self.transport())?;
         apt.update(self.cancel)?;
         let began = Instant::now();
         let package_lists = apt.package_lists(self.cancel)?;

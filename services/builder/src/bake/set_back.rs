@@ -7,12 +7,10 @@ use std::path::{Path, PathBuf};
 
 use kiln_model::digest::Digest;
 use kiln_model::release_file::ReleaseFile;
-use tokio_util::sync::CancellationToken;
 
-use super::LogSink;
 use super::apt::list_name;
 use super::error::BakeError;
-use super::fetch::{Wanted, fetch};
+use super::fetch::{Transport, Wanted};
 
 /// Debian's own has 150 kB.
 const LARGEST: u64 = 16 << 20;
@@ -42,12 +40,7 @@ impl<'a> Known<'a> {
     ///
     /// # Errors
     /// The disk, or the build was cancelled.
-    pub(crate) fn tell(
-        &self,
-        said: &str,
-        log: &LogSink,
-        cancel: &CancellationToken,
-    ) -> Result<(), BakeError> {
+    pub(crate) fn tell(&self, said: &str, transport: Transport<'_>) -> Result<(), BakeError> {
         // What was given took the place of what was known, or is the same, or is one that apt has thrown away. An archive that
         // knows no conditional requests gives the same one each time.
         let mut kept = Vec::new();
@@ -72,8 +65,8 @@ impl<'a> Known<'a> {
             sha256: None,
             largest: LARGEST,
         });
-        if let Err(why) = fetch(&wanted.collect::<Vec<_>>(), log, cancel)? {
-            log(&format!("W: whether an archive went back in time can't be seen: {why}"));
+        if let Err(why) = transport.fetch(&wanted.collect::<Vec<_>>())? {
+            (transport.log)(&format!("W: whether an archive went back in time can't be seen: {why}"));
             return Ok(());
         }
         for (at, (url, path, kept)) in kept.into_iter().enumerate() {
@@ -81,7 +74,7 @@ impl<'a> Known<'a> {
             if let (Some(given), Some(kept)) = (given.date, kept)
                 && given < kept
             {
-                log(&format!(
+                (transport.log)(&format!(
                     "W: archive {url} went back in time: its release file is of {given}, and the one of {kept} stays in force; \
                      where it was put back on purpose, delete {}",
                     path.display()

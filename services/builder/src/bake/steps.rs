@@ -236,7 +236,8 @@ impl Kitchen<'_> {
     ) -> Result<(), BakeError> {
         let packages = PackageStore::open(&self.config.packages)?;
         let wanted: Vec<_> = plans.iter().map(Plan::packages).collect();
-        packages.fetch(wanted.iter().copied().flatten(), &self.run.log, &self.run.cancel)?;
+        let transport = self.config.transport(&self.run.log, &self.run.cancel);
+        packages.fetch(wanted.iter().copied().flatten(), transport)?;
         let work = Work::new(&self.config.site, &self.run.build, self.config.limits.tree)?;
         let mut lowers = self.mount_below(&work, below)?;
 

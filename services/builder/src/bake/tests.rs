@@ -61,6 +61,7 @@ impl Kitchen {
             layer_cache: folder.path().join("cache"),
             images: folder.path().join("images"),
             registry,
+            archive_credentials: None,
             secrets,
             signing_keys: vec![KeyOf::File(signing_key)],
             runtime: PathBuf::from("runc"),

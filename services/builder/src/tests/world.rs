@@ -312,7 +312,7 @@ impl World {
             sources: Sources::new(
                 documents.clone(),
                 contexts,
-                Arc::new(Mirrors::new(folder.path().join("sources"))),
+                Arc::new(Mirrors::new(folder.path().join("sources"), None)),
             ),
             documents,
             bakery: bakery.clone(),

@@ -30,6 +30,8 @@ pub(super) fn left_out(site: &Site, packed: &[PathBuf]) -> Vec<PathBuf> {
     if let Some(store) = &site.store {
         named.extend(store.password_file.iter().cloned().chain(store.url.files()));
     }
+    named.extend(site.credentials.git.iter().chain(&site.credentials.archives).cloned());
+    named.extend(site.secrets.values().cloned());
     let packed: BTreeSet<_> = packed.iter().collect();
     named.into_iter().filter(|path| !packed.contains(path)).collect()
 }
@@ -58,6 +60,11 @@ password_file = "keys/database"
 repository = "registry.example/kiln"
 ca = "/etc/registry.pem"
 credentials = "registry.json"
+[credentials]
+git = "keys/database"
+archives = "/etc/archives.conf"
+[secrets]
+pip-token = "/etc/pip-token"
 [signing]
 keys = [{ file = "keys/signing.key" }, { command = ["/usr/local/bin/sign", "-x"], public = "/etc/b.pub" }]
 [[signing.trust]]
@@ -83,8 +90,15 @@ keys = ["/etc/c.pub"]
         };
         assert_eq!(told(SETTINGS), Vec::<PathBuf>::new());
         let found: BTreeSet<_> = told(&format!("{SETTINGS}{OF_OTHERS}")).into_iter().collect();
-        let expected =
-            ["/etc/b.pub", "/etc/c.pub", "/etc/db.pem", "/etc/registry.pem", "/usr/local/bin/sign"];
+        let expected = [
+            "/etc/archives.conf",
+            "/etc/b.pub",
+            "/etc/c.pub",
+            "/etc/db.pem",
+            "/etc/pip-token",
+            "/etc/registry.pem",
+            "/usr/local/bin/sign",
+        ];
         let within = ["keys/link.pub", "registry.json"].map(|name| home.join(name));
         assert_eq!(found, expected.into_iter().map(|it| Path::new(it).to_owned()).chain(within).collect());
     }

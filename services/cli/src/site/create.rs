@@ -122,6 +122,7 @@ fn fresh(home: &Home) -> Outcome<SiteFile> {
         builder: Default::default(),
         signing: Default::default(),
         secrets: Default::default(),
+        credentials: Default::default(),
     })
 }
 

@@ -24,7 +24,7 @@ impl Mirror {
     async fn new() -> (World, Self) {
         let (server, folder) = (Server::start().await, tempfile::tempdir().unwrap());
         let mut world = World::new().await;
-        world.archive = Arc::new(AptHelper::new(folder.path()));
+        world.archive = Arc::new(AptHelper::new(folder.path(), None));
         let url = format!("http://127.0.0.1:{}{PATH}", server.port);
         let mirror = Self { server, url, _folder: folder };
         mirror.publish(OLD);
@@ -133,7 +133,7 @@ async fn who_wants_no_packages_is_not_planned_for() {
 async fn release_files_come_from_http_and_from_files_and_are_bounded() {
     let (_, mirror) = Mirror::new().await;
     let folder = tempfile::tempdir().unwrap();
-    let archive = AptHelper::new(folder.path());
+    let archive = AptHelper::new(folder.path(), None);
     let file = folder.path().join("InRelease");
     std::fs::write(&file, OLD).unwrap();
     let wanted = Digest::of(OLD.as_bytes());

@@ -46,7 +46,7 @@ impl Repository {
         let (folder, home) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         git(folder.path(), &["init", "-q", "-b", "main"]);
         let mut world = World::new().await;
-        world.git = Arc::new(LocalGit::new(home.path()).unwrap());
+        world.git = Arc::new(LocalGit::new(home.path(), None).unwrap());
         let git = GitSource { url: folder.path().to_str().unwrap().to_owned(), branch: "main".to_owned() };
         *world.builder.sources.lock().unwrap() = vec![Source {
             id: "git-1".to_owned(),

@@ -79,6 +79,7 @@ impl TestSite {
             builder: kiln_service::config::BuilderFile::default(),
             signing: Default::default(),
             secrets: Default::default(),
+            credentials: Default::default(),
         };
         std::fs::write(home.path().join("site.toml"), toml::to_string(&file).unwrap()).unwrap();
         for dir in ["run", "keys", "images", "node", "logs"] {

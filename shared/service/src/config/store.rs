@@ -1,12 +1,12 @@
 //! Where the services keep their state.
 
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use kiln_model::event::Service;
 use kiln_store::{Database, Password, Place, PostgresUrl};
 use serde::{Deserialize, Serialize};
 
+use super::credentials::is_private;
 use super::{Error, Site};
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -55,11 +55,8 @@ impl Site {
 fn read_password(path: &Path) -> Result<Password, Error> {
     let wrong =
         |reason: String| Error::Invalid { path: path.to_owned(), field: "store.password_file", reason };
-    let read = std::fs::metadata(path).and_then(|it| Ok((it.permissions().mode(), kiln_secret::read(path)?)));
-    let (mode, text) = read.map_err(|error| wrong(error.to_string()))?;
-    if mode & 0o077 != 0 {
-        return Err(wrong("others may look into it: chmod 600".to_owned()));
-    }
+    is_private(path).map_err(wrong)?;
+    let text = kiln_secret::read(path).map_err(|error| wrong(error.to_string()))?;
     match text.trim_end_matches(['\r', '\n']) {
         "" => Err(wrong("it is empty".to_owned())),
         password => Ok(Password::new(password.to_owned())),
@@ -68,6 +65,8 @@ fn read_password(path: &Path) -> Result<Password, Error> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
 
     #[test]

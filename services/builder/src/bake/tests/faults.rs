@@ -95,3 +95,40 @@ async fn what_an_archive_or_a_disk_does_wrong_is_said_and_the_next_bake_works() 
     assert_eq!(lock().await, two);
     kitchen.assert_nothing_is_left();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_archive_that_asks_who_is_there_is_told_and_nobody_else() {
+    let mut kitchen = Kitchen::new("be000015", BakeLimits::default());
+    let folder = tempfile::tempdir().unwrap();
+    let mut archive = Archive::serve(folder.path()).unwrap();
+    archive.add("greeting", "1.0", "/opt/greeting", "Hello").unwrap();
+    // Of kiln:hunter2.
+    archive.ask_for("Basic a2lsbjpodW50ZXIy").unwrap();
+    let context = kitchen.folder.path().join("context");
+    fs::create_dir_all(&context).unwrap();
+    fs::copy(archive.key_ring(), context.join("archive.gpg")).unwrap();
+    let url = archive.url();
+    let archives =
+        format!(", archives: [{{ url: '{url}', suite: test, components: [main], signedBy: archive.gpg }}]");
+    let definition = definition(&archives, "greeting");
+    let refused = kitchen.try_lock(&definition, None, None).await.err().map(|error| error.to_string());
+    assert!(refused.as_ref().is_some_and(|it| it.contains("401") && it.contains(&url)), "{refused:?}");
+
+    let credentials = kitchen.folder.path().join("archives.conf");
+    fs::write(&credentials, format!("machine {url} login kiln password hunter2\n")).unwrap();
+    let config = (*kitchen.baker.config).clone();
+    kitchen.baker = Baker::new(BakeConfig { archive_credentials: Some(credentials), ..config }).unwrap();
+    let lock = kitchen.lock(&definition, None, None).await.lock;
+    let image = kitchen.bake(&lock, 1).await;
+    assert_eq!(kitchen.read(&image, "opt/greeting").unwrap(), "Hello");
+    assert_eq!(kitchen.lock(&definition, None, None).await.lock, lock);
+    let log = kitchen.log.lock().unwrap().join("\n");
+    assert!(!log.contains("hunter2"), "{log}");
+    let mut kept = Vec::new();
+    for name in ["builder", "packages", "images"] {
+        let found =
+            Command::new("grep").args(["-rl", "hunter2"]).arg(kitchen.folder.path().join(name)).output();
+        kept.extend(found.unwrap().stdout);
+    }
+    assert!(kept.is_empty(), "the password is in {}", String::from_utf8_lossy(&kept));
+}
