@@ -18,13 +18,18 @@ const FIELDS: usize = 16 * 1024;
 
 impl ReleaseFile {
     pub fn of(content: &[u8]) -> Self {
-        Self { digest: Digest::of(content), date: date(content) }
+        Self { digest: Digest::of(content), date: time(content, "Date:") }
     }
 }
 
-fn date(content: &[u8]) -> Option<Timestamp> {
+/// Until when a release file holds, where it says so.
+pub fn valid_until(content: &[u8]) -> Option<Timestamp> {
+    time(content, "Valid-Until:")
+}
+
+fn time(content: &[u8], field: &str) -> Option<Timestamp> {
     let fields = String::from_utf8_lossy(&content[..content.len().min(FIELDS)]);
-    let text = fields.lines().find_map(|line| line.strip_prefix("Date:"))?.trim();
+    let text = fields.lines().find_map(|line| line.strip_prefix(field))?.trim();
     // RFC 2822 knows `GMT` and `UT`, and archives write `UTC`.
     let text = text.strip_suffix("UTC").map_or_else(|| text.to_owned(), |rest| format!("{rest}+0000"));
     rfc2822::parse(&text).ok().map(|date| date.timestamp())
@@ -43,6 +48,8 @@ mod tests {
             "Date: Wed, 10 Jun 2026 12:00:01 +0200\n",
         ] {
             assert_eq!(ReleaseFile::of(text.as_bytes()).date, wanted, "{text}");
+            assert_eq!(valid_until(text.as_bytes()), None, "{text}");
+            assert_eq!(valid_until(text.replace("Date:", "Valid-Until:").as_bytes()), wanted, "{text}");
         }
         for text in
             ["", "Date: yesterday\n", "Date:\n", "Date: Wed, 99 Jun 2026 10:00:01 UTC\n", "\0\u{fffd}\n"]

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use kiln_model::digest::Digest;
 use kiln_model::lock::LockedPackage;
 use serde::{Deserialize, Serialize};
@@ -17,7 +18,7 @@ use super::command::{self, Outcome, Stdout};
 use super::error::BakeError;
 use super::fetch::Transport;
 use super::sources::{Archive, render};
-use super::{ReleaseFile, set_back};
+use super::{ReleaseFile, release};
 
 const TIME_LIMIT: Duration = Duration::from_secs(600);
 /// Between two looks at a lock that another holds.
@@ -118,11 +119,28 @@ impl<'a> Apt<'a> {
         command
     }
 
-    /// Brings the lists up to date; apt checks the signatures.
+    /// Brings the lists up to date; apt checks the signatures. Where each archive has the release file that they were made
+    /// from, there is nothing to bring.
     pub(crate) fn update(&self, cancel: &CancellationToken) -> Result<(), BakeError> {
         let began = Instant::now();
         let lists = self.folder.join("lists");
-        let known = set_back::Known::of(&lists)?;
+        let known = release::Known::of(&lists, self.archives)?;
+        let given = known.ask(self.transport)?;
+        // There from the end of an update to the beginning of the next: one that was killed may have left some of its lists.
+        let complete = self.folder.join("state/complete");
+        if complete.exists() && known.is_still(&given, Timestamp::now()) {
+            let ms = began.elapsed().as_millis();
+            (self.transport.log)(&format!(
+                "package lists are up to date: no archive has published since ({ms} ms)"
+            ));
+            return Ok(());
+        }
+        match fs::remove_file(&complete) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(BakeError::io("delete", &complete)(error));
+            }
+            _ => {}
+        }
         let mut command = self.command("apt-get", None);
         // Without the first option a list that could not be had is a warning, and an old one is used in its place; without
         // the second the cache of all packages is made anew also where no list has changed. Where one has,
@@ -132,7 +150,8 @@ impl<'a> Apt<'a> {
         if !outcome.succeeded() {
             return Err(self.archive_error(&outcome));
         }
-        known.tell(&String::from_utf8_lossy(&outcome.stdout), self.transport)?;
+        fs::write(&complete, "").map_err(BakeError::io("write", &complete))?;
+        known.tell(&given, self.transport.log);
         (self.transport.log)(&format!("package lists are up to date ({} ms)", began.elapsed().as_millis()));
         Ok(())
     }

@@ -41,7 +41,7 @@ pub(crate) fn take(
             let to = folder.path().join("archive");
             let wanted =
                 [Wanted { url: url.clone(), to: to.clone(), sha256: Some(*sha256), largest: FILE_LIMIT }];
-            transport.fetch(&wanted)?.map_err(|why| BakeError::Archive {
+            transport.fetch(&wanted, &[])?.map_err(|why| BakeError::Archive {
                 archive: url.clone(),
                 why,
                 remedy: "see that this machine reaches it, and that `sha256` is that of the file it gives"

@@ -35,15 +35,16 @@ pub(crate) struct Transport<'a> {
 }
 
 impl Transport<'_> {
-    /// All of them, or the reason why not. Their hashes are compared, which whoever keeps them does again.
-    pub(crate) fn fetch(&self, wanted: &[Wanted]) -> Result<Result<(), String>, BakeError> {
+    /// All of them, or the reason why not. Their hashes are compared, which whoever keeps them does again. `options` are apt's.
+    pub(crate) fn fetch(&self, wanted: &[Wanted], options: &[&str]) -> Result<Result<(), String>, BakeError> {
         // apt's transports take what comes, without end.
         let largest = wanted.iter().map(|it| it.largest).max().unwrap_or_default();
         let mut command = Command::new("prlimit");
         command.arg(format!("--fsize={largest}")).arg(APT_HELPER);
         command.env("LC_ALL", "C.UTF-8").args(["-q", "-o", "APT::Sandbox::User=root"]);
         let credentials = apt_credentials(self.credentials);
-        command.args(credentials.iter().flat_map(|option| ["-o", option])).arg("download-file");
+        let options = options.iter().copied().chain(credentials.as_deref());
+        command.args(options.flat_map(|option| ["-o", option])).arg("download-file");
         for Wanted { url, to, sha256, .. } in wanted {
             // `file:` gives a link to the archive's own file, `copy:` a copy.
             let url = url.strip_prefix("file:").map_or(url.clone(), |path| format!("copy:{path}"));

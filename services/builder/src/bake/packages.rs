@@ -111,7 +111,7 @@ impl PackageStore {
             let to = folder.join(package.sha256.hex());
             wanted.push(Wanted { url, to, sha256: Some(package.sha256), largest: package.size });
         }
-        transport.fetch(&wanted)?.map_err(|why| BakeError::Archive {
+        transport.fetch(&wanted, &[])?.map_err(|why| BakeError::Archive {
             archive: "of the lock's packages".to_owned(),
             why,
             remedy:

@@ -86,6 +86,14 @@ async fn what_an_archive_or_a_disk_does_wrong_is_said_and_the_next_bake_works() 
     let image = kitchen.bake(&two, 3).await;
     assert_eq!(kitchen.read(&image, "opt/greeting").unwrap(), "Hello 1.1");
 
+    let unchanged = || {
+        let log = kitchen.log.lock().unwrap();
+        log.iter().filter(|line| line.contains("no archive has published since")).count()
+    };
+    let before = unchanged();
+    assert_eq!(lock().await, two);
+    assert_eq!(unchanged(), before + 1, "{:?}", kitchen.log.lock().unwrap());
+
     archive.publish_of_before().unwrap();
     // The newer lists stay in force, and that is said.
     assert_eq!(lock().await, two);
@@ -123,6 +131,7 @@ async fn an_archive_that_asks_who_is_there_is_told_and_nobody_else() {
     assert_eq!(kitchen.read(&image, "opt/greeting").unwrap(), "Hello");
     assert_eq!(kitchen.lock(&definition, None, None).await.lock, lock);
     let log = kitchen.log.lock().unwrap().join("\n");
+    assert!(log.contains("no archive has published since"), "the release file is asked for with them: {log}");
     assert!(!log.contains("hunter2"), "{log}");
     let mut kept = Vec::new();
     for name in ["builder", "packages", "images"] {
