@@ -68,8 +68,8 @@ pub(crate) async fn run() -> Result<Pairs> {
 }
 
 async fn prepare(bench: &Bench, buildah: &Buildah) -> Result<()> {
-    bench.bake_base(OF_PEER).await?;
-    buildah.take(&bench.site.export("base", bench.folder.path())?)?;
+    let base = bench.bake_base(OF_PEER).await?;
+    buildah.take(&bench.site.export(&base, bench.folder.path())?)?;
     let context = bench.path("context");
     std::fs::create_dir(&context)?;
     let archives = bench.put_archives(&context)?;

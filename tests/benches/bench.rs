@@ -16,7 +16,8 @@ pub(crate) struct Bench {
     pub(crate) site: Site,
     pub(crate) repo: Repo,
     pub(crate) folder: tempfile::TempDir,
-    newest: String,
+    /// The newest build of `web`. The server itself has its image a moment later.
+    pub(crate) newest: String,
 }
 
 impl Bench {
@@ -47,8 +48,8 @@ impl Bench {
         self.folder.path().join(name)
     }
 
-    /// A second server, `base`: the same minbase, which Kiln has by then, with these steps.
-    pub(crate) async fn bake_base(&self, steps: &str) -> Result<()> {
+    /// A build of a second server: the same minbase, which Kiln has by then, with these steps.
+    pub(crate) async fn bake_base(&self, steps: &str) -> Result<String> {
         let definition = self.path("base");
         std::fs::create_dir(&definition)?;
         let text = format!(
@@ -58,8 +59,7 @@ impl Bench {
         std::fs::write(definition.join("server.yaml"), text)?;
         let repo = Repo::with(&self.path("bases"), "base", &definition)?;
         self.site.kiln(&["apply", &repo.url(), "--branch", "main"])?;
-        self.site.built("base", None, BOUND).await?;
-        Ok(())
+        self.site.built("base", None, BOUND).await
     }
 
     /// Puts into a folder what a peer's apt has to have to ask the archives that Kiln asks, and gives the lines of a

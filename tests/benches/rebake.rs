@@ -43,7 +43,7 @@ pub(crate) async fn a_file() -> Result<Pairs> {
         "FROM localhost/base\nRUN nginx -v\nCOPY site/ /var/www/html/\nCMD [\"nginx\"]\n",
     )?;
     let buildah = Buildah::new(&bench.path("buildah"))?;
-    buildah.take(&bench.site.export("web", bench.folder.path())?)?;
+    buildah.take(&bench.site.export(&bench.newest, bench.folder.path())?)?;
     let mut pairs = Pairs::new("buildah bud --layers");
     // The first round fills buildah's cache and is not counted.
     for number in 0..=10 {
@@ -101,10 +101,10 @@ pub(crate) async fn a_package() -> Result<Pairs> {
 
 /// The base that Kiln has as an image of a server.
 async fn import_base(bench: &Bench, docker: &Docker, context: &Path) -> Result<()> {
-    bench.bake_base("").await?;
+    let base = bench.bake_base("").await?;
     let root = context.join("root.tar");
     let file = root.display().to_string();
-    bench.site.kiln(&["image", "export", "base", "--format", "root", "--file", &file])?;
+    bench.site.kiln(&["image", "export", &base, "--format", "root", "--file", &file])?;
     let archives = bench.put_archives(context)?;
     std::fs::write(context.join("Dockerfile"), format!("FROM scratch\nADD root.tar /\n{archives}"))?;
     run_command(docker.command().args(["build", "--quiet", "--tag", "base"]).arg(context))?;

@@ -25,10 +25,15 @@ impl Drop for Small<'_> {
     }
 }
 
-/// Of an archive and packages.
-fn definition(archives: &str, packages: &str) -> String {
+/// Of the package `greeting` in an archive, whose key lies with the definition.
+fn definition(kitchen: &Kitchen, archive: &Archive) -> String {
+    let context = kitchen.folder.path().join("context");
+    fs::create_dir_all(&context).unwrap();
+    fs::copy(archive.key_ring(), context.join("archive.gpg")).unwrap();
+    let url = archive.url();
+    let archives = format!("[{{ url: '{url}', suite: test, components: [main], signedBy: archive.gpg }}]");
     format!(
-        "  from: {{ debian: bookworm, variant: essential{archives} }}\n  steps: [{{ packages: [{packages}] }}]"
+        "  from: {{ debian: bookworm, variant: essential, archives: {archives} }}\n  steps: [{{ packages: [greeting] }}]"
     )
 }
 
@@ -38,13 +43,7 @@ async fn what_an_archive_or_a_disk_does_wrong_is_said_and_the_next_bake_works() 
     let folder = tempfile::tempdir().unwrap();
     let mut archive = Archive::serve(folder.path()).unwrap();
     archive.add("greeting", "1.0", "/opt/greeting", "Hello 1.0").unwrap();
-    let context = kitchen.folder.path().join("context");
-    fs::create_dir_all(&context).unwrap();
-    fs::copy(archive.key_ring(), context.join("archive.gpg")).unwrap();
-    let url = archive.url();
-    let archives =
-        format!(", archives: [{{ url: '{url}', suite: test, components: [main], signedBy: archive.gpg }}]");
-    let definition = definition(&archives, "greeting");
+    let (url, definition) = (archive.url(), definition(&kitchen, &archive));
     let lock = async || kitchen.lock(&definition, None, None).await.lock;
     let refused = async |words: &[&str]| {
         let Err(error) = kitchen.try_lock(&definition, None, None).await else {
@@ -112,13 +111,7 @@ async fn an_archive_that_asks_who_is_there_is_told_and_nobody_else() {
     archive.add("greeting", "1.0", "/opt/greeting", "Hello").unwrap();
     // Of kiln:hunter2.
     archive.ask_for("Basic a2lsbjpodW50ZXIy").unwrap();
-    let context = kitchen.folder.path().join("context");
-    fs::create_dir_all(&context).unwrap();
-    fs::copy(archive.key_ring(), context.join("archive.gpg")).unwrap();
-    let url = archive.url();
-    let archives =
-        format!(", archives: [{{ url: '{url}', suite: test, components: [main], signedBy: archive.gpg }}]");
-    let definition = definition(&archives, "greeting");
+    let (url, definition) = (archive.url(), definition(&kitchen, &archive));
     let refused = kitchen.try_lock(&definition, None, None).await.err().map(|error| error.to_string());
     assert!(refused.as_ref().is_some_and(|it| it.contains("401") && it.contains(&url)), "{refused:?}");
 
