@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, BufRead as _, BufReader};
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
@@ -43,6 +44,7 @@ pub struct Node {
     pub capabilities: Option<Vec<u8>>,
 }
 
+#[derive(Clone)]
 struct Placed {
     node: Node,
     /// Of the layer that has it, counted from the lowest.
@@ -93,10 +95,25 @@ impl ImageStore {
     pub fn contents(&self, image: &Digest) -> Result<Contents, Error> {
         let stack = self.stack(image)?;
         let mut nodes = Nodes::default();
-        for (at, tree) in stack.layers.iter().enumerate() {
-            nodes.put_folder(at, &tree.root, b"").map_err(Error::io("read", &tree.path))?;
-        }
+        nodes.put_layers(&stack, 0..stack.layers.len())?;
         Ok(Contents { stack, nodes: nodes.0 })
+    }
+
+    /// What two images hold, to be compared. The layers that both begin with are looked through once.
+    ///
+    /// # Errors
+    /// As for [`ImageStore::contents`], of either.
+    pub fn contents_of_both(&self, one: &Digest, other: &Digest) -> Result<(Contents, Contents), Error> {
+        let (one, other) = (self.stack(one)?, self.stack(other)?);
+        let pairs = one.layers.iter().zip(&other.layers);
+        let shared = pairs.take_while(|(one, other)| one.diff_id == other.diff_id).count();
+        let mut nodes = Nodes::default();
+        nodes.put_layers(&one, 0..shared)?;
+        let over = |mut nodes: Nodes, stack: Stack| {
+            nodes.put_layers(&stack, shared..stack.layers.len())?;
+            Ok(Contents { stack, nodes: nodes.0 })
+        };
+        Ok((over(nodes.clone(), one)?, over(nodes, other)?))
     }
 }
 
@@ -181,10 +198,18 @@ impl Contents {
     }
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Nodes(BTreeMap<Vec<u8>, Placed>);
 
 impl Nodes {
+    fn put_layers(&mut self, stack: &Stack, which: Range<usize>) -> Result<(), Error> {
+        for at in which {
+            let tree = &stack.layers[at];
+            self.put_folder(at, &tree.root, b"").map_err(Error::io("read", &tree.path))?;
+        }
+        Ok(())
+    }
+
     /// Puts a folder of the next layer over what is there.
     fn put_folder(&mut self, layer: usize, folder: &OwnedFd, path: &[u8]) -> io::Result<()> {
         if attribute(folder, OsStr::new(OVERLAY_OPAQUE))?.is_some() {

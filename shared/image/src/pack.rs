@@ -17,6 +17,9 @@ use crate::extract::{CAPABILITY, OVERLAY_OPAQUE};
 use crate::store::{BlobWriter, ImageStore};
 use crate::tar::{Entry, Kind, Writer};
 
+/// XATTR_SIZE_MAX of the kernel's limits.h.
+const LARGEST_ATTRIBUTE: usize = 1 << 16;
+
 /// How the tree says that something of the layers below is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Whiteouts {
@@ -249,9 +252,13 @@ fn attributes(fd: &impl AsFd) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
 }
 
 pub(crate) fn attribute(fd: &impl AsFd, name: &OsStr) -> io::Result<Option<Vec<u8>>> {
-    let mut value = vec![0; 1 << 16];
-    match rfs::fgetxattr(fd, name, &mut value[..]) {
-        Ok(length) => {
+    // The kernel clears as many bytes as it is given room for, and nearly all files have no attribute.
+    let mut room = [0; 1 << 8];
+    match rfs::fgetxattr(fd, name, &mut room[..]) {
+        Ok(length) => Ok(Some(room[..length].to_vec())),
+        Err(Errno::RANGE) => {
+            let mut value = vec![0; LARGEST_ATTRIBUTE];
+            let length = rfs::fgetxattr(fd, name, &mut value[..])?;
             value.truncate(length);
             Ok(Some(value))
         }
@@ -271,5 +278,25 @@ fn without_namespace(mut value: Vec<u8>) -> io::Result<Vec<u8>> {
             Ok(value)
         }
         _ => Err(io::Error::other("its file capabilities are of an unknown revision")),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use rustix::fs::XattrFlags;
+
+    use super::*;
+
+    #[test]
+    fn an_attribute_is_read_whole_however_long_it_is() {
+        let file = tempfile::tempfile().unwrap();
+        let name = OsStr::new("user.x");
+        assert_eq!(attribute(&file, name).unwrap(), None);
+        for length in [0, 1, 255, 256, 257, 3000] {
+            let value = vec![b'v'; length];
+            rfs::fsetxattr(&file, name, &value, XattrFlags::empty()).unwrap();
+            assert_eq!(attribute(&file, name).unwrap(), Some(value));
+        }
     }
 }

@@ -131,16 +131,24 @@ pub(crate) fn attest_provenance(
 /// # Errors
 /// The image is not in the store, or what dpkg says of its packages can't be read.
 pub(crate) fn attach_datasheet(images: &ImageStore, digest: &Digest, about: &About) -> Result<(), BakeError> {
-    let contents = images.contents(digest)?;
+    let before = about.before.filter(|before| before != digest);
+    // It may have been collected or damaged meanwhile, which is no fault of this one.
+    let told = |error: &BakeError| {
+        tracing::warn!(before = ?about.before, %error, "the image before can't be compared with");
+    };
+    let both = before.and_then(|before| {
+        let both = images.contents_of_both(&before, digest).map_err(BakeError::from);
+        both.inspect_err(told).ok().map(|(old, new)| (before, old, new))
+    });
     let stack = images.stack(digest)?;
     let packages = packages(images, digest)?;
     let passwd = stack.read_through_links(b"etc/passwd", PASSWD_LIMIT)?.unwrap_or_default();
-    let since = match about.before.filter(|before| before != digest) {
-        // It may have been collected or damaged meanwhile, which is no fault of this one.
-        Some(before) => since(images, &before, &contents, &stack, &packages)
-            .inspect_err(|error| tracing::warn!(%before, %error, "the image before can't be compared with"))
-            .ok(),
-        None => None,
+    let (contents, since) = match both {
+        Some((before, old, new)) => {
+            let since = since(images, &before, &old, &new, &stack, &packages);
+            (new, since.inspect_err(told).ok())
+        }
+        None => (images.contents(digest)?, None),
     };
     let page = datasheet::markdown(&Sheet {
         image: &images.image(digest)?,
@@ -161,11 +169,12 @@ pub(crate) fn attach_datasheet(images: &ImageStore, digest: &Digest, about: &Abo
 fn since(
     images: &ImageStore,
     before: &Digest,
-    contents: &Contents,
+    old: &Contents,
+    new: &Contents,
     stack: &Stack,
     after: &[Installed],
 ) -> Result<Since, BakeError> {
-    let files = images.contents(before)?.differences(contents)?;
+    let files = old.differences(new)?;
     let by_name = |all: Vec<Installed>| -> BTreeMap<String, Installed> {
         all.into_iter().map(|it| (it.name.clone(), it)).collect()
     };

@@ -105,8 +105,8 @@ fn compare(
     let image = |digest: &Digest| images.image(digest).map_err(|error| image_error(&error, digest));
     let (old, new) = (image(before)?, image(after)?);
     let failed = |error: &kiln_image::Error| image_error(error, before);
-    let contents = |digest: &Digest| images.contents(digest).map_err(|error| image_error(&error, digest));
-    let files = contents(before)?.differences(&contents(after)?).map_err(|error| failed(&error))?;
+    let (held, holds) = images.contents_of_both(before, after).map_err(|error| failed(&error))?;
+    let files = held.differences(&holds).map_err(|error| failed(&error))?;
     let first = CompareImagesResponse {
         before: before.to_string(),
         after: after.to_string(),

@@ -98,7 +98,11 @@ fn two_images_differ_where_a_process_in_them_would_see_it() {
         write(folder, "new", "n");
     });
     let after = of_layers(&store, vec![common, upper]);
-    let (before, after) = (store.contents(&before).unwrap(), store.contents(&after).unwrap());
+    let alone = [&before, &after].map(|image| store.contents(image).unwrap());
+    let (before, after) = store.contents_of_both(&before, &after).unwrap();
+    for (alone, both) in alone.iter().zip([&before, &after]) {
+        assert!(alone.nodes().eq(both.nodes()));
+    }
     let told = |differences: Vec<Difference>| {
         let one = |it: Difference| {
             let path = String::from_utf8(it.path).unwrap();
@@ -154,4 +158,48 @@ fn a_root_that_is_exported_is_what_the_image_holds() {
     let link = |path: &str| rfs::lstat(out.path().join(path)).unwrap();
     assert_eq!((link("etc/one").st_ino, link("etc/one").st_nlink), (link("etc/same").st_ino, 2));
     assert_eq!(link("etc/link").st_mode & 0o170_000, 0o120_000);
+}
+
+#[test]
+fn links_are_followed_within_the_root_and_whatever_layer_has_them() {
+    let (_folder, store) = store();
+    let lower = layer(&store, |folder| {
+        write(folder, "doc/one/copyright", "1");
+        write(folder, "doc/two/copyright", "2");
+        write(folder, "doc/three/copyright", "3");
+        write(folder, "etc/passwd", "the image's");
+        symlink("one", folder.join("doc/same")).unwrap();
+        symlink("/etc", folder.join("doc/far")).unwrap();
+        symlink("../../../../etc", folder.join("doc/up")).unwrap();
+        symlink("round", folder.join("doc/round")).unwrap();
+    });
+    let upper = layer(&store, |folder| {
+        hide(folder, "doc/two");
+        fs::create_dir_all(folder.join("doc")).unwrap();
+        symlink("one", folder.join("doc/three")).unwrap();
+        write(folder, "doc/one/more", "m");
+    });
+    let image = of_layers(&store, vec![lower, upper]);
+    let stack = store.stack(&image).unwrap();
+    let read = |path: &str| {
+        let content = stack.read_through_links(path.as_bytes(), 100).unwrap();
+        content.map(|bytes| String::from_utf8(bytes).unwrap())
+    };
+    for (path, wanted) in [
+        ("doc/one/copyright", Some("1")),
+        ("doc/one/more", Some("m")),
+        ("doc/two/copyright", None),
+        ("doc/three/copyright", Some("1")),
+        ("doc/same/copyright", Some("1")),
+        ("doc/same/../one/./copyright", Some("1")),
+        ("doc/far/passwd", Some("the image's")),
+        ("doc/up/passwd", Some("the image's")),
+        ("../../../etc/passwd", Some("the image's")),
+        ("doc/round/x", None),
+        ("doc", None),
+        ("", None),
+    ] {
+        assert_eq!(read(path).as_deref(), wanted, "{path}");
+    }
+    assert!(stack.read_through_links(b"etc/passwd", 3).is_err());
 }
