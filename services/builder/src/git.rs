@@ -17,6 +17,8 @@ use crate::context::MAX_SERVERS;
 use crate::tree::{MAX_ENTRIES, MAX_SIZE, Node, Tree, Unreadable};
 
 const FETCH_TIMEOUT: Duration = Duration::from_secs(120);
+/// By its path: a program that is looked for on a path of its own is started by a copy of this whole process.
+const PRLIMIT: &str = "/usr/bin/prlimit";
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
 /// One pack file of a commit's content; larger ones are no definitions.
 const MAX_PACK: u64 = 1 << 30;
@@ -388,7 +390,7 @@ impl Mirror {
 
 fn command(home: &Path, mirror: &Path) -> Command {
     // The limit is on each file that is written, which a pack is one of.
-    let mut command = Command::new("prlimit");
+    let mut command = Command::new(PRLIMIT);
     command
         .arg(format!("--fsize={MAX_PACK}"))
         .arg("git")
