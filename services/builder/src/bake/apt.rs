@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use kiln_model::digest::Digest;
 use kiln_model::lock::LockedPackage;
+use kiln_service::config::apt_credentials;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
@@ -93,10 +94,7 @@ impl<'a> Apt<'a> {
         };
         write("sources.sources", &sources)?;
         write("state/status", "")?;
-        let mut configuration = configuration(&folder, architecture, &host_configuration()?);
-        if let Some(credentials) = transport.credentials {
-            let _ = writeln!(configuration, "Dir::Etc::netrc \"{}\";", credentials.display());
-        }
+        let configuration = configuration(&folder, architecture, &host_configuration()?);
         write("apt.conf", &configuration)?;
         Ok(Self { folder, configuration, archives, transport, _lock: lock })
     }
@@ -113,6 +111,7 @@ impl<'a> Apt<'a> {
     fn command(&self, program: &str, status: Option<&Path>) -> Command {
         let mut command = Command::new(program);
         command.env("APT_CONFIG", self.folder.join("apt.conf")).env("LC_ALL", "C.UTF-8");
+        command.args(apt_credentials(self.transport.credentials).iter().flat_map(|option| ["-o", option]));
         if let Some(status) = status {
             command.arg("-o").arg(format!("Dir::State::status={}", status.display()));
         }

@@ -131,23 +131,17 @@ pub(crate) fn attest_provenance(
 /// # Errors
 /// The image is not in the store, or what dpkg says of its packages can't be read.
 pub(crate) fn attach_datasheet(images: &ImageStore, digest: &Digest, about: &About) -> Result<(), BakeError> {
-    let before = about.before.filter(|before| before != digest);
-    // It may have been collected or damaged meanwhile, which is no fault of this one.
-    let told = |error: &BakeError| {
-        tracing::warn!(before = ?about.before, %error, "the image before can't be compared with");
-    };
-    let both = before.and_then(|before| {
-        let both = images.contents_of_both(&before, digest).map_err(BakeError::from);
-        both.inspect_err(told).ok().map(|(old, new)| (before, old, new))
-    });
     let stack = images.stack(digest)?;
     let packages = packages(images, digest)?;
     let passwd = stack.read_through_links(b"etc/passwd", PASSWD_LIMIT)?.unwrap_or_default();
-    let (contents, since) = match both {
-        Some((before, old, new)) => {
-            let since = since(images, &before, &old, &new, &stack, &packages);
-            (new, since.inspect_err(told).ok())
-        }
+    let compared = about.before.filter(|before| before != digest).and_then(|before| {
+        // It may have been collected or damaged meanwhile, which is no fault of this one.
+        since(images, &before, digest, &stack, &packages)
+            .inspect_err(|error| tracing::warn!(%before, %error, "the image before can't be compared with"))
+            .ok()
+    });
+    let (contents, since) = match compared {
+        Some((contents, since)) => (contents, Some(since)),
         None => (images.contents(digest)?, None),
     };
     let page = datasheet::markdown(&Sheet {
@@ -166,15 +160,16 @@ pub(crate) fn attach_datasheet(images: &ImageStore, digest: &Digest, about: &Abo
     Ok(())
 }
 
+/// What an image holds, and how it differs from the one before.
 fn since(
     images: &ImageStore,
     before: &Digest,
-    old: &Contents,
-    new: &Contents,
+    image: &Digest,
     stack: &Stack,
     after: &[Installed],
-) -> Result<Since, BakeError> {
-    let files = old.differences(new)?;
+) -> Result<(Contents, Since), BakeError> {
+    let (old, contents) = images.contents_of_both(before, image)?;
+    let files = old.differences(&contents)?;
     let by_name = |all: Vec<Installed>| -> BTreeMap<String, Installed> {
         all.into_iter().map(|it| (it.name.clone(), it)).collect()
     };
@@ -187,7 +182,8 @@ fn since(
             fixed.extend(names.into_iter().map(|cve| (cve, to.source.clone())));
         }
     }
-    Ok(Since { image: *before, packages: changes, files, fixed: fixed.into_iter().collect() })
+    let since = Since { image: *before, packages: changes, files, fixed: fixed.into_iter().collect() };
+    Ok((contents, since))
 }
 
 /// Debian's own, or that of a package that is Debian's own. One that is longer than any is as good as none.
