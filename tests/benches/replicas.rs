@@ -24,6 +24,7 @@ use kiln_builder_core::build::TestResult;
 use kiln_image::ImageStore;
 use kiln_model::digest::Digest;
 use kiln_model::lock::{BUILDER_FORMAT, Lock, LockedBase};
+use kiln_model::revision::PackageVersions;
 use kiln_service::access::Caller;
 use kiln_service::clock::SystemClock;
 use kiln_service::config::Signing;
@@ -67,7 +68,7 @@ impl Bakery for Pretender {
             command: image.command.clone(),
             timestamp: request.timestamp,
         };
-        Ok(Resolution { lock, release_files: None })
+        Ok(Resolution { lock, security: PackageVersions::new(), release_files: None })
     }
 
     async fn bake(&self, _: &Lock, run: BakeRun) -> std::result::Result<BakedImage, BakeError> {

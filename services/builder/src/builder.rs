@@ -16,6 +16,7 @@ use kiln_model::digest::Digest;
 use kiln_model::lock::Lock;
 use kiln_model::name::{BuildId, ServerName};
 use kiln_model::revision::PackageVersions;
+use kiln_model::time::Millis;
 use kiln_service::clock::Clock;
 use kiln_store::Store;
 use tracing::Instrument as _;
@@ -53,7 +54,10 @@ pub struct Resolved {
     pub key: Digest,
     pub parent_image: Option<Digest>,
     pub packages: PackageVersions,
+    /// Those that an archive for security updates has.
+    pub security: PackageVersions,
     pub release_files: Vec<ReleaseFile>,
+    pub took: Millis,
     /// What resolving said.
     pub log: Vec<String>,
 }
@@ -95,7 +99,9 @@ impl Resolved {
             lock_key: self.key,
             parent_image: self.parent_image,
             packages: self.packages,
+            security: self.security,
             release_files: self.release_files,
+            resolving: self.took,
             cause,
             further_causes,
         }
@@ -156,11 +162,15 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
             }),
         };
         let span = tracing::info_span!("resolve", server = %server.name, pinned = pinned.is_some());
+        let began = self.clock.now().monotonic;
         let resolution = self.bakery.resolve(request).instrument(span).await?;
+        let took = self.clock.now().monotonic.saturating_sub(began).into();
         let key =
             resolution.lock.key().map_err(|error| lost("lock of", format!("{}: {error}", server.name)))?;
         let mut packages = parent.map(|parent| parent.packages.clone()).unwrap_or_default();
         packages.extend(resolution.lock.packages());
+        let mut security = parent.map(|parent| parent.security.clone()).unwrap_or_default();
+        security.extend(resolution.security);
         let release_files = match resolution.release_files {
             Some(files) => {
                 files.into_iter().map(|file| ReleaseFile { url: file.url, digest: file.digest }).collect()
@@ -174,7 +184,18 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
         let definition = definition.clone();
         let log = std::mem::take(&mut *said.lock().unwrap_or_else(PoisonError::into_inner));
         let lock = resolution.lock;
-        Ok(Resolved { stored, definition, lock, key, parent_image, packages, release_files, log })
+        Ok(Resolved {
+            stored,
+            definition,
+            lock,
+            key,
+            parent_image,
+            packages,
+            security,
+            release_files,
+            took,
+            log,
+        })
     }
 
     /// What is in force, where a step of the definition is to be run again only for newer packages.

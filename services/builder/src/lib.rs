@@ -20,6 +20,7 @@ pub mod sources;
 pub mod store;
 #[cfg(test)]
 mod tests;
+pub mod timings;
 pub mod tree;
 pub mod wire;
 pub mod workers;

@@ -4,10 +4,11 @@ use jiff::Timestamp;
 use kiln_api::builder as api;
 use kiln_api::convert::{to_duration, to_timestamp};
 use kiln_api::types;
-use kiln_builder_core::build::{Build, PackageChange, State};
+use kiln_builder_core::build::{Build, PackageChange, Phase, State};
 use kiln_builder_core::server::Server;
 use kiln_builder_core::source::{Place, Source};
 use kiln_model::revision::Revision;
+use kiln_model::time::Millis;
 
 pub fn server(server: &Server, version: u64) -> api::Server {
     let in_force = server.in_force.as_ref();
@@ -81,7 +82,33 @@ pub fn build(build: &Build, version: u64) -> api::Build {
         packages: package_changes(&build.packages),
         version,
         steps_total: build.progress.steps_total,
+        security: build.security,
+        timings: timings(build),
     }
+}
+
+fn timings(build: &Build) -> Vec<api::PhaseTiming> {
+    let timing = |phase: api::BuildPhase, took: Millis| api::PhaseTiming {
+        phase: phase.into(),
+        took: Some(to_duration(took)),
+    };
+    let resolve = (build.resolving > Millis(0)).then(|| timing(api::BuildPhase::Resolve, build.resolving));
+    let of_bake = build.progress.timings.iter().map(|it| {
+        let phase = match it.phase {
+            Phase::Fetch => api::BuildPhase::Fetch,
+            Phase::Unpack => api::BuildPhase::Unpack,
+            Phase::Configure => api::BuildPhase::Configure,
+            Phase::Run => api::BuildPhase::Run,
+            Phase::Hash => api::BuildPhase::Hash,
+            Phase::Write => api::BuildPhase::Write,
+            Phase::Describe => api::BuildPhase::Describe,
+            Phase::Sign => api::BuildPhase::Sign,
+            Phase::Push => api::BuildPhase::Push,
+            Phase::Test => api::BuildPhase::Test,
+        };
+        timing(phase, it.took)
+    });
+    resolve.into_iter().chain(of_bake).collect()
 }
 
 pub fn package_changes(changes: &[PackageChange]) -> Vec<api::PackageChange> {

@@ -5,7 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use kiln_builder_core::Told;
-use kiln_builder_core::build::{self, Build, Failed, HEARTBEAT, Progress, State, Step, TestResult};
+use kiln_builder_core::build::{
+    self, Build, Failed, HEARTBEAT, Phase, Precedence, Progress, State, Step, TestResult,
+};
 use kiln_builder_core::plan::Slot;
 use kiln_model::digest::Digest;
 use kiln_model::name::BuildId;
@@ -27,6 +29,7 @@ use crate::image_tests::{TestRun, Tester};
 use crate::logs::Writer;
 use crate::reconcile::{monotonic, readable};
 use crate::store::{Edit, Read, StoredImage};
+use crate::timings::{self, Timings};
 
 /// After the store refused.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -57,13 +60,20 @@ struct Fell {
     image: Option<(Digest, String)>,
 }
 
+/// A build that may be claimed at some time.
+struct Claimable {
+    /// By the clock that nobody sets.
+    at: Duration,
+    precedence: Precedence,
+}
+
 struct Dispatcher<S, K, C, T> {
     builder: Builder<S, K, C>,
     tester: T,
     options: WorkerOptions,
     builds: Follower,
-    /// When each build that has not ended may be claimed, by the clock that nobody sets.
-    claimable: BTreeMap<BuildId, Duration>,
+    /// Those that have not ended.
+    claimable: BTreeMap<BuildId, Claimable>,
     running: HashMap<BuildId, CancellationToken>,
     tasks: JoinSet<()>,
     /// Which build each task is for, and with which token: one that panics can't say so itself.
@@ -158,7 +168,10 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Dispatcher<S, K, C, T> {
             let Some(Read { value, .. }) = readable::<Build>(&entry) else { continue };
             let now = self.builder.clock.now();
             match value.claimable_at(now.wall) {
-                Some(at) => self.claimable.insert(value.id, monotonic(at, now)),
+                Some(at) => {
+                    let (at, precedence) = (monotonic(at, now), value.precedence());
+                    self.claimable.insert(value.id, Claimable { at, precedence })
+                }
                 None => {
                     // Cancelled while it ran.
                     if let Some(token) = self.running.get(&value.id) {
@@ -169,9 +182,11 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Dispatcher<S, K, C, T> {
             };
         }
         let now = self.builder.clock.now().monotonic;
-        let waiting: Vec<_> = self.claimable.iter().map(|(id, at)| (id.clone(), *at)).collect();
+        let mut waiting: Vec<_> =
+            self.claimable.iter().map(|(id, it)| (it.precedence, id.clone(), it.at)).collect();
+        waiting.sort();
         let mut next: Option<Duration> = None;
-        for (id, at) in waiting {
+        for (_, id, at) in waiting {
             if self.running.contains_key(&id) {
                 continue;
             }
@@ -203,7 +218,9 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Dispatcher<S, K, C, T> {
                 // Claimed by another meanwhile, or the clock was set back.
                 let at = build.claimable_at(now).map_or(Duration::ZERO, |at| monotonic(at, clock));
                 let at = at.max(clock.monotonic + PAUSE);
-                self.claimable.insert(id, at);
+                if let Some(waiting) = self.claimable.get_mut(&id) {
+                    waiting.at = at;
+                }
                 return Ok(Some(at));
             }
         };
@@ -226,6 +243,7 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Dispatcher<S, K, C, T> {
             token,
             cancel,
             progress: Arc::default(),
+            timings: Timings::default(),
             moved: Arc::default(),
         };
         let span = kiln_service::trace::span_under(&span_of, "build");
@@ -271,6 +289,7 @@ struct Worker<S, K, C, T> {
     cancel: CancellationToken,
     log: Writer,
     progress: Arc<Mutex<Progress>>,
+    timings: Timings,
     moved: Arc<Notify>,
 }
 
@@ -348,7 +367,8 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
             traceparent: kiln_service::trace::current(),
         };
         let span = tracing::info_span!("image tests", build = %build.id);
-        let tests = self.tester.test(run).instrument(span).await.map_err(|fault| Fell {
+        let tests = self.during(Phase::Test, self.tester.test(run)).instrument(span).await;
+        let tests = tests.map_err(|fault| Fell {
             image: Some((image, key_id.clone())),
             ..self.fell(format!("its tests could not be run: {}", fault.problem), fault.transient)
         })?;
@@ -364,7 +384,8 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
         let server = self.builder.documents.server(build.server()).await.map_err(stored)?;
         let before = server.and_then(|server| server.value.in_force).map(|in_force| in_force.image);
         let about = About { made, definition, tests, before };
-        if let Err(error) = self.builder.bakery.describe(image, &about).await {
+        let described = self.during(Phase::Describe, self.builder.bakery.describe(image, &about)).await;
+        if let Err(error) = described {
             // It has passed its tests: what people would read about it is no reason to keep it back.
             self.log.line(&format!("it has no datasheet: {error}"));
         }
@@ -396,6 +417,7 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
                 moved.notify_one();
             }),
             cancel: self.cancel.clone(),
+            timings: self.timings.clone(),
             use_layer_cache,
         };
         let span = tracing::info_span!("bake", build = %self.build.id);
@@ -415,8 +437,22 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
         Ok(baked.digest)
     }
 
+    /// Waits for a part of a phase. By the clock of the rest, and not by the bakes' own, so that one story has one end.
+    async fn during<F: Future>(&self, phase: Phase, work: F) -> F::Output {
+        let began = self.builder.clock.now().monotonic;
+        let done = work.instrument(timings::span(phase)).await;
+        self.timings.add(phase, self.builder.clock.now().monotonic.saturating_sub(began));
+        done
+    }
+
+    fn so_far(&self) -> Progress {
+        let progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        Progress { timings: self.timings.so_far(), ..progress }
+    }
+
     async fn sign(&self, image: Digest, made: &Provenance) -> Result<String, Fell> {
-        self.builder.bakery.sign(image, made).await.map_err(|error| self.bake_fell(&error))
+        let signed = self.during(Phase::Sign, self.builder.bakery.sign(image, made)).await;
+        signed.map_err(|error| self.bake_fell(&error))
     }
 
     /// Git's name for what the definition was taken from; empty for a folder, and where nobody waits for the build any more.
@@ -428,7 +464,7 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
     }
 
     async fn share(&self, image: Digest) -> Result<(), Fell> {
-        let share = self.builder.bakery.share(image);
+        let share = self.during(Phase::Push, self.builder.bakery.share(image));
         let shared = tokio::select! {
             biased;
             shared = share => shared,
@@ -482,9 +518,8 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
         else {
             return Err(Error::Lost { what: "build", id: self.build.id.to_string() });
         };
-        let progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let now = self.builder.now();
-        build.heartbeat(self.token, Some(progress), now)?;
+        build.heartbeat(self.token, Some(self.so_far()), now)?;
         let mut edit = Edit::new(now);
         edit.put_build(version, &build, None)?;
         match self.builder.documents.store().commit(edit.finish()).await {
@@ -543,8 +578,7 @@ impl<S: Store, K: Bakery, C: Clock, T: Tester> Worker<S, K, C, T> {
         let mut edit = Edit::new(now);
         let (told, image) = match outcome {
             Ok(baked) => {
-                let progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner).clone();
-                build.succeed(self.token, baked.image, progress, baked.tests.clone(), now)?;
+                build.succeed(self.token, baked.image, self.so_far(), baked.tests.clone(), now)?;
                 (Some(Told::BuildSucceeded), Some((baked.image, baked.key_id.clone())))
             }
             Err(fell) => {

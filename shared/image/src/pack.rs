@@ -7,6 +7,7 @@ use std::io::{self, BufWriter, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
+use std::time::Duration;
 
 use kiln_model::digest::Digest;
 use rustix::fs::{self as rfs, AtFlags, Dir, FileType, Mode, OFlags, Stat};
@@ -59,16 +60,16 @@ impl Packer {
     /// # Errors
     /// The tree can't be read, holds what a layer can't, or the blob can't be written.
     pub fn pack(&self, store: &ImageStore, tree: &Path) -> Result<Packed, Error> {
-        self.pack_and_copy(store, tree, io::sink())
+        self.pack_and_copy(store, tree, io::sink()).map(|(packed, _)| packed)
     }
 
-    /// The same, and the blob's bytes to `other` as well.
+    /// The same, and the blob's bytes to `other` as well. Says how long hashing took.
     pub(crate) fn pack_and_copy(
         &self,
         store: &ImageStore,
         tree: &Path,
         other: impl Write,
-    ) -> Result<Packed, Error> {
+    ) -> Result<(Packed, Duration), Error> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let root = rfs::open(tree, flags, Mode::empty()).map_err(|e| Error::io("open", tree)(e.into()))?;
         let both = Both { blob: store.blob_writer()?, other };
@@ -83,8 +84,9 @@ impl Packer {
             .map_err(Error::io("pack", tree))?;
         // Whoever reads it is done while the blob is synced.
         drop(other);
+        let hashing = blob.hashing();
         let (diff_id, size) = blob.finish()?;
-        Ok(Packed { diff_id, size, entries })
+        Ok((Packed { diff_id, size, entries }, hashing))
     }
 }
 

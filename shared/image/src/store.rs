@@ -1,6 +1,7 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use kiln_model::digest::Digest;
 use sha2::{Digest as _, Sha256};
@@ -62,7 +63,7 @@ impl ImageStore {
     pub fn blob_writer(&self) -> Result<BlobWriter, Error> {
         let folder = self.temporary();
         let file = NamedTempFile::new_in(&folder).map_err(Error::io("make a file in", &folder))?;
-        Ok(BlobWriter { store: self.clone(), file, hasher: Sha256::new(), size: 0 })
+        Ok(BlobWriter { store: self.clone(), file, hasher: Sha256::new(), hashing: Duration::ZERO, size: 0 })
     }
 
     /// Stores what `content` gives, and checks that it is what was `expected`.
@@ -188,13 +189,16 @@ pub struct BlobWriter {
     store: ImageStore,
     file: NamedTempFile,
     hasher: Sha256,
+    hashing: Duration,
     size: u64,
 }
 
 impl Write for BlobWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let n = self.file.write(bytes)?;
+        let began = Instant::now();
         self.hasher.update(&bytes[..n]);
+        self.hashing += began.elapsed();
         self.size += n as u64;
         Ok(n)
     }
@@ -207,6 +211,11 @@ impl Write for BlobWriter {
 impl BlobWriter {
     pub fn digest(&self) -> Digest {
         Digest::from_bytes(self.hasher.clone().finalize().into())
+    }
+
+    /// How long the digest of what was written so far took.
+    pub(crate) fn hashing(&self) -> Duration {
+        self.hashing
     }
 
     /// Makes the blob durable under its digest. One that is there stays where it is whole; a damaged one is replaced, which

@@ -70,18 +70,18 @@ impl ImageStore {
     }
 
     /// Packs a tree into a layer, and makes the layer's own tree from the same bytes meanwhile: making files takes as long
-    /// as reading, hashing and writing them.
+    /// as reading, hashing and writing them. Says how long hashing took.
     ///
     /// # Errors
     /// As for `Packer::pack` and `layer_tree`.
-    pub fn put_layer(&self, packer: &Packer, tree: &Path) -> Result<Packed, Error> {
+    pub fn put_layer(&self, packer: &Packer, tree: &Path) -> Result<(Packed, Duration), Error> {
         let temporary = self.temporary_tree("tree-", 8)?;
         let (sender, receiver) = relay::pair();
         let (packed, extracted) = thread::scope(|scope| {
             let extracting = scope.spawn(|| extract_into(temporary.path(), receiver, Limits::default()));
             (packer.pack_and_copy(self, tree, sender), extracting.join())
         });
-        let packed = packed?;
+        let (packed, hashing) = packed?;
         match extracted {
             Ok(extracted) => {
                 extracted.map_err(|problem| layer_error(problem, &packed.diff_id, temporary.path()))?;
@@ -95,7 +95,7 @@ impl ImageStore {
             remove_tree(&path)?;
             self.name_tree(temporary, &path, &marker, &boot)?;
         }
-        Ok(packed)
+        Ok((packed, hashing))
     }
 
     /// Removes blobs and trees in the making that nobody has touched for a day, as their process was killed, and says how

@@ -27,17 +27,46 @@ pub fn valid_until(content: &[u8]) -> Option<Timestamp> {
     time(content, "Valid-Until:")
 }
 
-fn time(content: &[u8], field: &str) -> Option<Timestamp> {
+/// Whether it is of an archive for security updates. Debian labels its own `Debian-Security`; Ubuntu's and those of other
+/// distributions are suites such as `noble-security`.
+pub fn is_for_security(content: &[u8]) -> bool {
+    let is_named_so = |name: &str| {
+        let name = field(content, name).unwrap_or_default().to_ascii_lowercase();
+        name == "security" || name.ends_with("-security")
+    };
+    ["Label:", "Suite:", "Codename:"].into_iter().any(is_named_so)
+}
+
+fn field(content: &[u8], name: &str) -> Option<String> {
     let fields = String::from_utf8_lossy(&content[..content.len().min(FIELDS)]);
-    let text = fields.lines().find_map(|line| line.strip_prefix(field))?.trim();
+    Some(fields.lines().find_map(|line| line.strip_prefix(name))?.trim().to_owned())
+}
+
+fn time(content: &[u8], name: &str) -> Option<Timestamp> {
+    let text = field(content, name)?;
     // RFC 2822 knows `GMT` and `UT`, and archives write `UTC`.
-    let text = text.strip_suffix("UTC").map_or_else(|| text.to_owned(), |rest| format!("{rest}+0000"));
+    let text = text.strip_suffix("UTC").map_or_else(|| text.clone(), |rest| format!("{rest}+0000"));
     rfc2822::parse(&text).ok().map(|date| date.timestamp())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_archive_for_security_updates_says_so() {
+        for (text, is) in [
+            ("Origin: Debian\nLabel: Debian-Security\nSuite: oldstable-security\n", true),
+            ("Label: Debian-Security\nSuite: oldoldstable\nCodename: buster/updates\n", true),
+            ("Origin: Ubuntu\nLabel: Ubuntu\nSuite: noble-security\n", true),
+            ("Origin: Debian\nLabel: Debian\nSuite: stable\n", false),
+            ("Origin: Ubuntu\nLabel: Ubuntu\nSuite: noble-updates\n", false),
+            ("Label: insecurity\n", false),
+            ("", false),
+        ] {
+            assert_eq!(is_for_security(text.as_bytes()), is, "{text}");
+        }
+    }
 
     #[test]
     fn the_date_is_the_archives_own() {

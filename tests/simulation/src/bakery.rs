@@ -8,6 +8,7 @@ use kiln_builder::bakery::Bakery;
 use kiln_builder::describe::{About, Provenance};
 use kiln_model::digest::Digest;
 use kiln_model::lock::{BUILDER_FORMAT, Lock, LockedBase, LockedPackage};
+use kiln_model::revision::PackageVersions;
 
 use crate::life::Life;
 use crate::nature::Nature;
@@ -71,7 +72,8 @@ impl Bakery for SimBakery {
             command: image.command.clone(),
             timestamp: request.timestamp,
         };
-        Ok(Resolution { lock, release_files: request.pinned.is_none().then(|| vec![file]) })
+        let release_files = request.pinned.is_none().then(|| vec![file]);
+        Ok(Resolution { lock, security: PackageVersions::new(), release_files })
     }
 
     async fn bake(&self, lock: &Lock, run: BakeRun) -> Result<BakedImage, BakeError> {

@@ -48,6 +48,12 @@ pub struct Build {
     pub created: Timestamp,
     pub started: Option<Timestamp>,
     pub ended: Option<Timestamp>,
+    /// How long its lock took to be resolved.
+    #[serde(default)]
+    pub resolving: Millis,
+    /// It brings security updates: it comes before others that wait.
+    #[serde(default)]
+    pub security: bool,
     /// A second build on an empty layer cache, compared with the first. It makes no revision and has no slot.
     pub verify: bool,
     pub progress: Progress,
@@ -85,6 +91,9 @@ pub struct Progress {
     pub steps: Vec<Step>,
     /// 0 where it is not known yet.
     pub steps_total: u32,
+    /// In the order of the phases. They go on beside each other, so all together can be longer than the build.
+    #[serde(default)]
+    pub timings: Vec<Timing>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -92,6 +101,54 @@ pub struct Step {
     pub name: String,
     pub cached: bool,
     pub millis: u64,
+}
+
+/// A part of a build's work, in the order in which most of it is done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Packages from their archives.
+    Fetch,
+    /// Files into the tree: of packages, of archives, of other images, of `files` steps.
+    Unpack,
+    /// Packages' own scripts.
+    Configure,
+    /// Scripts, playbooks, manifests and Containerfiles.
+    Run,
+    /// Layers' digests.
+    Hash,
+    /// Layers, read from the tree and written to the store.
+    Write,
+    /// What is written about the image: packages, datasheet.
+    Describe,
+    Sign,
+    /// To the registry.
+    Push,
+    /// The image's own tests.
+    Test,
+}
+
+impl Phase {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Fetch => "fetch",
+            Self::Unpack => "unpack",
+            Self::Configure => "configure",
+            Self::Run => "run",
+            Self::Hash => "hash",
+            Self::Write => "write",
+            Self::Describe => "describe",
+            Self::Sign => "sign",
+            Self::Push => "push",
+            Self::Test => "test",
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Timing {
+    pub phase: Phase,
+    pub took: Millis,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -152,9 +209,21 @@ impl Lease {
     }
 }
 
+/// Which of several builds that wait is claimed first, the lowest: those with security updates before the rest, and then as
+/// they came, whoever they are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Precedence {
+    without_security: bool,
+    created: Timestamp,
+}
+
 impl Build {
     pub fn server(&self) -> &ServerName {
         &self.id.server
+    }
+
+    pub fn precedence(&self) -> Precedence {
+        Precedence { without_security: !self.security, created: self.created }
     }
 
     /// When a worker may claim it; none where it has ended.

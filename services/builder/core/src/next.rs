@@ -50,6 +50,8 @@ pub struct ParentImage {
     pub image: Digest,
     pub lock_key: Digest,
     pub packages: PackageVersions,
+    /// Those of them that an archive for security updates has.
+    pub security: PackageVersions,
 }
 
 pub fn next(snapshot: Snapshot<'_>, now: Timestamp) -> Next {
@@ -110,6 +112,7 @@ pub fn parent_image(parent: &Server) -> Option<ParentImage> {
         image: in_force.image,
         lock_key: in_force.lock_key,
         packages: in_force.packages.clone(),
+        security: in_force.security.clone(),
     })
 }
 

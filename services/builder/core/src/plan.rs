@@ -5,8 +5,9 @@ use kiln_model::cause::Cause;
 use kiln_model::digest::Digest;
 use kiln_model::name::BuildId;
 use kiln_model::revision::{ImageRevision, PackageVersions, Revision, RevisionContent};
+use kiln_model::time::Millis;
 
-use crate::build::{Build, Progress, State, package_changes};
+use crate::build::{Build, PackageChange, Progress, State, package_changes};
 use crate::definition::{DefinitionRef, StoredDefinition};
 use crate::server::{Building, Failure, InForce, ReleaseFile, Server};
 use crate::signal::Outcome;
@@ -22,7 +23,10 @@ pub struct Planned {
     pub parent_image: Option<Digest>,
     /// Everything in the image: the lock's and the parent's.
     pub packages: PackageVersions,
+    /// Those of them that an archive for security updates has.
+    pub security: PackageVersions,
     pub release_files: Vec<ReleaseFile>,
+    pub resolving: Millis,
     /// What it was made for; never empty.
     pub cause: Cause,
     pub further_causes: Vec<Cause>,
@@ -147,6 +151,7 @@ pub fn planned(
         lock_key: plan.lock_key,
         parent_image: plan.parent_image,
         packages: plan.packages,
+        security: plan.security,
         release_files: plan.release_files,
         resolved: now,
         causes,
@@ -164,7 +169,12 @@ pub fn planned(
         Slot::Free => {
             server.builds = number;
             let changes = package_changes(&in_force_packages, &building.packages);
-            let queued = queue(build, &building, plan.cause, changes, now);
+            let security = changes.iter().any(|change| is_security_update(change, &building.security));
+            let queued = Build {
+                security,
+                resolving: plan.resolving,
+                ..queue(build, &building, plan.cause, changes, now)
+            };
             server.building = Some(building);
             Ok(Decided { server, made: Made::Queued(Box::new(queued)), told: vec![Told::BuildQueued] })
         }
@@ -188,11 +198,16 @@ fn refuse_stale(server: &Server, plan: &Planned) -> Result<(), Illegal> {
     }
 }
 
+/// What was not in the image before mends nothing in it.
+fn is_security_update(change: &PackageChange, security: &PackageVersions) -> bool {
+    change.from.is_some() && change.to.as_ref().is_some_and(|to| security.get(&change.name) == Some(to))
+}
+
 fn queue(
     id: BuildId,
     building: &Building,
     cause: Cause,
-    packages: Vec<crate::build::PackageChange>,
+    packages: Vec<PackageChange>,
     now: Timestamp,
 ) -> Build {
     Build {
@@ -207,6 +222,8 @@ fn queue(
         created: now,
         started: None,
         ended: None,
+        resolving: Millis(0),
+        security: false,
         verify: false,
         progress: Progress::default(),
         tests: Vec::new(),
@@ -232,6 +249,7 @@ pub fn verify(mut server: Server, cause: Cause, now: Timestamp) -> Result<(Serve
         lock_key: in_force.lock_key,
         parent_image: in_force.parent_image,
         packages: in_force.packages,
+        security: in_force.security,
         release_files: in_force.release_files,
         resolved: in_force.resolved,
         causes: vec![cause.clone()],
@@ -359,6 +377,7 @@ fn put_in_force(
         parent_image: building.parent_image,
         build: building.build,
         packages: building.packages,
+        security: building.security,
         release_files: building.release_files,
         resolved: building.resolved,
     });

@@ -65,6 +65,9 @@ pub struct InForce {
     pub parent_image: Option<Digest>,
     pub build: BuildId,
     pub packages: PackageVersions,
+    /// Those of them that an archive for security updates has.
+    #[serde(default)]
+    pub security: PackageVersions,
     pub release_files: Vec<ReleaseFile>,
     /// When its lock was last resolved anew and found equal.
     pub resolved: Timestamp,
@@ -85,6 +88,9 @@ pub struct Building {
     pub lock_key: Digest,
     pub parent_image: Option<Digest>,
     pub packages: PackageVersions,
+    /// Those of them that an archive for security updates has.
+    #[serde(default)]
+    pub security: PackageVersions,
     pub release_files: Vec<ReleaseFile>,
     pub resolved: Timestamp,
     pub causes: Vec<Cause>,

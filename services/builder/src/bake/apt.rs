@@ -41,6 +41,9 @@ const CARRIED_OVER: [&str; 8] = [
 pub(crate) struct Solved {
     pub(crate) package: LockedPackage,
     pub(crate) url: String,
+    /// An archive for security updates has it.
+    #[serde(default)]
+    pub(crate) security: bool,
 }
 
 /// A list of packages as apt keeps it.
@@ -407,7 +410,11 @@ fn parse_uri(line: &str) -> Result<Solved, BakeError> {
             sha256: format!("sha256:{}", hash.strip_prefix("SHA256:")?).parse().ok()?,
             size: size.parse().ok()?,
         };
-        (parts.next().is_none() && is_package_name(name)).then(|| Solved { package, url: url.to_owned() })
+        (parts.next().is_none() && is_package_name(name)).then(|| Solved {
+            package,
+            url: url.to_owned(),
+            security: false,
+        })
     };
     parse().ok_or_else(|| BakeError::Archive {
         archive: "packages".to_owned(),

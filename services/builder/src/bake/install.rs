@@ -6,6 +6,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Instant;
 
+use kiln_builder_core::build::Phase;
 use kiln_model::lock::LockedPackage;
 use rustix::fs::FileType;
 
@@ -18,6 +19,7 @@ use super::sandbox::{Access, Folder, Job, PATH, Rights, Sandbox};
 use super::tree::{SHIFT, Tree};
 use super::unpack::{Trouble, Unpacked, unpack};
 use super::work::mount_shifted;
+use crate::timings::Timings;
 
 /// Without syncs: the tree lies in memory. A configuration file that a files step has put there stays.
 const DPKG: &str = "dpkg --force-unsafe-io --force-confdef --force-confold";
@@ -29,6 +31,7 @@ pub(crate) struct Installer<'a> {
     pub(crate) sandbox: &'a Sandbox<'a>,
     pub(crate) store: &'a PackageStore,
     pub(crate) architecture: &'a str,
+    pub(crate) timings: &'a Timings,
 }
 
 impl Installer<'_> {
@@ -71,7 +74,8 @@ impl Installer<'_> {
             return Ok(Err(why));
         }
         let began = Instant::now();
-        let unpacked = match unpack(&debs, &tree, self.sandbox.cancel) {
+        let unpacking = || unpack(&debs, &tree, self.sandbox.cancel);
+        let unpacked = match self.timings.during(Phase::Unpack, unpacking) {
             Ok(unpacked) => unpacked,
             Err(Trouble::Taken { package, path }) => {
                 return Ok(Err(format!("{package} brings {path}, which is there")));
@@ -128,7 +132,8 @@ impl Installer<'_> {
     fn unpack(&self, debs: &[Deb], tree: &Tree) -> Result<Vec<Unpacked>, BakeError> {
         self.merge_usr(tree)?;
         let began = Instant::now();
-        let unpacked = unpack(debs, tree, self.sandbox.cancel).map_err(|trouble| match trouble {
+        let unpacking = || unpack(debs, tree, self.sandbox.cancel);
+        let unpacked = self.timings.during(Phase::Unpack, unpacking).map_err(|trouble| match trouble {
             Trouble::Failed(error) => error,
             Trouble::Taken { package, path } => BakeError::Package {
                 package,
@@ -208,6 +213,7 @@ impl Installer<'_> {
         folders: &[Folder],
     ) -> Result<(), BakeError> {
         forbid_services(tree)?;
+        let hide_ischroot = hides_ischroot(tree)?;
         let env: BTreeMap<String, String> = [
             ("PATH", PATH),
             ("HOME", "/root"),
@@ -222,17 +228,18 @@ impl Installer<'_> {
         .into_iter()
         .map(|(name, value)| (name.to_owned(), value.to_owned()))
         .collect();
-        self.sandbox.run(&Job {
+        let job = Job {
             step,
             root,
             script,
             env: &env,
             folders,
-            hide_ischroot: hides_ischroot(tree)?,
+            hide_ischroot,
             own_run: false,
             resolver: None,
             rights: Rights::Step,
-        })
+        };
+        self.timings.during(Phase::Configure, || self.sandbox.run(&job))
     }
 }
 

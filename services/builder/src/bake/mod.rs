@@ -41,6 +41,7 @@ mod sandbox;
 mod seal;
 mod seccomp;
 mod secrets;
+mod security;
 mod snapshot;
 mod solutions;
 mod sources;
@@ -66,14 +67,17 @@ use kiln_model::definition::{ArchiveSpec, Definition};
 use kiln_model::digest::Digest;
 use kiln_model::lock::Lock;
 use kiln_model::name::{BuildId, SiteId};
+use kiln_model::revision::PackageVersions;
 use kiln_registry::Registry;
 use kiln_service::config::{SigningKey, Trust};
 use kiln_service::machine::Leftover;
 use serde::Serialize;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
+use tracing::Span;
 
 use crate::describe::{self, About, Provenance};
+use crate::timings::Timings;
 
 pub use doctor::examine;
 pub use error::BakeError;
@@ -204,6 +208,8 @@ pub struct ReleaseFile {
 #[derive(Debug, Clone)]
 pub struct Resolution {
     pub lock: Lock,
+    /// Packages of it, with their versions, that an archive for security updates has.
+    pub security: PackageVersions,
     /// `None` where the lock was pinned: nothing was asked, what was known before stays true.
     pub release_files: Option<Vec<ReleaseFile>>,
 }
@@ -242,6 +248,7 @@ pub struct BakeRun {
     pub log: LogSink,
     pub progress: Arc<dyn Fn(Progress) + Send + Sync>,
     pub cancel: CancellationToken,
+    pub timings: Timings,
     /// `false` bakes every step anew, and leaves the cache as it is.
     pub use_layer_cache: bool,
 }
@@ -339,7 +346,8 @@ impl Baker {
     pub async fn bake(&self, lock: &Lock, run: BakeRun) -> Result<BakedImage, BakeError> {
         let (config, lock) = (Arc::clone(&self.config), lock.clone());
         let guard = run.cancel.clone().drop_guard();
-        let result = blocking(move || steps::bake(&config, &lock, &run)).await;
+        let span = Span::current();
+        let result = blocking(move || span.in_scope(|| steps::bake(&config, &lock, &run))).await;
         guard.disarm();
         result
     }

@@ -54,7 +54,7 @@ impl PackageStore {
 
     /// Remembers where packages can be had, for those that are not here.
     pub(crate) fn remember(&self, solved: &[Solved]) -> Result<(), BakeError> {
-        for Solved { package, url } in solved {
+        for Solved { package, url, .. } in solved {
             if !self.has(package) {
                 let path = self.root.join("where").join(package.sha256.hex());
                 whole::write(&path, &[url.as_bytes()]).map_err(BakeError::io("write", &path))?;

@@ -6,6 +6,7 @@ use std::fs;
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 
+use kiln_builder_core::build::Phase;
 use kiln_model::definition::Provisioner;
 use kiln_model::lock::Provision;
 
@@ -133,7 +134,8 @@ pub(crate) fn run(provision: &Provision, place: Place<'_>) -> Result<(), BakeErr
         resolver: None,
         rights: Rights::Step,
     };
-    reach::run(sandbox, &reach::Step { at, reach: &provision.reach, upper }, &job)
+    let step = reach::Step { at, reach: &provision.reach, upper };
+    installer.timings.during(Phase::Run, || reach::run(sandbox, &step, &job))
 }
 
 /// What every tree of tools has beside its own program.

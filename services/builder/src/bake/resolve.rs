@@ -34,7 +34,7 @@ use super::solutions::Solutions;
 use super::system::System;
 use super::{
     BakeConfig, Current, DebianRoot, LogSink, ParentImage, Resolution, archive, buildah, containerfile,
-    provision, secrets, sources,
+    provision, secrets, security, sources,
 };
 use crate::describe;
 
@@ -80,11 +80,11 @@ impl Resolver<'_> {
             secrets::are_known(&reach.secrets, self.config)?;
         }
         match self.pinned_packages(&requested)? {
-            Some(packages) => Ok(Resolution { lock: self.lock(packages)?, release_files: None }),
-            None => {
-                let (lock, release_files) = self.solve(&requested)?;
-                Ok(Resolution { lock, release_files: Some(release_files) })
+            Some(packages) => {
+                let security = PackageVersions::new();
+                Ok(Resolution { lock: self.lock(packages)?, security, release_files: None })
             }
+            None => self.solve(&requested),
         }
     }
 
@@ -338,7 +338,7 @@ impl Resolver<'_> {
         })
     }
 
-    fn solve(&self, requested: &[&Vec<String>]) -> Result<(Lock, Vec<super::ReleaseFile>), BakeError> {
+    fn solve(&self, requested: &[&Vec<String>]) -> Result<Resolution, BakeError> {
         let (suite, root, base_wanted, status) = match &self.definition.image.from {
             Source::Scratch => return self.nothing_to_solve(requested, "the source is scratch"),
             Source::Debian { suite, variant, archives } => {
@@ -400,15 +400,22 @@ impl Resolver<'_> {
         let mut lists: Vec<&[String]> = requested.iter().map(|list| list.as_slice()).collect();
         lists.insert(0, &base_wanted);
         let solver = Solver { apt: &apt, status: status.as_deref(), cancel: self.cancel };
-        let mut added = solutions.get_or(&lists, solver.status, || solver.each(&lists))?;
+        let mut added = solutions.get_or(&lists, solver.status, || {
+            let mut added = solver.each(&lists)?;
+            security::mark(&package_lists, added.iter_mut().flatten())?;
+            Ok(added)
+        })?;
         let mut all: Vec<Solved> = added.concat();
+        let security = all.iter().filter(|solved| solved.security);
+        let security =
+            security.map(|Solved { package, .. }| (package.name.clone(), package.version.clone())).collect();
         let base = packages_of(&added.remove(0));
         let steps = added.iter().map(|solved| packages_of(solved)).collect();
         let archives_now = Digest::of_json(&release_files)
             .map_err(|error| BakeError::io("name", "release files")(error.into()))?;
         let mut packages = Packages { base, steps, provisions: Vec::new(), archives: Some(archives_now) };
         if let Some(lock) = self.stays_in_force(&packages, &apt)? {
-            return Ok((lock, release_files));
+            return Ok(Resolution { lock, security, release_files: Some(release_files) });
         }
         let provisioners = self.provisioners();
         if !provisioners.is_empty() {
@@ -424,7 +431,7 @@ impl Resolver<'_> {
         }
         PackageStore::open(&self.config.packages)?.remember(&all)?;
         (self.log)(&format!("resolved {} packages ({} ms)", all.len(), began.elapsed().as_millis()));
-        Ok((self.lock(packages)?, release_files))
+        Ok(Resolution { lock: self.lock(packages)?, security, release_files: Some(release_files) })
     }
 
     /// The lock in force, where nothing differs but what archives hold that its playbooks and manifests have not installed: an
@@ -476,15 +483,12 @@ impl Resolver<'_> {
         (same && are_kept).then(|| locked.iter().map(|it| (it.tools.clone(), it.snapshot)).collect())
     }
 
-    fn nothing_to_solve(
-        &self,
-        requested: &[&Vec<String>],
-        why: &str,
-    ) -> Result<(Lock, Vec<super::ReleaseFile>), BakeError> {
+    fn nothing_to_solve(&self, requested: &[&Vec<String>], why: &str) -> Result<Resolution, BakeError> {
         if self.needs_no_archive(requested) {
             let steps = requested.iter().map(|_| Vec::new()).collect();
             let packages = Packages { base: Vec::new(), steps, provisions: Vec::new(), archives: None };
-            return Ok((self.lock(packages)?, Vec::new()));
+            let (lock, security) = (self.lock(packages)?, PackageVersions::new());
+            return Ok(Resolution { lock, security, release_files: Some(Vec::new()) });
         }
         Err(no_archive(why))
     }

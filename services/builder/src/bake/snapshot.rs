@@ -134,7 +134,7 @@ impl Snapshot {
             let mut add = |fields: Fields| {
                 if let Some((name, package)) = fields.finish() {
                     let url = format!("{address}{name}");
-                    packages.insert(format!("{repository}/{name}"), Solved { package, url });
+                    packages.insert(format!("{repository}/{name}"), Solved { package, url, security: false });
                 }
             };
             for line in BufReader::with_capacity(1 << 16, file).split(b'\n') {

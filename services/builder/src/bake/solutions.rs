@@ -84,7 +84,7 @@ mod tests {
             sha256: Digest::of(name.as_bytes()),
             size: 1,
         };
-        vec![vec![Solved { package, url: format!("http://a.test/{name}.deb") }]]
+        vec![vec![Solved { package, url: format!("http://a.test/{name}.deb"), security: false }]]
     }
 
     #[test]

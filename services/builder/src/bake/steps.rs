@@ -8,10 +8,12 @@ use std::thread;
 use std::time::Instant;
 
 use jiff::Timestamp;
+use kiln_builder_core::build::Phase;
 use kiln_image::{ImageStore, Layer, NewImage, Packer, Whiteouts};
 use kiln_model::definition::ImagePlace;
 use kiln_model::digest::Digest;
 use kiln_model::lock::{Containerfile, Lock, LockedBase, LockedPackage, LockedStep};
+use tracing::Span;
 
 use super::ahead::Ahead;
 use super::buildah::Build;
@@ -29,7 +31,7 @@ use super::work::{Work, mount_overlay, mount_shifted, unmount_below};
 use super::{
     BakeConfig, BakeRun, BakedImage, BakedLayer, Progress, StepReport, archive, files, provision, reach,
 };
-use crate::describe;
+use crate::{describe, timings};
 
 /// One layer to come: the base, or a step.
 enum Step<'a> {
@@ -104,7 +106,7 @@ pub(crate) fn bake(config: &BakeConfig, lock: &Lock, run: &BakeRun) -> Result<Ba
     }
     env.extend(lock.env.clone());
     let digest = store.put_image(&new_image(lock, env, &below)?)?;
-    describe::attach_sbom(&store, &digest)?;
+    run.timings.during(Phase::Describe, || describe::attach_sbom(&store, &digest))?;
     let layers = below
         .into_iter()
         .map(|layer| BakedLayer { digest: layer.diff_id, size: layer.size, created_by: layer.created_by })
@@ -237,7 +239,8 @@ impl Kitchen<'_> {
         let packages = PackageStore::open(&self.config.packages)?;
         let wanted: Vec<_> = plans.iter().map(Plan::packages).collect();
         let transport = self.config.transport(&self.run.log, &self.run.cancel);
-        packages.fetch(wanted.iter().copied().flatten(), transport)?;
+        let fetch = || packages.fetch(wanted.iter().copied().flatten(), transport);
+        self.run.timings.during(Phase::Fetch, fetch)?;
         let work = Work::new(&self.config.site, &self.run.build, self.config.limits.tree)?;
         let mut lowers = self.mount_below(&work, below)?;
 
@@ -269,14 +272,9 @@ impl Kitchen<'_> {
                     newest: stamp,
                     shift: cooked.shift,
                 };
-                let (made, tree) = (&made, cooked.tree);
+                let (made, tree, span) = (&made, cooked.tree, Span::current());
                 scope.spawn(move || {
-                    // Extracted at once too: the image's tests and the first launch need it.
-                    let result = self
-                        .store
-                        .put_layer(&packer, &tree)
-                        .map(|packed| Made { digest: packed.diff_id, size: packed.size })
-                        .map_err(BakeError::from);
+                    let result = span.in_scope(|| self.put_layer(&packer, &tree));
                     if let Ok(mut made) = made.lock() {
                         made.push((at, result));
                     }
@@ -308,6 +306,15 @@ impl Kitchen<'_> {
         Ok(())
     }
 
+    /// Extracted at once too: the image's tests and the first launch need it.
+    fn put_layer(&self, packer: &Packer, tree: &Path) -> Result<Made, BakeError> {
+        let (put, took) = timings::watch(Phase::Write, || self.store.put_layer(packer, tree));
+        let (packed, hashing) = put?;
+        self.run.timings.add(Phase::Hash, hashing);
+        self.run.timings.add(Phase::Write, took.saturating_sub(hashing));
+        Ok(Made { digest: packed.diff_id, size: packed.size })
+    }
+
     /// The trees of the layers that are there, the topmost first.
     fn mount_below(&self, work: &Work, below: &[Layer]) -> Result<Vec<PathBuf>, BakeError> {
         let mut lowers = Vec::new();
@@ -336,7 +343,9 @@ impl Kitchen<'_> {
             log: &self.run.log,
             cancel: &self.run.cancel,
         };
-        let installer = Installer { sandbox: &sandbox, store, architecture: &self.lock.architecture };
+        let timings = &self.run.timings;
+        let installer =
+            Installer { sandbox: &sandbox, store, architecture: &self.lock.architecture, timings };
         let step = match &plan.step {
             Step::Base(packages) => {
                 let tree = work.folder(&format!("s{at}"), 0)?;
@@ -349,7 +358,8 @@ impl Kitchen<'_> {
                 let file = Contents::open(&self.config.home)?.get(digest)?;
                 let (bytes, cancel) = (self.config.limits.tree, &self.run.cancel);
                 return whole(work, at, |tree| {
-                    archive::unpack(file, digest, tree, bytes, cancel).map(Unpacked::without_env)
+                    let unpack = || archive::unpack(file, digest, tree, bytes, cancel);
+                    timings.during(Phase::Unpack, unpack).map(Unpacked::without_env)
                 });
             }
             Step::Image(place, digest) => {
@@ -357,14 +367,18 @@ impl Kitchen<'_> {
                 let images = self.images(&contents);
                 // What it says of the environment is in the lock.
                 return whole(work, at, |tree| {
-                    images.unpack(place, digest, tree, self.config.limits.tree).map(Unpacked::without_env)
+                    let unpack = || images.unpack(place, digest, tree, self.config.limits.tree);
+                    timings.during(Phase::Unpack, unpack).map(Unpacked::without_env)
                 });
             }
             Step::Containerfile(of) => {
                 let contents = Contents::open(&self.config.home)?;
                 let images = &self.images(&contents);
                 let (sandbox, step, time) = (&sandbox, &plan.name, self.lock.timestamp.as_second());
-                return whole(work, at, |tree| Build { sandbox, images, of, at, step, time }.run(tree));
+                return whole(work, at, |tree| {
+                    let build = Build { sandbox, images, of, at, step, time };
+                    timings.during(Phase::Run, || build.run(tree))
+                });
             }
             Step::Locked(step) => step,
         };
@@ -387,7 +401,7 @@ impl Kitchen<'_> {
                 let stamp = stamp.max(self.lock.timestamp.as_second());
                 let contents = Contents::open(&self.config.home)?;
                 let tree = Tree::open(&overlay.root, SHIFT).map_err(BakeError::io("open", &overlay.root))?;
-                files::put(&tree, files, &contents)?;
+                timings.during(Phase::Unpack, || files::put(&tree, files, &contents))?;
                 (stamp, false)
             }
             LockedStep::Run { script, reach, .. } => {
@@ -406,7 +420,8 @@ impl Kitchen<'_> {
                     resolver: None,
                     rights: Rights::Step,
                 };
-                reach::run(&sandbox, &reach::Step { at, reach, upper: &overlay.upper }, &job)?;
+                let step = reach::Step { at, reach, upper: &overlay.upper };
+                timings.during(Phase::Run, || reach::run(&sandbox, &step, &job))?;
                 (stamp, true)
             }
             LockedStep::Provision(provision) => {

@@ -121,6 +121,7 @@ impl Kitchen {
             log: self.sink(),
             progress: Arc::new(|_| {}),
             cancel: CancellationToken::new(),
+            timings: Timings::default(),
             use_layer_cache: true,
         }
     }

@@ -2,7 +2,7 @@
 
 use kiln_api::builder::builder_service_server::BuilderService as _;
 use kiln_api::builder::{BuildRequest, CancelBuildRequest};
-use kiln_builder_core::build::State;
+use kiln_builder_core::build::{Build, State};
 use kiln_service::access::from_local;
 use kiln_store::Store as _;
 
@@ -53,15 +53,40 @@ async fn two_places_run_two_of_three_builds_and_a_cancelled_one_frees_its_place(
     world.bakery.then(Bakes::Well);
     world
         .running(async {
-            let ended = |builds: &[kiln_builder_core::build::Build]| {
-                builds.iter().all(|build| build.state.has_ended()).then_some(())
-            };
+            let ended = |builds: &[Build]| builds.iter().all(|build| build.state.has_ended()).then_some(());
             world.until_builds("all ended", ended).await;
         })
         .await;
     let succeeded = world.builds().await;
     let succeeded = succeeded.iter().filter(|build| matches!(build.state, State::Succeeded { .. }));
     assert_eq!(succeeded.count(), 2);
+}
+
+#[tokio::test]
+async fn a_security_update_overtakes_builds_that_wait() {
+    let world = World::new().await;
+    world.apply("apply-web", &yaml("web", "one", 1)).await.unwrap();
+    world.running(world.revision("web", 1)).await;
+    world.bakery.then(Bakes::Never);
+    three_builds(&world).await;
+    world
+        .running(async {
+            let both_places = |builds: &[Build]| {
+                let running = builds.iter().filter(|build| is_running(&build.state));
+                let running: Vec<_> = running.map(|build| build.id.to_string()).collect();
+                (running.len() == 2).then_some(running)
+            };
+            let running = world.until_builds("both places are taken", both_places).await;
+            world.bakery.security_update("nginx", "2");
+            world.apply("change-web", &yaml("web", "two", 1)).await.unwrap();
+            let queued = |state: &State| matches!(state, State::Queued { .. });
+            world.until_build("web-b2", queued).await;
+            cancel(&world, &running[0]).await;
+            world.until_build("web-b2", is_running).await;
+            let waiting = world.builds().await.into_iter().filter(|build| queued(&build.state)).count();
+            assert_eq!(waiting, 1, "the one that came before it");
+        })
+        .await;
 }
 
 #[tokio::test]

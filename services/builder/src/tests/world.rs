@@ -78,6 +78,8 @@ pub(crate) enum Bakes {
 pub(crate) struct FakeBakery {
     bakes: watch::Sender<Bakes>,
     packages: Arc<Mutex<BTreeMap<String, String>>>,
+    /// What of them is there for security.
+    security: Arc<Mutex<BTreeMap<String, String>>>,
     interrupted: watch::Sender<bool>,
     /// Plans that asked the archives.
     resolved: Arc<AtomicUsize>,
@@ -91,6 +93,7 @@ impl FakeBakery {
         Self {
             bakes: watch::Sender::new(Bakes::Well),
             packages: Arc::new(Mutex::new(packages)),
+            security: Arc::default(),
             interrupted: watch::Sender::new(false),
             resolved: Arc::default(),
             registry: Arc::default(),
@@ -111,6 +114,11 @@ impl FakeBakery {
 
     pub(crate) fn package(&self, name: &str, version: &str) {
         self.packages.lock().unwrap().insert(name.to_owned(), version.to_owned());
+    }
+
+    pub(crate) fn security_update(&self, name: &str, version: &str) {
+        self.package(name, version);
+        self.security.lock().unwrap().insert(name.to_owned(), version.to_owned());
     }
 
     pub(crate) fn resolved(&self) -> usize {
@@ -155,7 +163,8 @@ impl Bakery for FakeBakery {
         };
         let file = ReleaseFile { url: "archive".to_owned(), digest: Digest::of(b"release file") };
         let release_files = request.pinned.is_none().then(|| vec![file]);
-        Ok(Resolution { lock, release_files })
+        let security = self.security.lock().unwrap().clone();
+        Ok(Resolution { lock, security, release_files })
     }
 
     async fn bake(&self, lock: &Lock, run: BakeRun) -> Result<BakedImage, BakeError> {

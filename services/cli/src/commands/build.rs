@@ -6,7 +6,8 @@ use clap::Args;
 use kiln_api::builder::build_response::Item as Asked;
 use kiln_api::builder::watch_build_response::Item;
 use kiln_api::builder::{
-    Build as BuildMessage, BuildOutcome, BuildRequest, BuildState, CancelBuildRequest, WatchBuildRequest,
+    Build as BuildMessage, BuildOutcome, BuildPhase, BuildRequest, BuildState, CancelBuildRequest,
+    WatchBuildRequest,
 };
 use serde_json::json;
 
@@ -24,6 +25,9 @@ pub(crate) struct Build {
     /// Show the build's log until it ends
     #[arg(long)]
     wait: bool,
+    /// Wait for it, and show where its time went
+    #[arg(long)]
+    timings: bool,
     /// Keep the package versions of the last build; resolve nothing anew
     #[arg(long)]
     pinned: bool,
@@ -31,7 +35,7 @@ pub(crate) struct Build {
     #[arg(long)]
     verify: bool,
     /// End this build
-    #[arg(long, value_name = "BUILD", conflicts_with_all = ["server", "wait", "pinned", "verify"])]
+    #[arg(long, value_name = "BUILD", conflicts_with_all = ["server", "wait", "timings", "pinned", "verify"])]
     cancel: Option<String>,
 }
 
@@ -72,7 +76,7 @@ pub(crate) async fn run(it: &Build, services: &Services, screen: Screen) -> Outc
         };
         return screen.next(&[next, format!("kiln status {server}")]);
     };
-    if !it.wait {
+    if !(it.wait || it.timings) {
         screen.json(&json!({
             "unchanged": false, "image_digest": "", "build": json::of("kiln.builder.v1.Build", &build)?,
         }))?;
@@ -89,6 +93,9 @@ pub(crate) async fn run(it: &Build, services: &Services, screen: Screen) -> Outc
         return Err(follow::failed_build(&build));
     }
     show(&build, screen)?;
+    if it.timings {
+        show_timings(&build, screen)?;
+    }
     if it.verify {
         // A digest that differs fails the build, so this one is equal.
         screen.line("baked again without the layer cache: the same image, bit for bit")?;
@@ -167,6 +174,34 @@ fn show(build: &BuildMessage, screen: Screen) -> Outcome {
         build.tests.iter().filter(|test| test.passed).count(),
         build.tests.len(),
     ))
+}
+
+fn show_timings(build: &BuildMessage, screen: Screen) -> Outcome {
+    let rows = build.timings.iter().map(|timing| {
+        let (seconds, nanos) = timing.took.map_or((0, 0), |took| (took.seconds, took.nanos));
+        let seconds = seconds as f64 + f64::from(nanos) / 1e9;
+        vec![plain(phase(timing.phase())), plain(format!("{seconds:.3}s"))]
+    });
+    screen.line("")?;
+    screen.table(&["PHASE", "TIME"], rows.collect())?;
+    screen.line("phases go on beside each other, so all together can be longer than the build")
+}
+
+fn phase(phase: BuildPhase) -> &'static str {
+    match phase {
+        BuildPhase::Unspecified => "?",
+        BuildPhase::Resolve => "resolve",
+        BuildPhase::Fetch => "fetch",
+        BuildPhase::Unpack => "unpack",
+        BuildPhase::Configure => "configure",
+        BuildPhase::Run => "run",
+        BuildPhase::Hash => "hash",
+        BuildPhase::Write => "write",
+        BuildPhase::Describe => "describe",
+        BuildPhase::Sign => "sign",
+        BuildPhase::Push => "push",
+        BuildPhase::Test => "test",
+    }
 }
 
 async fn cancel(id: &str, services: &Services, screen: Screen) -> Outcome {

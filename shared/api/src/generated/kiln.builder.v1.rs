@@ -205,6 +205,13 @@ pub struct BuildStep {
     #[prost(uint64, tag = "3")]
     pub millis: u64,
 }
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PhaseTiming {
+    #[prost(enumeration = "BuildPhase", tag = "1")]
+    pub phase: i32,
+    #[prost(message, optional, tag = "2")]
+    pub took: ::core::option::Option<::prost_types::Duration>,
+}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct TestResult {
     #[prost(string, tag = "1")]
@@ -257,6 +264,12 @@ pub struct Build {
     pub version: u64,
     #[prost(uint32, tag = "17")]
     pub steps_total: u32,
+    /// It brings security updates, and comes before others that wait.
+    #[prost(bool, tag = "18")]
+    pub security: bool,
+    /// Phases go on beside each other, so all together can be longer than the build. Resolving came before it.
+    #[prost(message, repeated, tag = "19")]
+    pub timings: ::prost::alloc::vec::Vec<PhaseTiming>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CancelBuildRequest {
@@ -652,6 +665,65 @@ impl BuildState {
             "BUILD_STATE_SUCCEEDED" => Some(Self::Succeeded),
             "BUILD_STATE_FAILED" => Some(Self::Failed),
             "BUILD_STATE_CANCELLED" => Some(Self::Cancelled),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum BuildPhase {
+    Unspecified = 0,
+    Resolve = 1,
+    Fetch = 2,
+    Unpack = 3,
+    Configure = 4,
+    /// Scripts, playbooks, manifests and Containerfiles.
+    Run = 5,
+    Hash = 6,
+    Write = 7,
+    /// What is written about the image: packages, datasheet.
+    Describe = 8,
+    Sign = 9,
+    /// To the registry.
+    Push = 10,
+    Test = 11,
+}
+impl BuildPhase {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "BUILD_PHASE_UNSPECIFIED",
+            Self::Resolve => "BUILD_PHASE_RESOLVE",
+            Self::Fetch => "BUILD_PHASE_FETCH",
+            Self::Unpack => "BUILD_PHASE_UNPACK",
+            Self::Configure => "BUILD_PHASE_CONFIGURE",
+            Self::Run => "BUILD_PHASE_RUN",
+            Self::Hash => "BUILD_PHASE_HASH",
+            Self::Write => "BUILD_PHASE_WRITE",
+            Self::Describe => "BUILD_PHASE_DESCRIBE",
+            Self::Sign => "BUILD_PHASE_SIGN",
+            Self::Push => "BUILD_PHASE_PUSH",
+            Self::Test => "BUILD_PHASE_TEST",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "BUILD_PHASE_UNSPECIFIED" => Some(Self::Unspecified),
+            "BUILD_PHASE_RESOLVE" => Some(Self::Resolve),
+            "BUILD_PHASE_FETCH" => Some(Self::Fetch),
+            "BUILD_PHASE_UNPACK" => Some(Self::Unpack),
+            "BUILD_PHASE_CONFIGURE" => Some(Self::Configure),
+            "BUILD_PHASE_RUN" => Some(Self::Run),
+            "BUILD_PHASE_HASH" => Some(Self::Hash),
+            "BUILD_PHASE_WRITE" => Some(Self::Write),
+            "BUILD_PHASE_DESCRIBE" => Some(Self::Describe),
+            "BUILD_PHASE_SIGN" => Some(Self::Sign),
+            "BUILD_PHASE_PUSH" => Some(Self::Push),
+            "BUILD_PHASE_TEST" => Some(Self::Test),
             _ => None,
         }
     }

@@ -358,7 +358,7 @@ fn a_layer_that_is_put_has_its_tree_already() {
     fs::write(tree.path().join("folder/long"), &long).unwrap();
     symlink("long", tree.path().join("folder/link")).unwrap();
 
-    let put = store.put_layer(&packer(Whiteouts::None), tree.path()).unwrap();
+    let (put, _) = store.put_layer(&packer(Whiteouts::None), tree.path()).unwrap();
     let marker = store.root().join("layers").join(format!("{}.boot", put.diff_id.hex()));
     assert!(marker.exists());
     let made = store.layer_tree(&put.diff_id).unwrap();
@@ -369,7 +369,7 @@ fn a_layer_that_is_put_has_its_tree_already() {
         put,
         "the tree gives the layer again"
     );
-    assert_eq!(store.put_layer(&packer(Whiteouts::None), tree.path()).unwrap(), put);
+    assert_eq!(store.put_layer(&packer(Whiteouts::None), tree.path()).unwrap().0, put);
     assert_eq!(fs::read_dir(store.root().join("tmp")).unwrap().count(), 0);
 
     // What can't be a layer is refused as it would be by anyone who takes the layer, however much comes after it.

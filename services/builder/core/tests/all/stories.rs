@@ -1,6 +1,7 @@
 //! Each story is told by the world's log; the snapshot is what a reader would expect to happen.
 
 use insta::assert_snapshot;
+use kiln_builder_core::build::{Build, State};
 use kiln_builder_core::head::{By, Outcome};
 use kiln_builder_core::next::Next;
 use kiln_builder_core::signal::{self, Intake};
@@ -8,7 +9,7 @@ use kiln_builder_core::{Illegal, graph};
 use kiln_model::cause::CauseKind;
 use kiln_model::revision::RevisionContent;
 
-use crate::world::{Content, World, name};
+use crate::world::{Content, OWNER, World, name};
 
 fn applied(content: &Content) -> World {
     let mut world = World::new();
@@ -380,6 +381,48 @@ fn a_parents_image_cascades_once() {
         world.work();
     }
     assert_snapshot!(told(&world));
+}
+
+#[test]
+fn builds_come_as_they_were_asked_for_but_for_security_updates() {
+    let mut world = World::new();
+    let base = name("base");
+    for (server, parent) in [("base", None), ("zoo", Some(&base)), ("app", None)] {
+        let cause = world.cause(CauseKind::DefinitionApplied, "apply-1");
+        let content = Content { parent: parent.cloned(), ..Content::new(server, 1) };
+        world.apply(&name(server), &content, By::Hand, cause);
+    }
+    world.work();
+    world.advance(60);
+    world.work();
+    let queue = |world: &World| {
+        let waits = |build: &&Build| matches!(build.state, State::Queued { .. });
+        let mut waiting: Vec<_> = world.builds.values().filter(waits).collect();
+        waiting.sort_by_key(|build| build.precedence());
+        waiting.iter().map(|build| build.id.to_string()).collect::<Vec<_>>()
+    };
+    for (server, comment) in [("x", "first"), ("app", "second")] {
+        let cause = world.cause(CauseKind::DefinitionApplied, comment);
+        world.apply(&name(server), &Content::new(comment, 1), By::Hand, cause);
+        world.settle();
+        world.advance(1);
+    }
+    assert_eq!(queue(&world), ["x-b1", "app-b2"]);
+    // One that x has from its first build on mends nothing in it.
+    world.packages.insert("nginx".to_owned(), "2".to_owned());
+    world.security.insert("nginx".to_owned(), "2".to_owned());
+    world.signal(&base, CauseKind::PackageUpdates, "release-file-2");
+    world.advance(30);
+    world.settle();
+    assert_eq!(queue(&world), ["base-b2", "x-b1", "app-b2"]);
+    let now = world.now;
+    let base = world.builds.get_mut("base-b2").unwrap();
+    let token = base.claim(OWNER, now).unwrap();
+    world.succeed("base-b2", token).unwrap();
+    world.settle();
+    world.advance(30);
+    world.settle();
+    assert_eq!(queue(&world), ["zoo-b2", "x-b1", "app-b2"], "what follows from it comes before the rest too");
 }
 
 #[test]

@@ -51,6 +51,8 @@ pub(crate) struct World {
     in_force: BTreeMap<(ServerName, u64), InForce>,
     /// What the archive holds.
     pub(crate) packages: PackageVersions,
+    /// What of it is there for security.
+    pub(crate) security: PackageVersions,
     /// Plans that were made.
     pub(crate) plans: usize,
     /// Everything that happened, for people.
@@ -75,6 +77,7 @@ impl World {
             revisions: Vec::new(),
             in_force: BTreeMap::new(),
             packages: BTreeMap::from([("nginx".to_owned(), "1".to_owned())]),
+            security: BTreeMap::new(),
             plans: 0,
             log: Vec::new(),
         }
@@ -244,6 +247,8 @@ impl World {
         let mut packages = self.packages.clone();
         let parent_image = order.parent.as_ref().map(|parent| parent.image);
         packages.extend(order.parent.iter().flat_map(|parent| parent.packages.clone()));
+        let mut security = self.security.clone();
+        security.extend(order.parent.iter().flat_map(|parent| parent.security.clone()));
         let mut causes = order.causes.clone();
         let cause = causes.remove(0);
         Planned {
@@ -251,7 +256,9 @@ impl World {
             lock_key: digest(&format!("{image} {packages:?} {parent_image:?}")),
             parent_image,
             packages,
+            security,
             release_files: Vec::new(),
+            resolving: Millis(0),
             cause,
             further_causes: causes,
         }

@@ -299,6 +299,9 @@ fn build_link(it: &Build) -> Link {
     if more > 0 {
         text.push_str(&format!("; {more} more"));
     }
+    if it.security {
+        text.push_str("; security updates");
+    }
     Link::new("build", &it.id, it.created, text)
 }
 
