@@ -10,6 +10,7 @@ use kiln_api::builder::{ApplyRequest, BuildState, FolderSource, ListBuildsReques
 use kiln_builder::bake::{BakeError, BakeRun, BakedImage, Resolution, ResolveRequest};
 use kiln_builder::bakery::Bakery;
 use kiln_builder::builder::Builder;
+use kiln_builder::collect::{Collected, Collector, How};
 use kiln_builder::context::Contexts;
 use kiln_builder::describe::{About, Provenance};
 use kiln_builder::grpc::Api;
@@ -85,6 +86,15 @@ impl Bakery for Pretender {
         Ok(())
     }
 
+    async fn forget_unused(
+        &self,
+        _unused: Duration,
+        _locks: Vec<Lock>,
+        _how: How,
+    ) -> std::result::Result<Vec<Collected>, BakeError> {
+        Ok(Vec::new())
+    }
+
     async fn share(&self, _: Digest) -> std::result::Result<bool, BakeError> {
         Ok(false)
     }
@@ -131,7 +141,10 @@ async fn once(url: &str, count: usize) -> Result<Duration> {
     }
     let first = builders.first().ok_or("there is no builder")?.clone();
     let signing = Signing::with_one_key("signing.key".into(), "signing.pub".into());
-    let api = Api::new(first, ImageStore::open(&folder.path().join("images"))?, signing);
+    let images = ImageStore::open(&folder.path().join("images"))?;
+    let (_, never_heard) = watch::channel(None);
+    let collector = Collector::new(first.clone(), images.clone(), never_heard, A_BUILD);
+    let api = Api::new(first, images, signing, collector);
     let source = Some(apply_request::Source::Folder(servers()?));
     let mut request = Request::new(ApplyRequest { request_id: new_id(), source });
     request.extensions_mut().insert(Caller::local("bench", 0));

@@ -1,10 +1,13 @@
 //! What the loops need of the bake machinery, so that a simulation can put its own in the place.
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 use kiln_model::digest::Digest;
 use kiln_model::lock::Lock;
 
 use crate::bake::{BakeError, BakeRun, BakedImage, Baker, Resolution, ResolveRequest};
+use crate::collect::{Collected, How};
 use crate::describe::{About, Provenance};
 
 #[async_trait]
@@ -20,6 +23,14 @@ pub trait Bakery: Clone + Send + Sync + 'static {
 
     /// Attaches a page for people to an image that has passed its tests.
     async fn describe(&self, image: Digest, about: &About) -> Result<(), BakeError>;
+
+    /// Removes what bakes keep for later ones and what none has used for so long; the packages of `locks` count as used.
+    async fn forget_unused(
+        &self,
+        unused: Duration,
+        locks: Vec<Lock>,
+        how: How,
+    ) -> Result<Vec<Collected>, BakeError>;
 
     /// Puts a signed image where the nodes of other machines find it. True where the site has such a place.
     async fn share(&self, image: Digest) -> Result<bool, BakeError>;
@@ -41,6 +52,15 @@ impl Bakery for Baker {
 
     async fn describe(&self, image: Digest, about: &About) -> Result<(), BakeError> {
         Self::describe(self, image, about).await
+    }
+
+    async fn forget_unused(
+        &self,
+        unused: Duration,
+        locks: Vec<Lock>,
+        how: How,
+    ) -> Result<Vec<Collected>, BakeError> {
+        Self::forget_unused(self, unused, locks, how).await
     }
 
     async fn share(&self, image: Digest) -> Result<bool, BakeError> {

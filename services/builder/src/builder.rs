@@ -70,6 +70,9 @@ pub enum Error {
     Bake(#[from] BakeError),
     #[error(transparent)]
     Illegal(#[from] Illegal),
+    /// The image store or the folder of logs, in words.
+    #[error("{0}")]
+    Disk(String),
     /// A document that another one names is not there.
     #[error("{what} {id} is not in the store")]
     Lost { what: &'static str, id: String },
@@ -80,7 +83,7 @@ impl Error {
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Store(kiln_store::Error::Schema { .. } | kiln_store::Error::Unreadable { .. }) => false,
-            Self::Store(_) => true,
+            Self::Store(_) | Self::Disk(_) => true,
             Self::Bake(error) => error.is_transient(),
             Self::Illegal(_) | Self::Lost { .. } => false,
         }

@@ -1,6 +1,8 @@
-//! Removing what nobody needs: images, what was left of unfinished ones, and logs of old builds.
+//! Removing what nobody needs: images, what was left of unfinished ones, logs of old builds, and what bakes keep for later
+//! ones.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -14,7 +16,7 @@ use kiln_service::aside::aside;
 use kiln_service::clock::Clock;
 use kiln_service::shutdown;
 use kiln_store::Store;
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 
 use crate::bakery::Bakery;
 use crate::builder::{Builder, Error, TRIES};
@@ -22,38 +24,122 @@ use crate::store::{Documents, Edit, HOLD_KIND, IMAGE_KIND, Read, StoredHold, Sto
 
 const PERIOD: Duration = Duration::from_secs(3600);
 
-/// Collects once an hour until told to stop.
-pub async fn run<S: Store, K: Bakery, C: Clock>(
+/// Whether what nobody needs is removed, or only looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum How {
+    Remove,
+    Look,
+}
+
+/// What of one kind was removed, or would be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Collected {
+    /// For people, in the plural.
+    pub what: &'static str,
+    pub count: u64,
+    pub bytes: u64,
+}
+
+impl Collected {
+    pub fn new(what: &'static str) -> Self {
+        Self { what, count: 0, bytes: 0 }
+    }
+
+    pub fn add(&mut self, count: u64, bytes: u64) {
+        self.count += count;
+        self.bytes = self.bytes.saturating_add(bytes);
+    }
+}
+
+/// Removes what nobody needs, by itself and when it is asked to.
+#[derive(Clone)]
+pub struct Collector<S, K, C> {
     builder: Builder<S, K, C>,
     images: ImageStore,
+    /// When the deployer was heard of last.
     heard: watch::Receiver<Option<Timestamp>>,
-    mut stop: watch::Receiver<bool>,
-) {
-    loop {
-        tokio::select! {
-            biased;
-            () = shutdown::requested(&mut stop) => return,
-            () = builder.clock.sleep(PERIOD) => {}
-        }
-        match builder.logs.prune() {
-            Ok(0) => {}
-            Ok(count) => tracing::info!(count, "logs of old builds were removed"),
-            Err(error) => tracing::warn!(%error, "logs of old builds could not be removed"),
-        }
-        let store = images.clone();
-        match aside(move || store.forget_unfinished()).await {
-            Ok(Ok(0)) => {}
-            Ok(Ok(count)) => tracing::info!(count, "layers that were never finished were removed"),
-            Ok(Err(error)) => tracing::warn!(%error, "unfinished layers could not be removed"),
-            Err(error) => tracing::error!(%error, "the removal of unfinished layers ended badly"),
-        }
-        let deployer_heard = *heard.borrow();
-        match builder.collect(&images, deployer_heard).await {
-            Ok(0) => {}
-            Ok(count) => tracing::info!(count, "images that nobody needs were removed"),
-            Err(error) => tracing::warn!(%error, "images could not be collected"),
+    /// How long what no build uses is kept.
+    unused: Duration,
+    /// Two at once would count the same things.
+    turn: Arc<Mutex<()>>,
+}
+
+impl<S: Store, K: Bakery, C: Clock> Collector<S, K, C> {
+    pub fn new(
+        builder: Builder<S, K, C>,
+        images: ImageStore,
+        heard: watch::Receiver<Option<Timestamp>>,
+        unused: Duration,
+    ) -> Self {
+        Self { builder, images, heard, unused, turn: Arc::default() }
+    }
+
+    /// Collects once an hour until told to stop.
+    pub async fn run(&self, mut stop: watch::Receiver<bool>) {
+        loop {
+            tokio::select! {
+                biased;
+                () = shutdown::requested(&mut stop) => return,
+                () = self.builder.clock.sleep(PERIOD) => {}
+            }
+            // What went wrong has been told.
+            let all = self.collect(How::Remove).await.unwrap_or_default();
+            for Collected { what, count, bytes } in all.iter().filter(|it| it.count > 0) {
+                tracing::info!(count, bytes, "{what} that nobody needs were removed");
+            }
         }
     }
+
+    /// What nobody needs, kind by kind. One kind that can't be removed keeps none of the others.
+    ///
+    /// # Errors
+    /// The first of what went wrong; each is in the log.
+    pub async fn collect(&self, how: How) -> Result<Vec<Collected>, Error> {
+        let _turn = self.turn.lock().await;
+        let heard = *self.heard.borrow();
+        let images = self.builder.collect(&self.images, heard, how).await;
+        let kinds = [
+            images.map(|images| vec![images]),
+            self.forget_unused(how).await,
+            self.forget_unfinished(how).await.map(|unfinished| vec![unfinished]),
+            self.builder.logs.prune(how).map(|logs| vec![logs]).map_err(disk),
+        ];
+        let mut all = Vec::new();
+        let mut first = None;
+        for kind in kinds {
+            match kind {
+                Ok(collected) => all.extend(collected),
+                Err(error) => {
+                    tracing::warn!(%error, "what nobody needs could not be removed");
+                    first.get_or_insert(error);
+                }
+            }
+        }
+        first.map_or(Ok(all), Err)
+    }
+
+    async fn forget_unfinished(&self, how: How) -> Result<Collected, Error> {
+        let store = self.images.clone();
+        let forgotten = aside(move || store.forget_unfinished(how == How::Remove)).await;
+        let (count, bytes) = forgotten.map_err(disk)?.map_err(disk)?;
+        Ok(Collected { what: "layers that were never finished", count, bytes })
+    }
+
+    async fn forget_unused(&self, how: How) -> Result<Vec<Collected>, Error> {
+        let (_, servers) = self.builder.documents.holders().await?;
+        let in_force = servers.iter().filter_map(|server| server.in_force.as_ref().map(|it| it.lock_key));
+        let building = servers.iter().filter_map(|server| server.building.as_ref().map(|it| it.lock_key));
+        let keys: BTreeSet<Digest> = in_force.chain(building).collect();
+        let mut locks = Vec::new();
+        for key in &keys {
+            locks.extend(self.builder.documents.lock(key).await?);
+        }
+        Ok(self.builder.bakery.forget_unused(self.unused, locks, how).await?)
+    }
+}
+
+fn disk(error: impl std::fmt::Display) -> Error {
+    Error::Disk(error.to_string())
 }
 
 impl<S: Store> Documents<S> {
@@ -107,28 +193,39 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
         Ok(forgotten)
     }
 
-    /// Removes what nobody needs, and says how many images that were.
+    /// Removes images that nobody needs.
     ///
     /// # Errors
-    /// The store refuses.
+    /// The store refuses, or an image can't be looked at.
     pub async fn collect(
         &self,
         images: &ImageStore,
         deployer_heard: Option<Timestamp>,
-    ) -> Result<usize, Error> {
+        how: How,
+    ) -> Result<Collected, Error> {
         // Read first: whoever comes to need one of these later has written its document again, and whoever came before is
         // seen below.
         let stored: Vec<Read<StoredImage>> = self.documents.all(IMAGE_KIND, "").await?;
         let (held, servers) = self.documents.holders().await?;
         let ages: Vec<_> = stored.iter().map(|read| (read.value.digest, read.value.created)).collect();
         let doomed = garbage(&ages, &held, &servers, deployer_heard, self.now());
-        let mut removed = 0;
+        let mut collected = Collected::new("images");
+        if doomed.is_empty() {
+            return Ok(collected);
+        }
+        let (store, all) = (images.clone(), doomed.clone());
+        let bytes = aside(move || store.bytes_of_only(&all)).await;
+        collected.add(0, bytes.map_err(disk)?.map_err(disk)?);
         for read in stored.iter().filter(|read| doomed.contains(&read.value.digest)) {
             let digest = read.value.digest;
+            if how == How::Look {
+                collected.add(1, 0);
+                continue;
+            }
             match self.forget_image(read).await {
                 Ok(()) => {
                     self.remove(images, digest).await;
-                    removed += 1;
+                    collected.add(1, 0);
                 }
                 Err(error) if error.is_conflict() => {
                     tracing::debug!(%digest, %error, "is needed again, and stays");
@@ -136,7 +233,7 @@ impl<S: Store, K: Bakery, C: Clock> Builder<S, K, C> {
                 Err(error) => return Err(error),
             }
         }
-        Ok(removed)
+        Ok(collected)
     }
 
     /// Says that a build has come to an image again that was made before: it runs in the build's tests, and is as new as one

@@ -2,6 +2,7 @@
 
 mod apply;
 mod builds;
+mod collects;
 mod contents;
 mod exports;
 mod images;
@@ -16,12 +17,13 @@ use futures::Stream;
 use kiln_api::builder::builder_service_server::BuilderService;
 use kiln_api::builder::{
     ApplyRequest, ApplyResponse, BuildRequest, BuildResponse, CancelBuildRequest, CancelBuildResponse,
-    CompareImagesRequest, CompareImagesResponse, ExportImageRequest, ExportImageResponse, GetBuildRequest,
-    GetBuildResponse, GetImageRequest, GetImageResponse, GetServerRequest, GetServerResponse, HoldRequest,
-    HoldResponse, InspectSourceRequest, InspectSourceResponse, ListBuildsRequest, ListBuildsResponse,
-    ListRevisionsRequest, ListRevisionsResponse, ListServersRequest, ListServersResponse, ListSourcesRequest,
-    ListSourcesResponse, PlanRequest, PlanResponse, ReadDocumentRequest, ReadDocumentResponse, RemoveRequest,
-    RemoveResponse, WatchBuildRequest, WatchBuildResponse,
+    CollectRequest, CollectResponse, CompareImagesRequest, CompareImagesResponse, ExportImageRequest,
+    ExportImageResponse, GetBuildRequest, GetBuildResponse, GetImageRequest, GetImageResponse,
+    GetServerRequest, GetServerResponse, HoldRequest, HoldResponse, InspectSourceRequest,
+    InspectSourceResponse, ListBuildsRequest, ListBuildsResponse, ListRevisionsRequest,
+    ListRevisionsResponse, ListServersRequest, ListServersResponse, ListSourcesRequest, ListSourcesResponse,
+    PlanRequest, PlanResponse, ReadDocumentRequest, ReadDocumentResponse, RemoveRequest, RemoveResponse,
+    WatchBuildRequest, WatchBuildResponse,
 };
 use kiln_image::ImageStore;
 use kiln_model::name::ServerName;
@@ -36,6 +38,7 @@ use tonic::{Request, Response, Status};
 use self::exports::Exports;
 use crate::bakery::Bakery;
 use crate::builder::{Builder, Error};
+use crate::collect::Collector;
 use crate::store::Read;
 
 /// The service behind the API.
@@ -46,14 +49,20 @@ pub struct Api<S, K, C> {
     /// Whose signatures count.
     signing: Signing,
     exports: Exports,
+    collector: Collector<S, K, C>,
     /// Comparisons that are under way: each reads two images, and keeps where they differ.
     looking: Arc<Semaphore>,
 }
 
 impl<S: Store, K: Bakery, C: Clock> Api<S, K, C> {
-    pub fn new(builder: Builder<S, K, C>, images: ImageStore, signing: Signing) -> Self {
+    pub fn new(
+        builder: Builder<S, K, C>,
+        images: ImageStore,
+        signing: Signing,
+        collector: Collector<S, K, C>,
+    ) -> Self {
         let looking = Arc::new(Semaphore::new(contents::AT_ONCE));
-        Self { builder, images, signing, exports: Exports::default(), looking }
+        Self { builder, images, signing, exports: Exports::default(), collector, looking }
     }
 
     async fn server(&self, name: &str) -> Result<Read<kiln_builder_core::server::Server>, ApiError> {
@@ -91,7 +100,7 @@ impl From<Error> for ApiError {
             Error::Illegal(Illegal::State { .. } | Illegal::Refused { .. }) => {
                 Self::precondition(error.to_string(), "see `kiln status` for what is there now")
             }
-            Error::Lost { .. } => Self::Internal(error.to_string()),
+            Error::Lost { .. } | Error::Disk(_) => Self::Internal(error.to_string()),
         }
     }
 }
@@ -225,6 +234,11 @@ impl<S: Store, K: Bakery, C: Clock> BuilderService for Api<S, K, C> {
         request: Request<CompareImagesRequest>,
     ) -> Result<Response<Self::CompareImagesStream>, Status> {
         answer(self.compare(&request.into_inner()).await)
+    }
+
+    async fn collect(&self, request: Request<CollectRequest>) -> Result<Response<CollectResponse>, Status> {
+        let by = actor(&request)?;
+        answer(self.collect_now(request.into_inner(), &by).await)
     }
 
     async fn hold(&self, request: Request<HoldRequest>) -> Result<Response<HoldResponse>, Status> {

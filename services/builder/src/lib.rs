@@ -45,6 +45,7 @@ use tonic::service::Routes;
 use crate::bake::{BakeConfig, BakeLimits, Baker};
 use crate::bakery::Bakery;
 use crate::builder::Builder;
+use crate::collect::Collector;
 use crate::context::Contexts;
 use crate::events::{EventHandler, Resync};
 use crate::grpc::Api;
@@ -60,8 +61,6 @@ use crate::workers::WorkerOptions;
 const CONSUMER: &str = "builder";
 /// Between two looks whether the registry has what may be launched.
 const SHARE: Duration = Duration::from_secs(3600);
-/// Between two looks for what no bake uses any more.
-const FORGET: Duration = Duration::from_secs(3600);
 
 /// Runs the builder of a site until it is told to stop.
 ///
@@ -107,23 +106,19 @@ pub async fn run(start: Start) -> Result<(), Failure> {
             resync::every(SHARE, stop, Arc::default(), || share_needed(&builder, &images)).await;
         }
     };
-    let forgetting = {
-        let (baker, stop) = (builder.bakery.clone(), stop.clone());
-        async move {
-            let forget = || async { baker.forget_unused().await.map_err(|error| error.to_string()) };
-            resync::every(FORGET, stop, Arc::default(), forget).await;
-        }
-    };
-    let api = Api::new(builder.clone(), images.clone(), site.signing.clone());
+    let peer = |service| client::to(&site, Service::Builder, service);
+    let peers = SitePeers::new(peer(Service::Deployer)?, peer(Service::Monitor)?);
+    let following = Resync::new(builder.clone(), peers);
+    let collector = Collector::new(builder.clone(), images.clone(), following.heard(), site.builder.unused);
+    let api = Api::new(builder.clone(), images.clone(), site.signing.clone(), collector.clone());
     let service = BuilderServiceServer::new(api)
         .max_decoding_message_size(APPLY_LIMIT)
         .max_encoding_message_size(APPLY_LIMIT);
-    let peer = |service| client::to(&site, Service::Builder, service);
     let loops = Loops {
         builder,
         tester: EngineTester::new(client::nodes(&site, Service::Builder)?),
-        peers: SitePeers::new(peer(Service::Deployer)?, peer(Service::Monitor)?),
-        images,
+        following,
+        collector,
         options: WorkerOptions { members, workers: site.builder.workers },
         resync: site.poll.resync,
     };
@@ -131,7 +126,7 @@ pub async fn run(start: Start) -> Result<(), Failure> {
     let serving = serve(options, Routes::new(service).add_service(records), stop.clone());
     let beside = async {
         let staying = members::stay(heart, stop.clone());
-        tokio::join!(Box::pin(loops.run(bus, stop.clone())), staying, recording, sharing, forgetting);
+        tokio::join!(Box::pin(loops.run(bus, stop.clone())), staying, recording, sharing);
         Ok(())
     };
     // A server that can't serve ends the others too.
@@ -178,8 +173,8 @@ async fn share_needed<S: Store, K: Bakery, C: Clock>(
 pub struct Loops<S, K, C> {
     pub builder: Builder<S, K, C>,
     pub tester: EngineTester,
-    pub peers: SitePeers,
-    pub images: ImageStore,
+    pub following: Resync<S, K, C, SitePeers>,
+    pub collector: Collector<S, K, C>,
     pub options: WorkerOptions,
     /// Between two looks at everything that events may have failed to tell.
     pub resync: Duration,
@@ -188,16 +183,15 @@ pub struct Loops<S, K, C> {
 impl<S: Store, K: Bakery, C: Clock> Loops<S, K, C> {
     /// Runs until told to stop.
     pub async fn run<B: Bus>(self, bus: B, stop: watch::Receiver<bool>) {
-        let Self { builder, tester, peers, images, options, resync: period } = self;
+        let Self { builder, tester, following, collector, options, resync: period } = self;
         let wake = Arc::new(Notify::new());
         let handler = Arc::new(EventHandler::new(builder.clone(), wake.clone()));
-        let following = Resync::new(builder.clone(), peers);
         let interests = interests(Service::Builder);
         tokio::join!(
             relay::run(builder.documents.store().clone(), bus.clone(), stop.clone()),
             reconcile::run(builder.clone(), options.members.clone(), stop.clone()),
             workers::run(builder.clone(), tester.clone(), options, stop.clone()),
-            collect::run(builder.clone(), images, following.heard(), stop.clone()),
+            collector.run(stop.clone()),
             resync::every(period, stop.clone(), Arc::default(), || async {
                 tester.retire_leftovers(&builder).await.map(drop)
             }),

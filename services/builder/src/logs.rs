@@ -10,6 +10,8 @@ use kiln_model::name::{BuildId, ServerName};
 use tokio::io::{AsyncReadExt as _, AsyncSeekExt as _};
 use tokio::sync::watch;
 
+use crate::collect::{Collected, How};
+
 /// What a build may write; a loop that prints fills no disk.
 const MAX_LOG: u64 = 8 << 20;
 const MAX_LINE: usize = 4096;
@@ -68,7 +70,7 @@ impl Logs {
     ///
     /// # Errors
     /// The folder can't be read.
-    pub fn prune(&self) -> std::io::Result<usize> {
+    pub fn prune(&self, how: How) -> std::io::Result<Collected> {
         let mut builds: BTreeMap<ServerName, BTreeSet<u64>> = BTreeMap::new();
         for item in std::fs::read_dir(&self.folder)? {
             let name = item?.file_name();
@@ -77,19 +79,23 @@ impl Logs {
                 builds.entry(server).or_default().insert(number);
             }
         }
-        let mut removed = 0;
+        let mut collected = Collected::new("logs of old builds");
         let open = held(&self.open);
         for (server, numbers) in builds {
             for number in numbers.into_iter().rev().skip(KEPT) {
                 let build = BuildId { server: server.clone(), number };
                 let is_open = open.get(&build).is_some_and(|sender| Arc::strong_count(sender) > 1);
                 if !is_open {
-                    std::fs::remove_file(self.path(&build))?;
-                    removed += 1;
+                    let path = self.path(&build);
+                    let bytes = std::fs::metadata(&path)?.len();
+                    if how == How::Remove {
+                        std::fs::remove_file(path)?;
+                    }
+                    collected.add(1, bytes);
                 }
             }
         }
-        Ok(removed)
+        Ok(collected)
     }
 
     /// Goes on with a build's log.
@@ -239,11 +245,12 @@ mod tests {
             logs.writer(&format!("web-b{number}").parse().unwrap()).line("x");
         }
         logs.writer(&"db-b1".parse().unwrap()).line("another server's");
-        assert_eq!(logs.prune().unwrap(), 9);
+        assert_eq!(logs.prune(How::Look).unwrap().count, 9);
+        assert_eq!(logs.prune(How::Remove).unwrap().count, 9);
         let is_there = |id: &str| logs.path(&id.parse().unwrap()).exists();
         assert!(is_there("web-b1") && !is_there("web-b2") && !is_there("web-b10"));
         assert!(is_there("web-b11") && is_there("web-b60") && is_there("db-b1"));
-        assert_eq!(logs.prune().unwrap(), 0);
+        assert_eq!(logs.prune(How::Remove).unwrap().count, 0);
     }
 
     #[tokio::test]

@@ -1,7 +1,5 @@
 //! Small texts that many outputs share: ages, short digests, states.
 
-use std::time::Duration;
-
 use comfy_table::Cell;
 use jiff::{Timestamp, Unit};
 use kiln_api::builder::BuildState;
@@ -29,17 +27,13 @@ pub(crate) fn span(seconds: i64) -> String {
     }
 }
 
-/// How long something is to be good: `90m`, `12h`, `30d`.
-pub(crate) fn lifetime(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("`{text}` is no duration between 1m and 3650d, such as 12h or 30d");
-    let seconds = match text.strip_suffix('d') {
-        Some(days) => days.parse::<u64>().ok().and_then(|days| days.checked_mul(86_400)).ok_or_else(wrong)?,
-        None => {
-            let duration: jiff::SignedDuration = text.parse().map_err(|_| wrong())?;
-            u64::try_from(duration.as_secs()).map_err(|_| wrong())?
-        }
-    };
-    if (60..=3650 * 86_400).contains(&seconds) { Ok(Duration::from_secs(seconds)) } else { Err(wrong()) }
+pub(crate) fn size(bytes: u64) -> String {
+    match bytes {
+        0..1_000 => plural(usize::try_from(bytes).unwrap_or_default(), "byte"),
+        1_000..1_000_000 => format!("{:.1} kB", bytes as f64 / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
+        _ => format!("{:.2} GB", bytes as f64 / 1e9),
+    }
 }
 
 /// Between two moments, to a tenth of a second.
@@ -190,18 +184,6 @@ mod tests {
         assert_eq!([span(-5), span(0), span(119)], ["0s", "0s", "119s"]);
         assert_eq!([span(120), span(7_199), span(7_200)], ["2m", "119m", "2h"]);
         assert_eq!(span(200_000), "2d");
-    }
-
-    #[test]
-    fn a_lifetime_has_a_unit_and_bounds() {
-        let hours = |hours: u64| Ok(Duration::from_secs(hours * 3600));
-        assert_eq!(
-            [lifetime("12h"), lifetime("30d"), lifetime("90m")],
-            [hours(12), hours(720), Ok(Duration::from_secs(5400))]
-        );
-        for bad in ["", "d", "-1d", "12", "30s", "99999999999999999999d", "3651d", "-2h"] {
-            assert!(lifetime(bad).is_err(), "{bad}");
-        }
     }
 
     #[test]

@@ -106,6 +106,24 @@ impl ImageStore {
         tar.finish().and_then(|mut writer| writer.flush()).map_err(Error::io("export image", digest.hex()))
     }
 
+    /// Of the blobs that these images and what refers to them have and no other image has, the bytes. What is not there counts
+    /// for nothing.
+    ///
+    /// # Errors
+    /// An image that stays can't be read.
+    pub fn bytes_of_only(&self, images: &[Digest]) -> Result<u64, Error> {
+        let mut kept = BTreeSet::new();
+        for other in self.images()?.iter().filter(|other| !images.contains(other)) {
+            kept.extend(self.blobs_of(other)?);
+        }
+        let mut doomed = BTreeSet::new();
+        for image in images.iter().filter(|image| self.has_blob(image)) {
+            doomed.extend(self.blobs_of(image)?);
+        }
+        let sizes = doomed.difference(&kept).filter_map(|blob| fs::metadata(self.blob_path(blob)).ok());
+        Ok(sizes.map(|found| found.len()).sum())
+    }
+
     /// Removes an image with what refers to it, and the layers that no other image has. The caller knows that nobody uses it.
     ///
     /// # Errors

@@ -98,25 +98,32 @@ impl ImageStore {
         Ok((packed, hashing))
     }
 
-    /// Removes blobs and trees in the making that nobody has touched for a day, as their process was killed, and says how
-    /// many.
+    /// Removes blobs and trees in the making that nobody has touched for a day, as their process was killed, or only looks at
+    /// them, and says how many and of how many bytes, without those of trees.
     ///
     /// # Errors
     /// Something can't be looked at or removed.
-    pub fn forget_unfinished(&self) -> Result<usize, Error> {
+    pub fn forget_unfinished(&self, remove: bool) -> Result<(u64, u64), Error> {
         let folder = self.temporary();
-        let mut forgotten = 0;
+        let (mut forgotten, mut bytes) = (0, 0);
         for found in fs::read_dir(&folder).map_err(Error::io("list", &folder))? {
             let path = found.map_err(Error::io("list", &folder))?.path();
-            let modified = match fs::symlink_metadata(&path).and_then(|found| found.modified()) {
-                Ok(modified) => modified,
+            let found = match fs::symlink_metadata(&path) {
+                Ok(found) => found,
                 // Finished meanwhile.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(error) => return Err(Error::io("look at", &path)(error)),
             };
-            if modified.elapsed().is_ok_and(|age| age > UNFINISHED_KEPT) {
+            let age = found.modified().ok().and_then(|time| time.elapsed().ok()).unwrap_or_default();
+            if age > UNFINISHED_KEPT {
                 forgotten += 1;
-                if path.is_dir() {
+                if found.is_file() {
+                    bytes += found.len();
+                }
+                if !remove {
+                    continue;
+                }
+                if found.is_dir() {
                     remove_tree(&path)?;
                 } else if let Err(error) = fs::remove_file(&path)
                     && error.kind() != io::ErrorKind::NotFound
@@ -125,7 +132,7 @@ impl ImageStore {
                 }
             }
         }
-        Ok(forgotten)
+        Ok((forgotten, bytes))
     }
 
     /// Gone when dropped. A name without `random` bytes has to be free.

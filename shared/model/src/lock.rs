@@ -151,18 +151,44 @@ impl Lock {
 
     /// The exact versions that this lock adds; those of a parent server's image are in its own lock.
     pub fn packages(&self) -> PackageVersions {
-        let base = match &self.base {
-            LockedBase::Debian { packages, .. } => packages.as_slice(),
-            LockedBase::Scratch
-            | LockedBase::Archive { .. }
-            | LockedBase::Image { .. }
-            | LockedBase::Containerfile(_)
-            | LockedBase::Server { .. } => &[],
-        };
-        let steps = self.steps.iter().flat_map(|step| match step {
-            LockedStep::Packages { packages, .. } => packages.as_slice(),
-            LockedStep::Files { .. } | LockedStep::Run { .. } | LockedStep::Provision(_) => &[],
+        let steps = self.steps.iter().flat_map(LockedStep::packages);
+        self.base
+            .packages()
+            .iter()
+            .chain(steps)
+            .map(|package| (package.name.clone(), package.version.clone()))
+            .collect()
+    }
+
+    /// Those, and what its playbooks and manifests are run by.
+    pub fn needed_packages(&self) -> impl Iterator<Item = &LockedPackage> {
+        let tools = self.steps.iter().flat_map(|step| match step {
+            LockedStep::Provision(provision) => provision.tools.as_slice(),
+            LockedStep::Packages { .. } | LockedStep::Files { .. } | LockedStep::Run { .. } => &[],
         });
-        base.iter().chain(steps).map(|package| (package.name.clone(), package.version.clone())).collect()
+        let steps = self.steps.iter().flat_map(LockedStep::packages);
+        self.base.packages().iter().chain(steps).chain(tools)
+    }
+}
+
+impl LockedBase {
+    fn packages(&self) -> &[LockedPackage] {
+        match self {
+            Self::Debian { packages, .. } => packages,
+            Self::Scratch
+            | Self::Archive { .. }
+            | Self::Image { .. }
+            | Self::Containerfile(_)
+            | Self::Server { .. } => &[],
+        }
+    }
+}
+
+impl LockedStep {
+    fn packages(&self) -> &[LockedPackage] {
+        match self {
+            Self::Packages { packages, .. } => packages,
+            Self::Files { .. } | Self::Run { .. } | Self::Provision(_) => &[],
+        }
     }
 }

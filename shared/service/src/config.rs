@@ -4,12 +4,14 @@
 
 mod broker;
 mod credentials;
+mod lifetime;
 mod nodes;
 mod signing;
 mod store;
 
 pub use broker::NatsFile;
 pub use credentials::{Credentials, CredentialsFile, apt_credentials, git_credentials};
+pub use lifetime::lifetime;
 pub use nodes::{Registry, RegistryFile};
 pub use signing::{Key as SigningKey, Signing, SigningFile, Trust};
 pub use store::{Store, StoreFile};
@@ -129,11 +131,18 @@ pub struct BuilderFile {
     pub packages: String,
     /// The cache of layers, likewise.
     pub layers: String,
+    /// How long what no build uses is kept: `7d`, `36h`.
+    pub unused: String,
 }
 
 impl Default for BuilderFile {
     fn default() -> Self {
-        Self { workers: 2, packages: "builder/packages".to_owned(), layers: "builder/cache".to_owned() }
+        Self {
+            workers: 2,
+            packages: "builder/packages".to_owned(),
+            layers: "builder/cache".to_owned(),
+            unused: "7d".to_owned(),
+        }
     }
 }
 
@@ -222,6 +231,8 @@ pub struct Builder {
     pub workers: usize,
     pub packages: PathBuf,
     pub layers: PathBuf,
+    /// How long what no build uses is kept.
+    pub unused: Duration,
 }
 
 impl Site {
@@ -335,6 +346,7 @@ impl SiteFile {
                 workers,
                 packages: home.join(self.builder.packages),
                 layers: home.join(self.builder.layers),
+                unused: lifetime::check_unused(&self.builder.unused).map_err(wrong("builder.unused"))?,
             },
             signing,
             secrets: check_secrets(self.secrets, home).map_err(wrong("secrets"))?,
@@ -526,7 +538,7 @@ git = "1s"
         let all: toml::Table = file.to_text().unwrap().parse().unwrap();
         let shown: toml::Table = text.parse().unwrap();
         assert_eq!(names(&all), names(&shown));
-        assert_eq!(names(&all).len(), 35);
+        assert_eq!(names(&all).len(), 36);
     }
 
     fn names(table: &toml::Table) -> Vec<String> {
@@ -556,6 +568,7 @@ git = "1s"
             ("[poll]", "[secrets]\n\"../x\" = \"keys/x\"\n[poll]", "`secrets`"),
             ("[poll]", "[pki]\nlife = \"1s\"\n[poll]", "`pki.life`"),
             ("[poll]", "[pki]\nlife = \"721h\"\n[poll]", "`pki.life`"),
+            ("[poll]", "[builder]\nunused = \"1h\"\n[poll]", "`builder.unused`"),
             ("git = \"1s\"", "git = \"1\"", "`poll.git`"),
             ("git = \"1s\"", "git = \"-1s\"", "`poll.git`"),
             ("git = \"1s\"", "gti = \"1s\"", "gti"),

@@ -12,7 +12,9 @@ use kiln_api::engine::engine_service_server::EngineServiceServer;
 use kiln_api::monitor::monitor_service_server::MonitorServiceServer;
 use kiln_api::monitor::{GetServerStatusResponse, Health};
 use kiln_builder::builder::Builder;
+use kiln_builder::collect::{Collector, How};
 use kiln_builder::context::Contexts;
+use kiln_builder::events::Resync;
 use kiln_builder::image_tests::EngineTester;
 use kiln_builder::logs::Logs;
 use kiln_builder::peers::SitePeers;
@@ -43,6 +45,7 @@ use crate::store::{Disk, SimStore};
 use crate::world::{SimClock, World};
 
 pub(crate) const RESYNC: Duration = Duration::from_secs(30);
+const UNUSED_KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// Cheap to clone; every clone is the same.
 #[derive(Clone)]
@@ -243,7 +246,7 @@ impl Site {
         let collected = tokio::select! {
             biased;
             () = life.died() => return,
-            collected = builder.collect(&images, Some(now)) => collected,
+            collected = builder.collect(&images, Some(now), How::Remove) => collected,
             () = tokio::time::sleep(RESYNC) => return,
         };
         self.world.tell(format!("{} collects images: {collected:?}", life.name()));
@@ -261,13 +264,16 @@ impl Site {
         }
         let images = self.images();
         let signing = Signing::with_one_key(self.folder.join("signing.key"), self.folder.join("signing.pub"));
-        let api = kiln_builder::grpc::Api::new(builder.clone(), images.clone(), signing);
+        let peers = SitePeers::new(to(Service::Deployer), to(Service::Monitor));
+        let following = Resync::new(builder.clone(), peers);
+        let collector = Collector::new(builder.clone(), images.clone(), following.heard(), UNUSED_KEPT);
+        let api = kiln_builder::grpc::Api::new(builder.clone(), images, signing, collector.clone());
         self.directory.serve(life, BoxCloneSyncService::new(BuilderServiceServer::new(api)));
         let loops = kiln_builder::Loops {
             builder,
             tester: EngineTester::local(to(Service::Node)),
-            peers: SitePeers::new(to(Service::Deployer), to(Service::Monitor)),
-            images,
+            following,
+            collector,
             options: WorkerOptions { members, workers: 2 },
             resync: RESYNC,
         };

@@ -3,6 +3,7 @@
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::{Command, Output};
+use std::time::{Duration, SystemTime};
 
 use kiln_api::engine::ListInstancesRequest;
 use kiln_tests::Result;
@@ -107,6 +108,7 @@ async fn the_life_of_a_server_in_every_command() -> Result<()> {
     assert_eq!(shown(site, &["build", "web", "--wait"], "web is up to date")?["unchanged"], true);
     let image = shown(site, &["image", "inspect", "web"], "nginx-light")?;
     assert_eq!(image["verified"], true, "{image}");
+    what_nobody_needs_goes(site)?;
     let tar = folder.path().join("web.tar").display().to_string();
     let exported = shown(site, &["image", "export", "web", "--file", &tar], "is an OCI layout")?;
     assert_eq!(exported["bytes"].as_u64(), Some(std::fs::metadata(&tar)?.len()));
@@ -180,6 +182,27 @@ async fn the_life_of_a_server_in_every_command() -> Result<()> {
     assert_eq!(removed["retired"], true);
     assert_eq!(site.json(&["instances", "web"])?["instances"], serde_json::json!([]));
     web.site.down()
+}
+
+/// A file that no build has used for longer than the site says, and nothing else.
+fn what_nobody_needs_goes(site: &Site) -> Result<()> {
+    let stale = site.home().join("builder/files/stale");
+    std::fs::write(&stale, "four")?;
+    let long_ago = SystemTime::now() - Duration::from_secs(8 * 24 * 3600);
+    std::fs::File::options().write(true).open(&stale)?.set_modified(long_ago)?;
+    let of_files = |found: &Value| {
+        let is_of_files = |it: &&Value| it["what"].as_str().is_some_and(|what| what.starts_with("files of"));
+        let of_files = items(found, "collected").iter().find(is_of_files).cloned().unwrap_or_default();
+        (of_files["count"].clone(), of_files["bytes"].clone())
+    };
+    let one = (Value::from(1), Value::from(4));
+    assert_eq!(of_files(&shown(site, &["gc", "--dry-run"], "would be freed")?), one);
+    assert!(stale.exists());
+    assert_eq!(of_files(&site.json(&["gc"])?), one);
+    assert!(!stale.exists());
+    let nothing = (Value::from(0), Value::from(0));
+    assert_eq!(of_files(&site.json(&["gc"])?), nothing);
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]

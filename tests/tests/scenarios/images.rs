@@ -44,8 +44,11 @@ async fn skopeo_umoci_and_docker_accept_the_image_and_docker_runs_it() -> Result
 
     let inspected = web.site.kiln(&["image", "inspect", "web"])?;
     assert!(inspected.contains("nginx-light") && inspected.contains("sha256:"), "{inspected}");
-    let verified = web.site.kiln(&["build", "web", "--verify", "--wait"])?;
+    let verified = web.site.kiln(&["build", "web", "--verify", "--timings"])?;
     assert!(verified.contains("same"), "baked again on an empty layer cache, bit for bit:\n{verified}");
+    for phase in ["unpack", "configure", "hash", "write"] {
+        assert!(verified.contains(phase), "where its time went:\n{verified}");
+    }
     web.site.down()
 }
 

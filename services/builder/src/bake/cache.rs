@@ -20,7 +20,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::error::BakeError;
-use super::whole;
+use super::{kept, whole};
+use crate::collect::{Collected, How};
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Record {
@@ -80,19 +81,22 @@ impl LayerCache {
 
 impl LayerCache {
     /// Lets go of layers that no image store has any more, a while after they were made, and of what names them.
-    pub(crate) fn forget(&self, unused_for: Duration) -> Result<(), BakeError> {
+    pub(crate) fn forget(&self, unused: Duration, how: How) -> Result<Collected, BakeError> {
         let blobs = self.root.join("blobs");
+        let mut collected = Collected::new("cached layers");
         let mut gone = BTreeSet::new();
         for item in fs::read_dir(&blobs).map_err(BakeError::io("read", &blobs))?.filter_map(Result::ok) {
-            let Ok(metadata) = item.metadata() else { continue };
-            let age = metadata.modified().ok().and_then(|time| time.elapsed().ok()).unwrap_or_default();
-            if metadata.nlink() == 1 && age > unused_for {
-                fs::remove_file(item.path()).map_err(BakeError::io("remove", item.path()))?;
-                gone.insert(item.file_name().to_string_lossy().into_owned());
+            let Ok(found) = item.metadata() else { continue };
+            if found.nlink() == 1 && kept::unused_for(&found) > unused {
+                if how == How::Remove {
+                    fs::remove_file(item.path()).map_err(BakeError::io("remove", item.path()))?;
+                    gone.insert(item.file_name().to_string_lossy().into_owned());
+                }
+                collected.add(1, found.len());
             }
         }
         if gone.is_empty() {
-            return Ok(());
+            return Ok(collected);
         }
         let records = fs::read_dir(&self.root).map_err(BakeError::io("read", &self.root))?;
         for item in records.filter_map(Result::ok).filter(|item| item.path().is_file()) {
@@ -102,7 +106,7 @@ impl LayerCache {
                 fs::remove_file(item.path()).map_err(BakeError::io("remove", item.path()))?;
             }
         }
-        Ok(())
+        Ok(collected)
     }
 }
 
@@ -191,7 +195,10 @@ mod tests {
         };
         let ((kept, _), (lost, diff_id)) = (put(b"kept"), put(b"lost"));
         fs::remove_file(store.root().join("blobs/sha256").join(diff_id.hex())).unwrap();
-        cache.forget(Duration::ZERO).unwrap();
+        let looked_at = cache.forget(Duration::ZERO, How::Look).unwrap();
+        assert!(cache.blob(&diff_id).exists());
+        assert_eq!(cache.forget(Duration::ZERO, How::Remove).unwrap(), looked_at);
+        assert_eq!((looked_at.count, looked_at.bytes), (1, 4));
         assert!(cache.get(&kept, &[], &store).is_some());
         assert!(!cache.blob(&diff_id).exists() && !cache.root.join(lost.hex()).exists());
         assert!(cache.root.join(kept.hex()).exists());

@@ -76,6 +76,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tracing::Span;
 
+use crate::collect::{Collected, How};
 use crate::describe::{self, About, Provenance};
 use crate::timings::Timings;
 
@@ -147,8 +148,6 @@ impl Default for BakeLimits {
 /// Locks that are resolved at once. Solving is one process's work on one core, and mostly waits for another of the same
 /// archives.
 const RESOLVES: usize = 4;
-/// How long what no bake uses is kept for another one: layers that no image has, tools, what archives held.
-const UNUSED_KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// Takes one line of a build's log, without its line end.
 pub type LogSink = Arc<dyn Fn(&str) + Send + Sync>;
@@ -419,32 +418,43 @@ impl Baker {
         .await
     }
 
-    /// Removes what bakes of this site left over: containers, mounts, cgroups, work trees, and layers that no image has had
-    /// for a week. To be called at boot, before the first bake.
+    /// Removes what bakes of this site left over: containers, mounts, cgroups and work trees. To be called at boot, before
+    /// the first bake.
     ///
     /// # Errors
     /// Something can't be removed.
     pub async fn sweep(&self) -> Result<(), BakeError> {
         let config = Arc::clone(&self.config);
-        blocking(move || {
-            leftovers::sweep(&config)?;
-            cache::LayerCache::open(&config.layer_cache)?.forget(UNUSED_KEPT)
-        })
-        .await
+        blocking(move || leftovers::sweep(&config)).await
     }
 
-    /// Removes what bakes keep for later ones, and what no bake has used for a week.
+    /// Removes what bakes keep for later ones and what no bake has used for so long. The packages of `locks` count as used:
+    /// their archives may have them no more.
     ///
     /// # Errors
     /// Something can't be removed.
-    pub async fn forget_unused(&self) -> Result<(), BakeError> {
+    pub async fn forget_unused(
+        &self,
+        unused: Duration,
+        locks: Vec<Lock>,
+        how: How,
+    ) -> Result<Vec<Collected>, BakeError> {
         let config = Arc::clone(&self.config);
         blocking(move || {
             let home = &config.home;
-            for kept in [tools::all(home), snapshot::all(home), context::all(home), system::all(home)] {
-                kept::forget(&kept, UNUSED_KEPT)?;
+            let packages = packages::PackageStore::open(&config.packages)?;
+            packages.note_use(locks.iter().flat_map(Lock::needed_packages))?;
+            let layers = cache::LayerCache::open(&config.layer_cache)?;
+            let mut collected = vec![packages.forget(unused, how)?, layers.forget(unused, how)?];
+            for (what, kept) in [
+                ("programs of playbooks and manifests", tools::all(home)),
+                ("lists of archives", snapshot::all(home)),
+                ("files of definitions and images of others", context::all(home)),
+                ("parents' package databases", system::all(home)),
+            ] {
+                collected.push(kept::forget(what, &kept, unused, how)?);
             }
-            Ok(())
+            Ok(collected)
         })
         .await
     }

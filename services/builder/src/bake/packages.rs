@@ -12,7 +12,7 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kiln_model::digest::Digest;
 use kiln_model::lock::LockedPackage;
@@ -21,10 +21,13 @@ use super::apt::Solved;
 use super::context::HashingReader;
 use super::error::BakeError;
 use super::fetch::{Transport, Wanted};
-use super::whole;
+use super::{kept, whole};
+use crate::collect::{Collected, How};
 
 /// Of files in one call, so that its arguments fit.
 const AT_ONCE: usize = 400;
+/// The shortest time that what no build uses can be told to be kept for is a day.
+const USE_NOTED_EVERY: Duration = Duration::from_secs(3600);
 
 #[derive(Debug, Clone)]
 pub(crate) struct PackageStore {
@@ -52,6 +55,47 @@ impl PackageStore {
         fs::metadata(self.path(&package.sha256)).is_ok_and(|found| found.len() == package.size)
     }
 
+    /// Says that packages are used now, those that are here.
+    pub(crate) fn note_use<'a>(
+        &self,
+        packages: impl Iterator<Item = &'a LockedPackage>,
+    ) -> Result<(), BakeError> {
+        for package in packages {
+            let path = self.path(&package.sha256);
+            // Told once in a while: a bake uses hundreds.
+            if fs::metadata(&path).is_ok_and(|found| kept::unused_for(&found) > USE_NOTED_EVERY) {
+                kept::touch(&path)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets go of packages that were not used for so long, and of what is kept beside those that are not here.
+    pub(crate) fn forget(&self, unused: Duration, how: How) -> Result<Collected, BakeError> {
+        let mut collected = kept::forget("packages", &self.root.join("sha256"), unused, how)?;
+        for beside in ["opened", "where"] {
+            let folder = self.root.join(beside);
+            let items = fs::read_dir(&folder).map_err(BakeError::io("list", &folder))?;
+            for item in items.filter_map(Result::ok) {
+                let (path, name) = (item.path(), item.file_name());
+                let deb = self.root.join("sha256").join(&name).with_extension("deb");
+                // One that is not here yet may be about to be fetched.
+                let deb_is_unused = match fs::metadata(&deb) {
+                    Ok(found) => kept::unused_for(&found) > unused,
+                    Err(_) => true,
+                };
+                let Ok(found) = item.metadata() else { continue };
+                if deb_is_unused && kept::unused_for(&found) > unused {
+                    if how == How::Remove {
+                        fs::remove_file(&path).map_err(BakeError::io("remove", &path))?;
+                    }
+                    collected.add(0, found.len());
+                }
+            }
+        }
+        Ok(collected)
+    }
+
     /// Remembers where packages can be had, for those that are not here.
     pub(crate) fn remember(&self, solved: &[Solved]) -> Result<(), BakeError> {
         for Solved { package, url, .. } in solved {
@@ -69,6 +113,9 @@ impl PackageStore {
         packages: impl Iterator<Item = &'a LockedPackage>,
         transport: Transport<'_>,
     ) -> Result<(), BakeError> {
+        let packages: Vec<_> = packages.collect();
+        self.note_use(packages.iter().copied())?;
+        let packages = packages.into_iter();
         let missing: HashMap<Digest, &LockedPackage> =
             packages.filter(|package| !self.has(package)).map(|package| (package.sha256, package)).collect();
         if missing.is_empty() {
@@ -144,6 +191,34 @@ impl PackageStore {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_used_stays_with_what_is_kept_beside_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = PackageStore::open(folder.path()).unwrap();
+        let day = Duration::from_secs(24 * 3600);
+        let long_ago = std::time::SystemTime::now().checked_sub(10 * day).unwrap();
+        let put = |name: &str| {
+            let sha256 = Digest::of(name.as_bytes());
+            let beside = folder.path().join("where").join(sha256.hex());
+            let files = [store.path(&sha256), store.opened_path(&sha256), beside];
+            for path in &files {
+                fs::write(path, name).unwrap();
+                File::options().write(true).open(path).unwrap().set_modified(long_ago).unwrap();
+            }
+            let (name, version) = (name.to_owned(), "1".to_owned());
+            let architecture = "all".to_owned();
+            (LockedPackage { name, version, architecture, sha256, size: 4 }, files)
+        };
+        let ((used, its_files), (_, unused_files)) = (put("used"), put("gone"));
+        store.note_use([&used].into_iter()).unwrap();
+        let looked_at = store.forget(7 * day, How::Look).unwrap();
+        assert!(unused_files.iter().all(|path| path.exists()));
+        assert_eq!(store.forget(7 * day, How::Remove).unwrap(), looked_at);
+        assert_eq!((looked_at.count, looked_at.bytes), (1, 12));
+        assert!(its_files.iter().all(|path| path.exists()));
+        assert!(!unused_files.iter().any(|path| path.exists()));
+    }
 
     #[test]
     fn only_what_the_lock_names_is_put() {

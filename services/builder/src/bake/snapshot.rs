@@ -270,6 +270,7 @@ pub(super) mod tests {
 
     use super::super::sources::Signer;
     use super::*;
+    use crate::collect::How;
 
     pub(crate) const LIST: &str = "Package: nginx\nVersion: 1:1.22-9\nArchitecture: all\nFilename: pool/n/nginx_1.22-9_all.deb\n\
                         Size: 7\nSHA256: HASH\nDescription: a server\n of pages\n\nPackage: half\nVersion: 1\n\n\
@@ -330,9 +331,11 @@ pub(super) mod tests {
         let in_release = to.join("127.0.0.1:3142_0_dists_bookworm_InRelease");
         assert_eq!(fs::read_to_string(in_release).unwrap(), "first");
 
-        kept::forget(&all(home), Duration::from_secs(3600)).unwrap();
+        kept::forget("lists", &all(home), Duration::from_secs(3600), How::Remove).unwrap();
         assert!(Snapshot::open(home, &one).is_ok());
-        kept::forget(&all(home), Duration::ZERO).unwrap();
+        assert_eq!(kept::forget("lists", &all(home), Duration::ZERO, How::Look).unwrap().count, 2);
+        assert!(Snapshot::open(home, &one).is_ok());
+        kept::forget("lists", &all(home), Duration::ZERO, How::Remove).unwrap();
         assert!(Snapshot::open(home, &one).is_err_and(|error| error.to_string().contains("pinning")));
     }
 

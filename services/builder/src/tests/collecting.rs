@@ -14,6 +14,7 @@ use tonic::{Code, Request, Status};
 use tonic_types::StatusExt as _;
 
 use super::world::{World, yaml};
+use crate::collect::How;
 use crate::store::{Edit, IMAGE_KIND, Read, StoredImage};
 
 /// An image as it was made two days ago.
@@ -52,8 +53,9 @@ async fn is_there(world: &World, image: &Digest) -> bool {
     world.builder.documents.image(image).await.unwrap().is_some()
 }
 
-async fn collect(world: &World) -> usize {
-    world.builder.collect(&world.images(), Some(world.builder.now())).await.unwrap()
+async fn collect(world: &World) -> u64 {
+    let heard = Some(world.builder.now());
+    world.builder.collect(&world.images(), heard, How::Remove).await.unwrap().count
 }
 
 #[tokio::test]
@@ -67,7 +69,11 @@ async fn what_nobody_holds_goes_and_every_holder_counts() {
         held.push(image);
     }
     let free = old_image(&world, "nobody's").await;
-    assert_eq!(world.builder.collect(&world.images(), None).await.unwrap(), 0, "the deployer is silent");
+    let silent = world.builder.collect(&world.images(), None, How::Remove).await.unwrap();
+    assert_eq!(silent.count, 0, "the deployer is silent");
+    let looked_at = world.builder.collect(&world.images(), Some(world.builder.now()), How::Look).await;
+    assert_eq!(looked_at.unwrap().count, 1);
+    assert!(is_there(&world, &free).await);
     assert_eq!(collect(&world).await, 1);
     assert!(!is_there(&world, &free).await);
     for image in &held {

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use kiln_api::builder::builder_service_server::BuilderService as _;
-use kiln_api::builder::{BuildRequest, CancelBuildRequest, HoldRequest, RemoveRequest};
+use kiln_api::builder::{BuildRequest, CancelBuildRequest, CollectRequest, HoldRequest, RemoveRequest};
 use kiln_builder_core::build::{Build, State};
 use kiln_model::name::ServerName;
 use kiln_model::revision::RevisionContent;
@@ -52,6 +52,12 @@ async fn every_call_that_changes_something_leaves_one_record() {
     let request = HoldRequest { request_id: "h1".into(), holder: "deployer/web".into(), image_digests };
     world.api().hold(from_local("deployer", request)).await.unwrap();
 
+    let request = CollectRequest { request_id: "g1".into(), dry_run: false };
+    world.api().collect(from_local("me", request)).await.unwrap();
+    // What is only looked at leaves none.
+    let request = CollectRequest { request_id: "g2".into(), dry_run: true };
+    world.api().collect(from_local("me", request)).await.unwrap();
+
     let stood = standing(&world.server("web").await.unwrap());
     let request = RemoveRequest { request_id: "d1".into(), server: "web".into() };
     world.api().remove(from_local("me", request)).await.unwrap();
@@ -88,6 +94,16 @@ async fn every_call_that_changes_something_leaves_one_record() {
             is_of_server: true,
             before: json!({ "state": queued.state }),
             after: json!({ "state": cancelled.state }),
+        },
+        Expected {
+            method: "Collect",
+            request_id: "g1",
+            action: "collect",
+            actor: "me",
+            subject: "images",
+            is_of_server: false,
+            before: Value::Null,
+            after: json!({ "images": 0, "layers that were never finished": 0, "logs of old builds": 0 }),
         },
         Expected {
             method: "Hold",

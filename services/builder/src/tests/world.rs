@@ -38,6 +38,7 @@ use super::contended::Contended;
 use crate::bake::{BakeError, BakeRun, BakedImage, ReleaseFile, Resolution, ResolveRequest};
 use crate::bakery::Bakery;
 use crate::builder::Builder;
+use crate::collect::{Collected, Collector, How};
 use crate::context::Contexts;
 use crate::describe::{About, Provenance};
 use crate::events::Resync;
@@ -199,6 +200,15 @@ impl Bakery for FakeBakery {
 
     async fn describe(&self, _image: Digest, _about: &About) -> Result<(), BakeError> {
         Ok(())
+    }
+
+    async fn forget_unused(
+        &self,
+        _unused: Duration,
+        _locks: Vec<Lock>,
+        _how: How,
+    ) -> Result<Vec<Collected>, BakeError> {
+        Ok(Vec::new())
     }
 
     async fn share(&self, image: Digest) -> Result<bool, BakeError> {
@@ -373,11 +383,11 @@ impl World {
     }
 
     pub(crate) fn api(&self) -> Api<Contended, FakeBakery, SystemClock> {
-        Api::new(
-            self.builder.clone(),
-            self.images(),
-            Signing::with_one_key("signing.key".into(), "signing.pub".into()),
-        )
+        let signing = Signing::with_one_key("signing.key".into(), "signing.pub".into());
+        let (_, heard) = watch::channel(Some(self.builder.now()));
+        let collector =
+            Collector::new(self.builder.clone(), self.images(), heard, Duration::from_secs(7 * 24 * 3600));
+        Api::new(self.builder.clone(), self.images(), signing, collector)
     }
 
     /// The outcome of a call for a build.

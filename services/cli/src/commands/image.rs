@@ -17,7 +17,7 @@ use crate::clients::Services;
 use crate::failure::{Code, During as _, Failure, Outcome};
 use crate::json;
 use crate::screen::{Screen, plain, write_all};
-use crate::words::{or_dash, plural};
+use crate::words::{or_dash, size};
 
 pub(crate) use tested::table as tests_table;
 
@@ -280,13 +280,4 @@ async fn export(
     screen.json(&json!({ "image": name, "file": path.display().to_string(), "bytes": written }))?;
     screen.line(format_args!("{} is {is} of {}", path.display(), size(written)))?;
     screen.next(&[format!("{look}{}", path.display())])
-}
-
-fn size(bytes: u64) -> String {
-    match bytes {
-        0..1_000 => plural(usize::try_from(bytes).unwrap_or_default(), "byte"),
-        1_000..1_000_000 => format!("{:.1} kB", bytes as f64 / 1e3),
-        1_000_000..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
-        _ => format!("{:.2} GB", bytes as f64 / 1e9),
-    }
 }

@@ -9,6 +9,7 @@ mod diff;
 mod doctor;
 mod down;
 mod events;
+mod gc;
 mod history;
 mod image;
 mod init;
@@ -80,6 +81,8 @@ pub(crate) enum Command {
     Image(image::Image),
     /// Show where two images differ: packages, configuration, files
     Diff(diff::Diff),
+    /// Remove what nobody needs now, instead of within the hour: images, packages, layers
+    Gc(gc::Gc),
     /// Make and renew the certificates by which services and people know each other
     Pki(pki::Pki),
     /// Make and revoke the tokens of people
@@ -120,6 +123,7 @@ pub(crate) async fn run(command: Command, home: &Home, screen: Screen) -> Outcom
         Command::Restore(it) => backup::restore(&it, home, screen).await,
         Command::Image(it) => image::run(&it, &services()?, screen).await,
         Command::Diff(it) => diff::run(&it, &services()?, screen).await,
+        Command::Gc(it) => gc::run(&it, &services()?, screen).await,
         Command::Pki(it) => pki::run(it, home, screen),
         Command::Token(it) => token::run(it, home, screen),
         Command::Login(it) => login::run(&it, home, screen).await,

@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use jiff::Timestamp;
 use kiln_service::access::{Identity, Role};
 use kiln_service::certificate::Certificate;
-use kiln_service::config::{LONGEST_SERVICE_LIFE, Site};
+use kiln_service::config::{LONGEST_SERVICE_LIFE, Site, lifetime};
 use serde_json::{Value, json};
 
 use crate::failure::{Code, During as _, Failure, Outcome};
@@ -16,7 +16,6 @@ use crate::screen::{Screen, bad, busy, good, plain};
 use crate::site::ledger::{Deed, Ledger};
 use crate::site::pki::Step;
 use crate::site::{self, keys, pki};
-use crate::words::lifetime;
 
 #[derive(Debug, Args)]
 pub(crate) struct Pki {

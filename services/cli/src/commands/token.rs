@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use jiff::Timestamp;
 use kiln_service::access::{PersonName, Role, Secret, Token as Kept, TokenFile};
-use kiln_service::config::Site;
+use kiln_service::config::{Site, lifetime};
 use serde::Serialize;
 use serde_json::{Value, json};
 use zeroize::Zeroizing;
@@ -17,7 +17,6 @@ use crate::home::Home;
 use crate::screen::{Screen, bad, good, plain, write_all};
 use crate::site::ledger::{Deed, Ledger};
 use crate::site::{self, keys};
-use crate::words::lifetime;
 
 #[derive(Debug, Args)]
 pub(crate) struct Token {

@@ -589,6 +589,30 @@ pub struct CompareImagesResponse {
     pub files: ::prost::alloc::vec::Vec<FileChange>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CollectRequest {
+    #[prost(string, tag = "1")]
+    pub request_id: ::prost::alloc::string::String,
+    /// Only say what would be removed.
+    #[prost(bool, tag = "2")]
+    pub dry_run: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Collected {
+    /// For people, in the plural: "images".
+    #[prost(string, tag = "1")]
+    pub what: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub count: u64,
+    #[prost(uint64, tag = "3")]
+    pub bytes: u64,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct CollectResponse {
+    /// Of each kind, also where it is nothing.
+    #[prost(message, repeated, tag = "1")]
+    pub collected: ::prost::alloc::vec::Vec<Collected>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HoldRequest {
     #[prost(string, tag = "1")]
     pub request_id: ::prost::alloc::string::String,
@@ -1339,6 +1363,31 @@ pub mod builder_service_client {
                 );
             self.inner.server_streaming(req, path, codec).await
         }
+        /// Removes what nobody needs now, instead of within the hour.
+        pub async fn collect(
+            &mut self,
+            request: impl tonic::IntoRequest<super::CollectRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::CollectResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/kiln.builder.v1.BuilderService/Collect",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("kiln.builder.v1.BuilderService", "Collect"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Keeps images from being collected; replaces what the same holder held before.
         pub async fn hold(
             &mut self,
@@ -1526,6 +1575,11 @@ pub mod builder_service_server {
             tonic::Response<Self::CompareImagesStream>,
             tonic::Status,
         >;
+        /// Removes what nobody needs now, instead of within the hour.
+        async fn collect(
+            &self,
+            request: tonic::Request<super::CollectRequest>,
+        ) -> std::result::Result<tonic::Response<super::CollectResponse>, tonic::Status>;
         /// Keeps images from being collected; replaces what the same holder held before.
         async fn hold(
             &self,
@@ -2375,6 +2429,51 @@ pub mod builder_service_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/kiln.builder.v1.BuilderService/Collect" => {
+                    #[allow(non_camel_case_types)]
+                    struct CollectSvc<T: BuilderService>(pub Arc<T>);
+                    impl<
+                        T: BuilderService,
+                    > tonic::server::UnaryService<super::CollectRequest>
+                    for CollectSvc<T> {
+                        type Response = super::CollectResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::CollectRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as BuilderService>::collect(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = CollectSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

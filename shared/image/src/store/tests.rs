@@ -400,7 +400,8 @@ fn what_a_crash_left_unfinished_is_forgotten_after_a_day() {
         let yesterday = std::time::SystemTime::now() - std::time::Duration::from_secs(25 * 3600);
         fs::File::open(path).unwrap().set_modified(yesterday).unwrap();
     }
-    assert_eq!(store.forget_unfinished().unwrap(), 2);
+    assert_eq!(store.forget_unfinished(false).unwrap().0, 2);
+    assert_eq!(store.forget_unfinished(true).unwrap().0, 2);
     assert!(!tree.exists() && !blob.exists() && recent.exists() && store.has_blob(&layer));
 }
 

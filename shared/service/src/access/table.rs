@@ -75,6 +75,7 @@ pub const TABLE: &[Row] = &[
     of("/kiln.builder.v1.BuilderService/ExportImage", Viewer, &[]),
     of("/kiln.builder.v1.BuilderService/ReadDocument", Viewer, &[Console]),
     of("/kiln.builder.v1.BuilderService/CompareImages", Viewer, &[Console]),
+    of("/kiln.builder.v1.BuilderService/Collect", Operator, &[]).that_changes(),
     inner("/kiln.builder.v1.BuilderService/Hold", &[Deployer]).that_changes(),
     of("/kiln.deployer.v1.DeployerService/Rollback", Operator, &[]).that_changes(),
     of("/kiln.deployer.v1.DeployerService/AbortRollout", Operator, &[]).that_changes(),

@@ -118,10 +118,11 @@ const MAY: [(Role, &[&str]); 9] = [
     (Role::Operator, &OPERATOR),
     (Role::Admin, &ADMIN),
 ];
-const OPERATOR: [&str; 9] = [
+const OPERATOR: [&str; 10] = [
     "builder/Apply",
     "builder/Build",
     "builder/CancelBuild",
+    "builder/Collect",
     "builder/InspectSource",
     "builder/Plan",
     "deployer/AbortRollout",
@@ -129,10 +130,11 @@ const OPERATOR: [&str; 9] = [
     "monitor/ApproveSignal",
     "monitor/ReportSignal",
 ];
-const ADMIN: [&str; 10] = [
+const ADMIN: [&str; 11] = [
     "builder/Apply",
     "builder/Build",
     "builder/CancelBuild",
+    "builder/Collect",
     "builder/InspectSource",
     "builder/Plan",
     "builder/Remove",

@@ -8,6 +8,7 @@ use jiff::Timestamp;
 use kiln_api::audit::{ListRecordsRequest, ListRecordsResponse, Record};
 use kiln_model::event::Service;
 use kiln_service::audit::message;
+use kiln_service::config::lifetime;
 use kiln_store::AuditRecord;
 use serde_json::{Value, json};
 
@@ -15,7 +16,7 @@ use crate::clients::{Services, look, or_away};
 use crate::failure::{During as _, Failure, Outcome};
 use crate::screen::{Screen, plain};
 use crate::site::ledger::{self, Log};
-use crate::words::{lifetime, moment, or_dash, plural, timestamp};
+use crate::words::{moment, or_dash, plural, timestamp};
 
 /// Services that keep audit records, each in its own store.
 const SERVICES: [Service; 4] = [Service::Builder, Service::Deployer, Service::Monitor, Service::Node];
