@@ -2,12 +2,12 @@
 # Runs one benchmark against its peer, both on the same work in turn, and prints one JSON line last. Ends with 1 where the
 # line's `ratio` is below its `least_ratio`.
 #
-#   tests/bench.sh launch|replace|replicas|cold-bake|cold-bake-empty-store|rebake-package|rebake-file|rebake-nothing|ansible
+#   tests/bench.sh launch|replace|replicas|cold-bake|cold-bake-empty-store|rebake-package|rebake-file|rebake-nothing|ansible|eight-builds
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 case "${1:-}" in
-    launch | replace | replicas | cold-bake | cold-bake-empty-store | rebake-package | rebake-file | rebake-nothing | ansible) ;;
+    launch | replace | replicas | cold-bake | cold-bake-empty-store | rebake-package | rebake-file | rebake-nothing | ansible | eight-builds) ;;
     *)
         sed -n 's/^#   /usage: /p' "$0" >&2
         exit 2

@@ -5,6 +5,7 @@ mod ansible;
 mod bench;
 mod buildah;
 mod cold_bake;
+mod eight_builds;
 mod launch;
 mod rebake;
 mod rebake_nothing;
@@ -28,6 +29,7 @@ async fn main() -> ExitCode {
         "rebake-package" => rebake::a_package().await.map(|pairs| pairs.json(&name)),
         "ansible" => ansible::run().await.map(|pairs| pairs.json(&name)),
         "rebake-nothing" => rebake_nothing::run().await.map(|pairs| pairs.json(&name)),
+        "eight-builds" => eight_builds::run().await.map(|pairs| pairs.json(&name)),
         "replicas" => replicas::run().await,
         _ => Err(format!("{name:?} is no benchmark; tests/bench.sh names them").into()),
     };

@@ -95,6 +95,7 @@ fn timings(build: &Build) -> Vec<api::PhaseTiming> {
     let resolve = (build.resolving > Millis(0)).then(|| timing(api::BuildPhase::Resolve, build.resolving));
     let of_bake = build.progress.timings.iter().map(|it| {
         let phase = match it.phase {
+            Phase::Wait => api::BuildPhase::Wait,
             Phase::Fetch => api::BuildPhase::Fetch,
             Phase::Unpack => api::BuildPhase::Unpack,
             Phase::Configure => api::BuildPhase::Configure,

@@ -107,6 +107,8 @@ pub struct Step {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
+    /// For layers that another build makes.
+    Wait,
     /// Packages from their archives.
     Fetch,
     /// Files into the tree: of packages, of archives, of other images, of `files` steps.
@@ -131,6 +133,7 @@ pub enum Phase {
 impl Phase {
     pub const fn as_str(self) -> &'static str {
         match self {
+            Self::Wait => "wait",
             Self::Fetch => "fetch",
             Self::Unpack => "unpack",
             Self::Configure => "configure",

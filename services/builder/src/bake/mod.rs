@@ -25,6 +25,7 @@ mod foreign;
 mod hostile;
 mod install;
 mod kept;
+mod laid;
 mod leftovers;
 mod network;
 mod offered;
@@ -51,6 +52,7 @@ pub(crate) mod system;
 mod tests;
 mod tools;
 mod tree;
+mod underway;
 mod unpack;
 mod whole;
 mod work;
@@ -76,6 +78,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tracing::Span;
 
+use self::underway::Underway;
 use crate::collect::{Collected, How};
 use crate::describe::{self, About, Provenance};
 use crate::timings::Timings;
@@ -275,6 +278,7 @@ pub struct Baker {
     registry: Option<Registry>,
     /// Each resolve keeps a thread and an apt, whoever asks: plans of the loop, and plans and builds of people.
     resolving: Arc<Semaphore>,
+    underway: Arc<Underway>,
 }
 
 impl Baker {
@@ -291,7 +295,8 @@ impl Baker {
         cache::LayerCache::open(&config.layer_cache)?;
         signers(&config)?;
         let registry = config.registry.as_ref().map(Registry::new).transpose()?;
-        Ok(Self { config: Arc::new(config), registry, resolving: Arc::new(Semaphore::new(RESOLVES)) })
+        let resolving = Arc::new(Semaphore::new(RESOLVES));
+        Ok(Self { config: Arc::new(config), registry, resolving, underway: Arc::default() })
     }
 
     /// Every input of the definition's image, exactly.
@@ -343,10 +348,10 @@ impl Baker {
     /// # Errors
     /// A step fails, a package can't be fetched, or the run is cancelled; nothing is left over then.
     pub async fn bake(&self, lock: &Lock, run: BakeRun) -> Result<BakedImage, BakeError> {
-        let (config, lock) = (Arc::clone(&self.config), lock.clone());
+        let (config, underway, lock) = (Arc::clone(&self.config), Arc::clone(&self.underway), lock.clone());
         let guard = run.cancel.clone().drop_guard();
         let span = Span::current();
-        let result = blocking(move || span.in_scope(|| steps::bake(&config, &lock, &run))).await;
+        let result = blocking(move || span.in_scope(|| steps::bake(&config, &underway, &lock, &run))).await;
         guard.disarm();
         result
     }

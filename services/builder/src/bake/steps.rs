@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Instant;
@@ -22,11 +21,13 @@ use super::context::Contents;
 use super::error::BakeError;
 use super::foreign::{Images, Unpacked};
 use super::install::Installer;
+use super::laid::{Laid, Made, Name};
 use super::packages::PackageStore;
 use super::provision::Place;
 use super::sandbox::{Job, PATH, Rights, Sandbox};
 use super::seal::seal;
 use super::tree::{SHIFT, Tree};
+use super::underway::Underway;
 use super::work::{Work, mount_overlay, mount_shifted, unmount_below};
 use super::{
     BakeConfig, BakeRun, BakedImage, BakedLayer, Progress, StepReport, archive, files, provision, reach,
@@ -62,47 +63,42 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// A layer that is there, or that is being packed.
-#[derive(Clone)]
-struct Made {
-    digest: Digest,
-    size: u64,
-}
-
-pub(crate) fn bake(config: &BakeConfig, lock: &Lock, run: &BakeRun) -> Result<BakedImage, BakeError> {
+pub(crate) fn bake(
+    config: &BakeConfig,
+    underway: &Underway,
+    lock: &Lock,
+    run: &BakeRun,
+) -> Result<BakedImage, BakeError> {
     let store = ImageStore::open(&config.images)?;
     let cache = LayerCache::open(&config.layer_cache)?;
-    let mut below = parent_layers(lock, &store)?;
     let plans = plan(lock)?;
     (run.progress)(Progress::Steps { total: u32::try_from(plans.len()).unwrap_or(u32::MAX) });
 
-    let mut env = BTreeMap::new();
-    let mut stamp = below.iter().map(|layer| seconds(&layer.created)).max().unwrap_or(0);
-    let mut reports = Vec::new();
+    let below = parent_layers(lock, &store)?;
+    let stamp = below.iter().map(|layer| seconds(&layer.created)).max().unwrap_or(0);
+    let mut there = There { below, env: BTreeMap::new(), stamp, reports: Vec::new() };
     let mut missing = plans.as_slice();
-    while let Some((plan, rest)) = missing.split_first() {
-        let digests: Vec<Digest> = below.iter().map(|layer| layer.diff_id).collect();
-        let began = Instant::now();
-        let Some(record) = cache.get(&plan.key, &digests, &store).filter(|_| run.use_layer_cache) else {
-            break;
-        };
-        stamp = record.stamp;
-        env.extend(record.env);
-        below.push(Layer {
-            diff_id: record.diff_id,
-            size: record.size,
-            created_by: plan.name.clone(),
-            created: rfc3339(stamp)?,
-        });
-        let millis = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let report = StepReport { name: plan.name.clone(), cached: true, millis };
-        tell(run, reports.len(), &report);
-        reports.push(report);
-        missing = rest;
+    let mut making = None;
+    if run.use_layer_cache {
+        loop {
+            missing = there.take(missing, &cache, &store, run)?;
+            let Some(first) = missing.first() else { break };
+            making = underway.begin(missing.iter().map(|plan| plan.key));
+            if making.is_none() {
+                (run.log)(&format!("{}: waiting for another build that makes it", first.name));
+                run.timings.during(Phase::Wait, || underway.wait(&first.key, &run.cancel))?;
+            } else if there.find(first, &cache, &store).is_none() {
+                break;
+            }
+        }
     }
+    let There { mut below, mut env, stamp, mut reports } = there;
     if !missing.is_empty() {
-        let kitchen = Kitchen { config, lock, run, store: &store, cache: &cache };
-        kitchen.make(missing, &mut below, &mut env, stamp, &mut reports)?;
+        let names = missing.iter().map(|plan| Name { step: plan.name.clone(), key: plan.key }).collect();
+        let laid = Laid::new(&store, making.map(|making| (&cache, making)), below.clone(), names);
+        let kitchen = Kitchen { config, lock, run, store: &store };
+        kitchen.make(missing, &laid, &below, &mut env, stamp, &mut reports)?;
+        below = laid.finish()?;
     }
     env.extend(lock.env.clone());
     let digest = store.put_image(&new_image(lock, env, &below)?)?;
@@ -112,6 +108,50 @@ pub(crate) fn bake(config: &BakeConfig, lock: &Lock, run: &BakeRun) -> Result<Ba
         .map(|layer| BakedLayer { digest: layer.diff_id, size: layer.size, created_by: layer.created_by })
         .collect();
     Ok(BakedImage { digest, layers, steps: reports })
+}
+
+/// What of an image is there without being made.
+struct There {
+    below: Vec<Layer>,
+    env: BTreeMap<String, String>,
+    /// Seconds: the youngest time of all.
+    stamp: i64,
+    reports: Vec<StepReport>,
+}
+
+impl There {
+    fn find(&self, plan: &Plan<'_>, cache: &LayerCache, store: &ImageStore) -> Option<Record> {
+        let digests: Vec<Digest> = self.below.iter().map(|layer| layer.diff_id).collect();
+        cache.get(&plan.key, &digests, store)
+    }
+
+    /// Takes the layers that the cache has, and gives the steps whose layers are missing.
+    fn take<'p, 'l>(
+        &mut self,
+        mut plans: &'p [Plan<'l>],
+        cache: &LayerCache,
+        store: &ImageStore,
+        run: &BakeRun,
+    ) -> Result<&'p [Plan<'l>], BakeError> {
+        while let Some((plan, rest)) = plans.split_first() {
+            let began = Instant::now();
+            let Some(record) = self.find(plan, cache, store) else { break };
+            self.stamp = record.stamp;
+            self.env.extend(record.env);
+            self.below.push(Layer {
+                diff_id: record.diff_id,
+                size: record.size,
+                created_by: plan.name.clone(),
+                created: rfc3339(record.stamp)?,
+            });
+            let millis = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+            let report = StepReport { name: plan.name.clone(), cached: true, millis };
+            tell(run, self.reports.len(), &report);
+            self.reports.push(report);
+            plans = rest;
+        }
+        Ok(plans)
+    }
 }
 
 fn parent_layers(lock: &Lock, store: &ImageStore) -> Result<Vec<Layer>, BakeError> {
@@ -197,7 +237,7 @@ fn new_image(
     })
 }
 
-fn rfc3339(seconds: i64) -> Result<String, BakeError> {
+pub(crate) fn rfc3339(seconds: i64) -> Result<String, BakeError> {
     Timestamp::from_second(seconds).map(|time| time.to_string()).map_err(|error| BakeError::Definition {
         what: "the time that is stamped on files".to_owned(),
         why: error.to_string(),
@@ -224,14 +264,14 @@ struct Kitchen<'a> {
     lock: &'a Lock,
     run: &'a BakeRun,
     store: &'a ImageStore,
-    cache: &'a LayerCache,
 }
 
 impl Kitchen<'_> {
     fn make(
         &self,
         plans: &[Plan<'_>],
-        below: &mut Vec<Layer>,
+        laid: &Laid<'_>,
+        below: &[Layer],
         env: &mut BTreeMap<String, String>,
         mut stamp: i64,
         reports: &mut Vec<StepReport>,
@@ -245,11 +285,9 @@ impl Kitchen<'_> {
         let mut lowers = self.mount_below(&work, below)?;
 
         // While a step runs, the layers before it are packed: nothing writes to their trees any more.
-        let made: Mutex<Vec<(usize, Result<Made, BakeError>)>> = Mutex::new(Vec::new());
-        let mut taken = Vec::new();
         let under_way = AtomicUsize::new(0);
         let ahead = Ahead { store: &packages, steps: wanted, step: &under_way, cancel: &self.run.cancel };
-        let result = thread::scope(|scope| {
+        thread::scope(|scope| {
             scope.spawn(|| ahead.run());
             // However the steps end: the scope waits for what is opened ahead.
             let _ended = Ended(&under_way);
@@ -265,54 +303,28 @@ impl Kitchen<'_> {
                 let cooked = self.cook(plan, &work, &packages, &below, at)?;
                 stamp = cooked.stamp;
                 env.extend(cooked.env.clone());
-                taken.push((stamp, cooked.env));
-                lowers.insert(0, cooked.lower);
-                let packer = Packer {
-                    whiteouts: if cooked.shift == 0 { Whiteouts::None } else { Whiteouts::Overlay },
-                    newest: stamp,
-                    shift: cooked.shift,
-                };
-                let (made, tree, span) = (&made, cooked.tree, Span::current());
-                scope.spawn(move || {
-                    let result = span.in_scope(|| self.put_layer(&packer, &tree));
-                    if let Ok(mut made) = made.lock() {
-                        made.push((at, result));
-                    }
-                });
+                lowers.insert(0, cooked.lower.clone());
+                let span = Span::current();
+                scope.spawn(move || laid.put(at, span.in_scope(|| self.pack(cooked))));
                 let millis = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
                 let report = StepReport { name: plan.name.clone(), cached: false, millis };
                 tell(self.run, reports.len(), &report);
                 reports.push(report);
             }
             Ok(())
-        });
-        result?;
-        let mut made = made.into_inner().unwrap_or_default();
-        made.sort_by_key(|(at, _)| *at);
-        for ((plan, (_, made)), (stamp, env)) in plans.iter().zip(made).zip(taken) {
-            let made = made?;
-            let digests: Vec<Digest> = below.iter().map(|layer| layer.diff_id).collect();
-            if self.run.use_layer_cache {
-                let record = Record { diff_id: made.digest, size: made.size, stamp, env, below: digests };
-                self.cache.put(&plan.key, &record, self.store)?;
-            }
-            below.push(Layer {
-                diff_id: made.digest,
-                size: made.size,
-                created_by: plan.name.clone(),
-                created: rfc3339(stamp)?,
-            });
-        }
-        Ok(())
+        })
     }
 
     /// Extracted at once too: the image's tests and the first launch need it.
-    fn put_layer(&self, packer: &Packer, tree: &Path) -> Result<Made, BakeError> {
-        let (put, took) = timings::watch(Phase::Write, || self.store.put_layer(packer, tree));
+    fn pack(&self, cooked: Cooked) -> Result<Made, BakeError> {
+        let Cooked { tree, shift, stamp, env, .. } = cooked;
+        let whiteouts = if shift == 0 { Whiteouts::None } else { Whiteouts::Overlay };
+        let packer = Packer { whiteouts, newest: stamp, shift };
+        let (put, took) = timings::watch(Phase::Write, || self.store.put_layer(&packer, &tree));
         let (packed, hashing) = put?;
         self.run.timings.add(Phase::Hash, hashing);
         self.run.timings.add(Phase::Write, took.saturating_sub(hashing));
-        Ok(Made { digest: packed.diff_id, size: packed.size })
+        Ok(Made { digest: packed.diff_id, size: packed.size, stamp, env })
     }
 
     /// The trees of the layers that are there, the topmost first.

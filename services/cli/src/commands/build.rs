@@ -191,6 +191,7 @@ fn phase(phase: BuildPhase) -> &'static str {
     match phase {
         BuildPhase::Unspecified => "?",
         BuildPhase::Resolve => "resolve",
+        BuildPhase::Wait => "wait",
         BuildPhase::Fetch => "fetch",
         BuildPhase::Unpack => "unpack",
         BuildPhase::Configure => "configure",

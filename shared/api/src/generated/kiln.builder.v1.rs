@@ -711,6 +711,8 @@ pub enum BuildPhase {
     /// To the registry.
     Push = 10,
     Test = 11,
+    /// For layers that another build makes.
+    Wait = 12,
 }
 impl BuildPhase {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -731,6 +733,7 @@ impl BuildPhase {
             Self::Sign => "BUILD_PHASE_SIGN",
             Self::Push => "BUILD_PHASE_PUSH",
             Self::Test => "BUILD_PHASE_TEST",
+            Self::Wait => "BUILD_PHASE_WAIT",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -748,6 +751,7 @@ impl BuildPhase {
             "BUILD_PHASE_SIGN" => Some(Self::Sign),
             "BUILD_PHASE_PUSH" => Some(Self::Push),
             "BUILD_PHASE_TEST" => Some(Self::Test),
+            "BUILD_PHASE_WAIT" => Some(Self::Wait),
             _ => None,
         }
     }
