@@ -4,13 +4,13 @@ use std::fs::File;
 use std::io::{self, BufRead as _, BufReader, Read};
 use std::path::Path;
 
+use kiln_formats::compression::Compression;
 use kiln_image::tar::{Kind, Problem, Reader};
 use kiln_image::{Limits, unpack_root};
 use kiln_model::definition::ArchivePlace;
 use kiln_model::digest::Digest;
 use tokio_util::sync::CancellationToken;
 
-use super::compression::Compression;
 use super::context::{Contents, open_in};
 use super::dpkg;
 use super::error::BakeError;

@@ -6,11 +6,11 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
+use kiln_formats::containerfile;
 use kiln_model::definition::Reach;
 use kiln_model::lock::Containerfile;
 use kiln_model::repository::ImageReference;
 
-use super::containerfile;
 use super::context::Contents;
 use super::error::BakeError;
 use super::foreign::{Images, Unpacked};

@@ -3,8 +3,9 @@
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
+use kiln_formats::deb822::{self, Paragraph};
+
 use super::deb::Deb;
-use super::deb822::{self, Paragraph};
 use super::error::BakeError;
 use super::tree::Tree;
 use super::unpack::Unpacked;

@@ -9,6 +9,7 @@ use std::thread;
 use std::time::Instant;
 
 use jiff::Timestamp;
+use kiln_formats::containerfile;
 use kiln_image::{ForeignConfig, ImageStore, Stack};
 use kiln_model::architecture::Architecture;
 use kiln_model::definition::{
@@ -33,8 +34,8 @@ use super::snapshot::Snapshot;
 use super::solutions::Solutions;
 use super::system::System;
 use super::{
-    BakeConfig, Current, DebianRoot, LogSink, ParentImage, Resolution, archive, buildah, containerfile,
-    provision, secrets, security, sources,
+    BakeConfig, Current, DebianRoot, LogSink, ParentImage, Resolution, archive, buildah, provision, secrets,
+    security, sources,
 };
 use crate::describe;
 

@@ -5,7 +5,8 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::deb822;
+use kiln_formats::deb822;
+
 use super::error::BakeError;
 use super::{ConfiguredArchive, DebianRoot};
 

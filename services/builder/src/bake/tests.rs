@@ -8,6 +8,7 @@ use std::sync::Mutex;
 
 use ed25519_dalek::SigningKey;
 use ed25519_dalek::pkcs8::EncodePrivateKey as _;
+use kiln_formats::deb822;
 use kiln_image::Thoroughness;
 use kiln_model::definition::Reach;
 use kiln_model::lock::{LockedBase, LockedStep};

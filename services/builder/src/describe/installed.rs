@@ -1,6 +1,6 @@
 //! dpkg's database, as what is installed.
 
-use crate::bake::deb822::{self, Paragraph};
+use kiln_formats::deb822::{self, Paragraph};
 
 /// A package that is installed.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::bake::deb822;
+use kiln_formats::deb822;
 
 /// Of one package; more is of no use to anybody.
 const MOST: usize = 64;

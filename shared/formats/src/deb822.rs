@@ -2,23 +2,23 @@
 
 /// The fields of one paragraph in their order; continuation lines keep their line ends and first space.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(crate) struct Paragraph {
+pub struct Paragraph {
     fields: Vec<(String, String)>,
 }
 
 impl Paragraph {
-    pub(crate) fn get(&self, name: &str) -> Option<&str> {
+    pub fn get(&self, name: &str) -> Option<&str> {
         self.fields.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value.trim_end())
     }
 
     /// As they are written, with spaces at their ends: dpkg keeps them.
-    pub(crate) fn fields(&self) -> impl Iterator<Item = (&str, &str)> {
+    pub fn fields(&self) -> impl Iterator<Item = (&str, &str)> {
         self.fields.iter().map(|(name, value)| (name.as_str(), value.as_str()))
     }
 }
 
 /// All paragraphs of a text. Lines that begin with `#` are comments.
-pub(crate) fn parse(text: &str) -> Result<Vec<Paragraph>, String> {
+pub fn parse(text: &str) -> Result<Vec<Paragraph>, String> {
     let mut paragraphs = Vec::new();
     let mut current = Paragraph::default();
     for (at, line) in text.lines().enumerate() {

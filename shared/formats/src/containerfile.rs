@@ -7,14 +7,14 @@ use std::ops::Range;
 use parse_dockerfile::{Flag, Instruction, parse};
 
 /// Bytes of a Containerfile.
-pub(crate) const LIMIT: u64 = 1 << 20;
+pub const LIMIT: u64 = 1 << 20;
 /// As docker and buildah have it: the image that holds nothing.
 const NOTHING: &str = "scratch";
 
 /// What can't be understood of a Containerfile.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("line {line}: {why}")]
-pub(crate) struct Refused {
+pub struct Refused {
     line: usize,
     why: String,
 }
@@ -29,7 +29,7 @@ struct Mention {
 }
 
 /// The images that a Containerfile names, each once, as they are written with `args` put in.
-pub(crate) fn images(
+pub fn images(
     text: &str,
     args: &BTreeMap<String, String>,
     architecture: &str,
@@ -38,7 +38,7 @@ pub(crate) fn images(
 }
 
 /// The text with each image under the name that `names` has for it; those that it has none for stay.
-pub(crate) fn renamed(
+pub fn renamed(
     text: &str,
     args: &BTreeMap<String, String>,
     architecture: &str,

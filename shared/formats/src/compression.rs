@@ -9,7 +9,7 @@ use liblzma::stream::{CONCATENATED, Stream};
 const XZ_MEMORY: u64 = 128 << 20;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Compression {
+pub enum Compression {
     None,
     Gzip,
     Xz,
@@ -18,7 +18,7 @@ pub(crate) enum Compression {
 
 impl Compression {
     /// By the first bytes of a stream, whatever its name is.
-    pub(crate) fn of(head: &[u8]) -> Self {
+    pub fn of(head: &[u8]) -> Self {
         const MAGIC: [(&[u8], Compression); 3] = [
             (&[0x1f, 0x8b], Compression::Gzip),
             (&[0xfd, b'7', b'z', b'X', b'Z', 0], Compression::Xz),
@@ -28,7 +28,7 @@ impl Compression {
         found.map_or(Self::None, |(_, compression)| *compression)
     }
 
-    pub(crate) fn open(self, raw: impl BufRead + Send + 'static) -> io::Result<Box<dyn Read + Send>> {
+    pub fn open(self, raw: impl BufRead + Send + 'static) -> io::Result<Box<dyn Read + Send>> {
         Ok(match self {
             Self::None => Box::new(raw),
             Self::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(raw)),
