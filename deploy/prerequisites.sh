@@ -4,6 +4,7 @@
 #   deploy/prerequisites.sh                to build and run Kiln
 #   deploy/prerequisites.sh --tests        also what the tests use
 #   deploy/prerequisites.sh --benchmarks   also the programs that Kiln is compared with
+#   deploy/prerequisites.sh --fuzzing      also what tests/fuzz.sh is compiled with
 #
 # Needs root or sudo where a package is missing. The pinned nats-server goes into cargo's target folder,
 # where `kiln up` finds it, not into the system.
@@ -27,6 +28,7 @@ files=(
 )
 case "${1:-}" in
     "") ;;
+    --fuzzing) needs+=(g++:g++) ;;
     --tests | --benchmarks)
         needs+=(
             umoci:umoci docker:docker.io dockerd:docker.io mmdebstrap:mmdebstrap docker-registry:docker-registry
@@ -39,7 +41,7 @@ case "${1:-}" in
         [ "$1" = --tests ] || needs+=(ansible-galaxy:ansible)
         ;;
     *)
-        echo "prerequisites.sh: unknown argument '$1'; there are --tests and --benchmarks" >&2
+        echo "prerequisites.sh: unknown argument '$1'; there are --tests, --benchmarks and --fuzzing" >&2
         exit 2
         ;;
 esac

@@ -3,8 +3,9 @@
 #
 #   tests/run.sh          what a change must pass; long tests are sampled
 #   tests/run.sh --full   the same with full counts, the scenarios on PostgreSQL as well, known mistakes planted for the
-#                         simulation to find, a site in containers, and an upgrade from the programs before their last
-#                         change, which are compiled for it (the history has to be there)
+#                         simulation to find, what reads others' bytes fuzzed for a minute each, a site in containers, and
+#                         an upgrade from the programs before their last change, which are compiled for it (the history
+#                         has to be there)
 #
 # The tests are run as root, with sudo where this is not; all else is done as who calls.
 set -euo pipefail
@@ -72,14 +73,17 @@ if [ "${1:-}" = --full ]; then
     step "planted mistakes"
     tests/mutants.sh
 
+    step "readers of what others write, fuzzed"
+    tests/fuzz.sh
+
     step "a site in containers"
     cargo nextest run --release --workspace --locked --run-ignored only -E 'package(kiln-tests) and test(/^contained::/)'
 
     step "an upgrade from the programs before"
     tests/upgrade.sh
 else
-    echo "not done (--full does it): planted mistakes and the upgrade from the programs before, which have to be" \
-        "compiled, and a site in containers, for which a base and five images have to be made"
+    echo "not done (--full does it): planted mistakes, fuzzing and the upgrade from the programs before, which have to" \
+        "be compiled, and a site in containers, for which a base and five images have to be made"
 fi
 
 step "the quickstart's own check"
