@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 use crate::lock::Lock;
-use crate::store::{ImageStore, replace};
+use crate::store::{ImageStore, replace, sync_folder};
 
 pub(crate) const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 const INDEX_TYPE: &str = "application/vnd.oci.image.index.v1+json";
@@ -81,6 +81,8 @@ impl ImageStore {
         let mut index = self.index()?;
         let before = index.manifests.clone();
         change(&mut index.manifests);
+        // What is named has to be there after a crash, also where it was named before and is there again.
+        sync_folder(&self.blobs())?;
         if index.manifests == before {
             return Ok(());
         }

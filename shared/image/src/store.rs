@@ -48,8 +48,12 @@ impl ImageStore {
         self.root.join("locks").join(name)
     }
 
+    pub(crate) fn blobs(&self) -> PathBuf {
+        self.root.join("blobs/sha256")
+    }
+
     pub(crate) fn blob_path(&self, digest: &Digest) -> PathBuf {
-        self.root.join("blobs/sha256").join(digest.hex())
+        self.blobs().join(digest.hex())
     }
 
     pub fn has_blob(&self, digest: &Digest) -> bool {
@@ -103,7 +107,7 @@ impl ImageStore {
             Err(error) => return Err(Error::io("open", from)(error)),
         }
         match fs::hard_link(from, &path) {
-            Ok(()) => sync_folder(&self.root.join("blobs/sha256")).map(|()| true),
+            Ok(()) => Ok(true),
             Err(error) => match error.kind() {
                 io::ErrorKind::AlreadyExists => Ok(true),
                 io::ErrorKind::NotFound => Ok(false),
@@ -218,8 +222,8 @@ impl BlobWriter {
         self.hashing
     }
 
-    /// Makes the blob durable under its digest. One that is there stays where it is whole; a damaged one is replaced, which
-    /// is how an image that is baked again mends it.
+    /// Names the blob by its digest; that it has this name is durable once the index names it. One that is there stays where it
+    /// is whole; a damaged one is replaced, which is how an image that is baked again mends it.
     ///
     /// # Errors
     /// It can't be written.
@@ -234,7 +238,6 @@ impl BlobWriter {
         fs::set_permissions(self.file.path(), std::os::unix::fs::PermissionsExt::from_mode(0o644))
             .map_err(Error::io("set the mode of", self.file.path()))?;
         self.file.persist(&path).map_err(|e| Error::io("name", &path)(e.error))?;
-        sync_folder(&self.store.root.join("blobs/sha256"))?;
         Ok((digest, self.size))
     }
 }
@@ -250,7 +253,7 @@ pub(crate) fn replace(temporary: &Path, path: &Path, content: &[u8]) -> Result<(
     sync_folder(path.parent().unwrap_or(Path::new("/")))
 }
 
-fn sync_folder(folder: &Path) -> Result<(), Error> {
+pub(crate) fn sync_folder(folder: &Path) -> Result<(), Error> {
     File::open(folder).and_then(|f| f.sync_all()).map_err(Error::io("sync", folder))
 }
 
