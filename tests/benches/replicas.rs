@@ -10,7 +10,7 @@ use kiln_api::builder::{ApplyRequest, BuildState, FolderSource, ListBuildsReques
 use kiln_builder::bake::{BakeError, BakeRun, BakedImage, Resolution, ResolveRequest};
 use kiln_builder::bakery::Bakery;
 use kiln_builder::builder::Builder;
-use kiln_builder::collect::{Collected, Collector, How};
+use kiln_builder::collect::Collector;
 use kiln_builder::context::Contexts;
 use kiln_builder::describe::{About, Provenance};
 use kiln_builder::grpc::Api;
@@ -84,15 +84,6 @@ impl Bakery for Pretender {
 
     async fn describe(&self, _: Digest, _: &About) -> std::result::Result<(), BakeError> {
         Ok(())
-    }
-
-    async fn forget_unused(
-        &self,
-        _unused: Duration,
-        _locks: Vec<Lock>,
-        _how: How,
-    ) -> std::result::Result<Vec<Collected>, BakeError> {
-        Ok(Vec::new())
     }
 
     async fn share(&self, _: Digest) -> std::result::Result<bool, BakeError> {

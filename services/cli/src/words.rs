@@ -1,8 +1,10 @@
 //! Small texts that many outputs share: ages, short digests, states.
 
+use std::time::Duration;
+
 use comfy_table::Cell;
 use jiff::{Timestamp, Unit};
-use kiln_api::builder::BuildState;
+use kiln_api::builder::{BuildPhase, BuildState};
 use kiln_api::deployer::{Fleet, InstanceState, Rollout, RolloutState};
 use kiln_api::types::{HealthState, SignalState};
 
@@ -34,6 +36,11 @@ pub(crate) fn size(bytes: u64) -> String {
         1_000_000..1_000_000_000 => format!("{:.1} MB", bytes as f64 / 1e6),
         _ => format!("{:.2} GB", bytes as f64 / 1e9),
     }
+}
+
+/// As long as nothing where it is not said.
+pub(crate) fn duration(took: Option<&prost_types::Duration>) -> Duration {
+    took.and_then(|took| Duration::try_from(*took).ok()).unwrap_or_default()
 }
 
 /// Between two moments, to a tenth of a second.
@@ -114,6 +121,24 @@ pub(crate) fn build_state(state: BuildState) -> &'static str {
         BuildState::Succeeded => "succeeded",
         BuildState::Failed => "failed",
         BuildState::Cancelled => "cancelled",
+    }
+}
+
+pub(crate) fn build_phase(phase: BuildPhase) -> &'static str {
+    match phase {
+        BuildPhase::Unspecified => "?",
+        BuildPhase::Resolve => "resolve",
+        BuildPhase::Wait => "wait",
+        BuildPhase::Fetch => "fetch",
+        BuildPhase::Unpack => "unpack",
+        BuildPhase::Configure => "configure",
+        BuildPhase::Run => "run",
+        BuildPhase::Hash => "hash",
+        BuildPhase::Write => "write",
+        BuildPhase::Describe => "describe",
+        BuildPhase::Sign => "sign",
+        BuildPhase::Push => "push",
+        BuildPhase::Test => "test",
     }
 }
 

@@ -5,7 +5,6 @@ use std::time::Duration;
 use async_trait::async_trait;
 use kiln_builder::bake::{BakeError, BakeRun, BakedImage, ReleaseFile, Resolution, ResolveRequest};
 use kiln_builder::bakery::Bakery;
-use kiln_builder::collect::{Collected, How};
 use kiln_builder::describe::{About, Provenance};
 use kiln_model::digest::Digest;
 use kiln_model::lock::{BUILDER_FORMAT, Lock, LockedBase, LockedPackage};
@@ -110,15 +109,6 @@ impl Bakery for SimBakery {
 
     async fn describe(&self, _: Digest, _: &About) -> Result<(), BakeError> {
         Ok(())
-    }
-
-    async fn forget_unused(
-        &self,
-        _unused: Duration,
-        _locks: Vec<Lock>,
-        _how: How,
-    ) -> Result<Vec<Collected>, BakeError> {
-        Ok(Vec::new())
     }
 
     async fn share(&self, _: Digest) -> Result<bool, BakeError> {

@@ -29,9 +29,9 @@ pub(crate) struct Name {
 
 /// Where layers go that come in any order.
 pub(crate) struct Laid<'a> {
-    pub(crate) store: &'a ImageStore,
+    store: &'a ImageStore,
     /// None where the bake leaves the cache as it is.
-    pub(crate) cache: Option<(&'a LayerCache, Making<'a>)>,
+    cache: Option<(&'a LayerCache, Making<'a>)>,
     names: Vec<Name>,
     state: Mutex<State>,
 }

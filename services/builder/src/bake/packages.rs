@@ -55,43 +55,31 @@ impl PackageStore {
         fs::metadata(self.path(&package.sha256)).is_ok_and(|found| found.len() == package.size)
     }
 
-    /// Says that packages are used now, those that are here.
+    fn where_path(&self, sha256: &Digest) -> PathBuf {
+        self.root.join("where").join(sha256.hex())
+    }
+
+    /// Says that packages are used now, and what is kept beside them, as far as it is here.
     pub(crate) fn note_use<'a>(
         &self,
         packages: impl Iterator<Item = &'a LockedPackage>,
     ) -> Result<(), BakeError> {
-        for package in packages {
-            let path = self.path(&package.sha256);
-            // Told once in a while: a bake uses hundreds.
-            if fs::metadata(&path).is_ok_and(|found| kept::unused_for(&found) > USE_NOTED_EVERY) {
-                kept::touch(&path)?;
+        for LockedPackage { sha256, .. } in packages {
+            for path in [self.path(sha256), self.opened_path(sha256), self.where_path(sha256)] {
+                // Told once in a while: a bake uses hundreds.
+                if fs::metadata(&path).is_ok_and(|found| kept::unused_for(&found) > USE_NOTED_EVERY) {
+                    kept::touch(&path)?;
+                }
             }
         }
         Ok(())
     }
 
-    /// Lets go of packages that were not used for so long, and of what is kept beside those that are not here.
+    /// Lets go of packages that were not used for so long, and of what is kept beside them.
     pub(crate) fn forget(&self, unused: Duration, how: How) -> Result<Collected, BakeError> {
         let mut collected = kept::forget("packages", &self.root.join("sha256"), unused, how)?;
         for beside in ["opened", "where"] {
-            let folder = self.root.join(beside);
-            let items = fs::read_dir(&folder).map_err(BakeError::io("list", &folder))?;
-            for item in items.filter_map(Result::ok) {
-                let (path, name) = (item.path(), item.file_name());
-                let deb = self.root.join("sha256").join(&name).with_extension("deb");
-                // One that is not here yet may be about to be fetched.
-                let deb_is_unused = match fs::metadata(&deb) {
-                    Ok(found) => kept::unused_for(&found) > unused,
-                    Err(_) => true,
-                };
-                let Ok(found) = item.metadata() else { continue };
-                if deb_is_unused && kept::unused_for(&found) > unused {
-                    if how == How::Remove {
-                        fs::remove_file(&path).map_err(BakeError::io("remove", &path))?;
-                    }
-                    collected.add(0, found.len());
-                }
-            }
+            collected.add(0, kept::forget(beside, &self.root.join(beside), unused, how)?.bytes);
         }
         Ok(collected)
     }
@@ -100,7 +88,7 @@ impl PackageStore {
     pub(crate) fn remember(&self, solved: &[Solved]) -> Result<(), BakeError> {
         for Solved { package, url, .. } in solved {
             if !self.has(package) {
-                let path = self.root.join("where").join(package.sha256.hex());
+                let path = self.where_path(&package.sha256);
                 whole::write(&path, &[url.as_bytes()]).map_err(BakeError::io("write", &path))?;
             }
         }
@@ -147,7 +135,7 @@ impl PackageStore {
     ) -> Result<(), BakeError> {
         let mut wanted = Vec::new();
         for package in missing {
-            let path = self.root.join("where").join(package.sha256.hex());
+            let path = self.where_path(&package.sha256);
             let url = fs::read_to_string(&path).map_err(|_| BakeError::Definition {
                 what: format!("package {} {}", package.name, package.version),
                 why:

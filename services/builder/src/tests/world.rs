@@ -38,7 +38,7 @@ use super::contended::Contended;
 use crate::bake::{BakeError, BakeRun, BakedImage, ReleaseFile, Resolution, ResolveRequest};
 use crate::bakery::Bakery;
 use crate::builder::Builder;
-use crate::collect::{Collected, Collector, How};
+use crate::collect::Collector;
 use crate::context::Contexts;
 use crate::describe::{About, Provenance};
 use crate::events::Resync;
@@ -200,15 +200,6 @@ impl Bakery for FakeBakery {
 
     async fn describe(&self, _image: Digest, _about: &About) -> Result<(), BakeError> {
         Ok(())
-    }
-
-    async fn forget_unused(
-        &self,
-        _unused: Duration,
-        _locks: Vec<Lock>,
-        _how: How,
-    ) -> Result<Vec<Collected>, BakeError> {
-        Ok(Vec::new())
     }
 
     async fn share(&self, image: Digest) -> Result<bool, BakeError> {

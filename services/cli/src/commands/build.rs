@@ -6,15 +6,14 @@ use clap::Args;
 use kiln_api::builder::build_response::Item as Asked;
 use kiln_api::builder::watch_build_response::Item;
 use kiln_api::builder::{
-    Build as BuildMessage, BuildOutcome, BuildPhase, BuildRequest, BuildState, CancelBuildRequest,
-    WatchBuildRequest,
+    Build as BuildMessage, BuildOutcome, BuildRequest, BuildState, CancelBuildRequest, WatchBuildRequest,
 };
 use serde_json::json;
 
 use crate::clients::{Services, request_id};
 use crate::failure::{During as _, Failure, Outcome};
 use crate::screen::{Screen, plain};
-use crate::words::{build_state, or_dash, short, took};
+use crate::words::{build_phase, build_state, duration, or_dash, short, took};
 use crate::{follow, json};
 
 #[derive(Debug, Args)]
@@ -178,31 +177,12 @@ fn show(build: &BuildMessage, screen: Screen) -> Outcome {
 
 fn show_timings(build: &BuildMessage, screen: Screen) -> Outcome {
     let rows = build.timings.iter().map(|timing| {
-        let (seconds, nanos) = timing.took.map_or((0, 0), |took| (took.seconds, took.nanos));
-        let seconds = seconds as f64 + f64::from(nanos) / 1e9;
-        vec![plain(phase(timing.phase())), plain(format!("{seconds:.3}s"))]
+        let seconds = duration(timing.took.as_ref()).as_secs_f64();
+        vec![plain(build_phase(timing.phase())), plain(format!("{seconds:.3}s"))]
     });
     screen.line("")?;
     screen.table(&["PHASE", "TIME"], rows.collect())?;
     screen.line("phases go on beside each other, so all together can be longer than the build")
-}
-
-fn phase(phase: BuildPhase) -> &'static str {
-    match phase {
-        BuildPhase::Unspecified => "?",
-        BuildPhase::Resolve => "resolve",
-        BuildPhase::Wait => "wait",
-        BuildPhase::Fetch => "fetch",
-        BuildPhase::Unpack => "unpack",
-        BuildPhase::Configure => "configure",
-        BuildPhase::Run => "run",
-        BuildPhase::Hash => "hash",
-        BuildPhase::Write => "write",
-        BuildPhase::Describe => "describe",
-        BuildPhase::Sign => "sign",
-        BuildPhase::Push => "push",
-        BuildPhase::Test => "test",
-    }
 }
 
 async fn cancel(id: &str, services: &Services, screen: Screen) -> Outcome {

@@ -1,7 +1,6 @@
 //! `kiln image tests`
 
 use std::path::Path;
-use std::time::Duration;
 
 use kiln_api::builder::{Build, GetBuildRequest, TestResult};
 use kiln_model::name::BuildId;
@@ -12,7 +11,7 @@ use crate::clients::Services;
 use crate::failure::{Code, During as _, Failure, Outcome};
 use crate::json;
 use crate::screen::{Screen, plain};
-use crate::words::{build_state, plural};
+use crate::words::{build_state, duration, plural};
 
 pub(super) async fn run(name: &str, junit: Option<&Path>, services: &Services, screen: Screen) -> Outcome {
     let build = find(name, services).await?;
@@ -57,14 +56,10 @@ async fn find(name: &str, services: &Services) -> Outcome<Build> {
 pub(crate) fn table(tests: &[TestResult], screen: Screen) -> Outcome {
     let row = |test: &TestResult| {
         let word = if test.passed { "passed" } else { "FAILED" };
-        let time = format!("{:.1}s", duration(test).as_secs_f64());
+        let time = format!("{:.1}s", duration(test.took.as_ref()).as_secs_f64());
         vec![plain(&test.name), plain(word), plain(time), plain(&test.detail)]
     };
     screen.table(&["TEST", "RESULT", "TIME", "FOUND"], tests.iter().map(row).collect())
-}
-
-fn duration(test: &TestResult) -> Duration {
-    test.took.and_then(|took| Duration::try_from(took).ok()).unwrap_or_default()
 }
 
 /// As CI systems read it.
@@ -80,7 +75,7 @@ fn report(build: &Build) -> Report {
             status
         };
         let mut case = TestCase::new(test.name.as_str(), status);
-        case.set_classname(build.server.as_str()).set_time(duration(test));
+        case.set_classname(build.server.as_str()).set_time(duration(test.took.as_ref()));
         suite.add_test_case(case);
     }
     if build.tests.iter().any(|test| !test.passed) {
